@@ -1,0 +1,73 @@
+"""Rewrite requirements/*.txt from pyproject.toml, with hashes: `make lock`.
+
+Versions already in those files stay unless pyproject.toml or an option for `uv pip compile` says otherwise:
+`make lock ARGS=--upgrade` takes the newest of everything, `ARGS='--upgrade-package scipy'` of one.
+
+The package index's Linux build of torch is the CUDA build: its libraries (GBs) are kept out of cpu.txt and
+dev.txt, in torch-cuda-libs.txt. The Makefile first tries torch-cpu.txt, PyTorch's own CPU build, which pip
+finds where it has been told to look; the CUDA build and its libraries come only when that fails.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "requirements"
+BUILD = re.compile(r"(pip|setuptools)$")  # installed first: they build rouge-score, which is source only
+CUDA_LIBS = re.compile(r"nvidia-|cuda-|triton$")
+# sha256 of PyTorch's CPU wheels for Linux, which the package index does not carry.
+TORCH_CPU = {
+    "2.13.0": [
+        "6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b",  # cp311 x86_64
+        "84453b69508ec79902f899c5ed9495acb9e2bbe9fda5f1d5d6f19e3c3842e1a7",  # cp311 aarch64
+        "4ca4a9394b0c771238a4f73590fdbbc4debad85ed0fa63d026ae1b085da7d6e2",  # cp312 x86_64
+        "6f307c2c32d764ffc6ff6893b801fad6d4752f3e67966cb8abf1843427c02604",  # cp312 aarch64
+    ]
+}
+
+
+def compile(*extra: str) -> dict[str, str]:
+    """Package name -> its entry (pin, hashes, who wants it), as uv resolves pyproject.toml."""
+    known = [OUT / "dev.txt", OUT / "torch-cuda-libs.txt"]
+    with tempfile.TemporaryDirectory() as tmp:
+        path = Path(tmp, "all.txt")  # uv keeps the versions that it finds in its output file
+        path.write_text("".join(file.read_text() for file in known if file.exists()))
+        cmd = "-m uv pip compile pyproject.toml -q --universal --python-version 3.11 --fork-strategy fewest"
+        cmd += f" --generate-hashes --no-header -o {path}"
+        subprocess.run([sys.executable, *cmd.split(), *extra, *sys.argv[1:]], cwd=ROOT, check=True)
+        entries = re.split(r"^(?=[a-z0-9])", path.read_text(), flags=re.M)[1:]
+    return {re.match(r"[a-z0-9.-]+", entry)[0]: entry for entry in entries}
+
+
+def torch_cpu(torch: str) -> str:
+    """The entry that takes PyTorch's CPU build and nothing else, given torch's entry."""
+    version = re.match(r"torch==(\S+)", torch)[1]
+    if version not in TORCH_CPU:
+        sys.exit(f"scripts/lock.py: add the hashes of torch {version}'s CPU wheels to TORCH_CPU")
+    pin = f"torch=={version}+cpu ; sys_platform == 'linux'"
+    return " \\\n".join([pin, *(f"    --hash=sha256:{h}" for h in TORCH_CPU[version])]) + "\n"
+
+
+def write(name: str, purpose: str, entries) -> None:
+    entries = list(entries)
+    head = f"# {purpose}\n# Written by `make lock`; edit pyproject.toml instead.\n"
+    (OUT / name).write_text(head + "".join(entries))
+    print(f"requirements/{name}: {len(entries)} packages")
+
+
+def main() -> None:
+    dev, run = compile("--extra", "dev"), compile()
+    libs = {name for name in dev if CUDA_LIBS.match(name)}
+    cpu = torch_cpu(dev["torch"])
+    write("build.txt", "What builds and installs the rest.", (e for n, e in dev.items() if BUILD.match(n)))
+    write("cpu.txt", "What the experiment runs on.", (e for n, e in run.items() if n not in libs))
+    write("dev.txt", "cpu.txt, and what tests, lints, locks.", (e for n, e in dev.items() if n not in libs))
+    write("torch-cpu.txt", "PyTorch's CPU build for Linux, which the package index does not carry.", [cpu])
+    write("torch-cuda-libs.txt", "What the index's build of torch wants besides.", map(dev.get, sorted(libs)))
+
+
+if __name__ == "__main__":
+    main()

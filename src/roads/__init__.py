@@ -1,0 +1,1 @@
+"""Reproduction of "All Roads Lead to Likelihood": one module per stage of the experiment."""

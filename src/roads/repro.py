@@ -1,0 +1,161 @@
+"""`dvc repro TARGET...`, with stages that do not wait for each other run at the same time.
+
+DVC decides what is out of date and runs every stage (`dvc repro --single-item`); this only keeps N of those
+going, in the order of DVC's graph. A plain `dvc repro` does the same work, one stage at a time.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+TMP = Path(".dvc/tmp")
+SINGLE = "--single-item"
+running: dict[str, subprocess.Popen] = {}
+stopping = threading.Event()
+
+
+def alone() -> int:
+    """Wait for other runs in this checkout to end, and forget the files that a killed one had reserved."""
+    TMP.mkdir(exist_ok=True)
+    lock = os.open(TMP / "repro.lock", os.O_CREAT | os.O_RDWR)  # stages keep it too, should this be killed
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print("Another run is at work in this checkout; waiting for it to end.", file=sys.stderr, flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    reserved = TMP / "rwlock"  # names process ids; later ones, in a container say, may be the same
+    if reserved.exists() and (SINGLE in (text := reserved.read_text()) or not text.endswith("}")):
+        reserved.unlink()
+    return lock
+
+
+def out_of_date(targets: list[str]) -> dict[str, set[str]]:
+    """The stages that may have to run for the targets -> those among them that each one waits for."""
+    import networkx as nx
+    from dvc.repo import Repo
+
+    with Repo(_wait_for_lock=True) as repo:
+        roots = [stage for target in targets or [None] for stage in repo.stage.collect(target)]
+        stale = repo.status(targets=targets or None, with_deps=True)
+        needs = {s: nx.descendants(repo.index.graph, s) for s in repo.index.graph}
+        wanted = set(roots).union(*(needs[stage] for stage in roots))
+        todo = {s for s in wanted if any(n.addressing in stale for n in needs[s] | {s})}
+        return {s.addressing: {n.addressing for n in needs[s] & todo} for s in todo}
+
+
+def single_item(stage: str) -> int:
+    """`dvc repro --single-item STAGE`, with dvc.lock replaced as a whole.
+
+    DVC 3.67 writes dvc.lock in place, for tenths of a second: a kill -9 then would leave half of it.
+    """
+    from dvc.cli import main
+    from dvc.utils.serialize import _common
+
+    in_place = _common._dump_data
+
+    def as_a_whole(path, *args, **kwargs) -> None:
+        new = os.path.abspath(TMP / os.path.basename(path))
+        in_place(new, *args, **kwargs)
+        os.replace(new, path)
+
+    _common._dump_data = as_a_whole
+    return main(["--wait-for-lock", "repro", "--quiet", SINGLE, stage])
+
+
+def run(stage: str, piped: bool, lock: int) -> int:
+    """Run one stage and return its exit code; piped: print its lines with its name in front."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if piped else {}
+    env = os.environ | {"PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "10" if piped else "0.1"}
+    cmd = [sys.executable, "-m", "roads.repro", SINGLE, stage]
+    options = {"env": env, "text": True, "errors": "replace", "start_new_session": True, "pass_fds": [lock]}
+    if stopping.is_set():
+        return 130
+    running[stage] = process = subprocess.Popen(cmd, **options, **pipes)
+    for line in process.stdout or []:
+        if line.strip():
+            print(f"[{stage}] {line.rstrip()}", flush=True)
+    code = process.wait()
+    del running[stage]
+    return code
+
+
+def stop(signum: int, frame) -> None:
+    """End what runs: first as Ctrl-C does, then for good."""
+    stopping.set()
+    for sig in signal.SIGINT, signal.SIGKILL:
+        for process in list(running.values()):
+            with contextlib.suppress(OSError):  # it may just have ended
+                os.killpg(process.pid, sig)
+        end = time.monotonic() + 10
+        while running and time.monotonic() < end:
+            time.sleep(0.05)
+    print("Stopped. The same command goes on from here.", file=sys.stderr, flush=True)
+    os._exit(128 + signum)
+
+
+def bring_up_to_date(todo: dict[str, set[str]], jobs: int, lock: int) -> int:
+    order, ready, at_work, done, failed = TopologicalSorter(todo), [], {}, 0, []
+    order.prepare()
+    with ThreadPoolExecutor(jobs) as pool:
+        while order.is_active():
+            ready += sorted(order.get_ready())
+            while ready and len(at_work) < jobs and not failed:
+                stage = ready.pop(0)
+                print(f"start {stage}", flush=True)
+                at_work[pool.submit(run, stage, jobs > 1, lock)] = stage, time.monotonic()
+            if not at_work:
+                break
+            for future in wait(at_work, return_when=FIRST_COMPLETED).done:
+                stage, since = at_work.pop(future)
+                if future.result() == 0:
+                    order.done(stage)
+                    done += 1
+                    seconds = time.monotonic() - since
+                    print(f"done  {stage} ({seconds:.0f} s; {done} of {len(todo)})", flush=True)
+                else:
+                    failed.append(stage)
+                    print(f"FAILED {stage}; {len(at_work)} others still run", file=sys.stderr, flush=True)
+    if failed:
+        print("Failed:", *failed, file=sys.stderr)
+    return len(failed) > 0
+
+
+def main() -> int:
+    from dvc.exceptions import DvcException
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    jobs = 1 if shutil.which("nvidia-smi") else cores
+    parser = argparse.ArgumentParser(prog="python -m roads.repro", description=__doc__.splitlines()[0])
+    parser.add_argument("targets", nargs="*", help="what to bring up to date (default: all)")
+    parser.add_argument("--jobs", type=int, default=jobs, help="at once (default: cores; with a GPU, 1)")
+    parser.add_argument(SINGLE, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.single_item:
+        return single_item(args.single_item)
+
+    for sig in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+        signal.signal(sig, stop)
+    lock = alone()
+    try:
+        todo = out_of_date(args.targets)
+    except DvcException as error:
+        sys.exit(f"dvc: {error}")
+    if not todo:
+        print("Up to date:", *args.targets or ["every stage"])
+        return 0
+    print(f"{len(todo)} stages to bring up to date, {args.jobs} at once", flush=True)
+    return bring_up_to_date(todo, args.jobs, lock)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""What every stage does the same way: strict errors, atomic output, a record beside the result.
+
+A stage is a plain function from inputs to one output folder. `stage.run` gives it a temporary
+folder, writes `config.json` (exactly the parameters it used) and renames the folder into place
+only when everything is written, so a killed run never leaves half an output.
+"""
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Bad input: one line that names the file, line or key and what was expected. Exit code 2."""
+
+
+def write_json(path: Path, value) -> None:
+    """Write `value` as sorted, indented JSON; the same value gives the same bytes."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+@contextmanager
+def output(out: Path, config: dict, reads: list[Path] = ()) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `out` when the block ends without an error.
+
+    Args:
+        out: the stage's output folder; an older one is replaced.
+        config: the parameters the stage used, written as `config.json`.
+        reads: what it read, named in the one line printed at the end.
+    """
+    out = Path(out)
+    for path in reads:
+        if not Path(path).exists():
+            raise UserError(f"{path}: not found; `dvc repro` makes the inputs of a stage in order")
+    scratch = out.with_name(f".{out.name}.writing")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    start = time.perf_counter()
+    try:
+        yield scratch
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    write_json(scratch / "config.json", config)
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(scratch, out)
+    size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+    read = ", ".join(str(p) for p in reads) or "params.yaml"
+    print(f"{read} -> {out} ({size / 2**20:.1f} MiB) in {time.perf_counter() - start:.1f} s", flush=True)
+
+
+def main(command: Callable[[], None]) -> None:
+    """Run a stage's command line; a `UserError` or a full disk becomes one line and exit code 2."""
+    try:
+        command()
+    except UserError as error:
+        sys.exit(_fail(str(error)))
+    except OSError as error:
+        if error.errno not in (28, 122):  # ENOSPC, EDQUOT
+            raise
+        sys.exit(_fail(f"no space left for {error.filename or 'the output'}: free some disk and run the same command again"))
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
