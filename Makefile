@@ -1,0 +1,76 @@
+# `make fig11` on a bare machine with Python 3.11 or 3.12, git and make: sets up .venv, runs what is out of
+# date, writes reports/. DVC decides what is out of date; params.yaml and dvc.yaml are the experiment.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test fig3 fig7 fig11 figures status dag lint lock clean
+
+VENV := .venv
+PY := $(VENV)/bin/python
+FIND_PYTHON = for p in $(or $(PYTHON),python3 python3.11 python3.12); do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
+	2>/dev/null && echo $$p && break; done
+PIP := $(PY) -m pip --disable-pip-version-check install -qq --no-deps --require-hashes
+REPRO = $(PY) -m roads.repro $(if $(JOBS),--jobs $(JOBS))
+SCALE_NOW = $$(sed -n "s/^scale: *[\"']\{0,1\}\([A-Za-z0-9_-]*\).*/\1/p" params.yaml 2>/dev/null)
+SET_SCALE = $(if $(SCALE)$(DATA),$(PY) -m roads.config set $(if $(SCALE),--scale '$(SCALE)') $(if $(DATA),--data '$(DATA)'))
+
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PYTHONPATH := src
+export PYTHONHASHSEED := 0
+export MPLBACKEND := Agg
+export TOKENIZERS_PARALLELISM := false
+export DVC_NO_ANALYTICS := 1
+
+help:  ## this list
+	@echo "make TARGET [SCALE=name] [DATA=path] [JOBS=n] [PYTHON=python3.12]"
+	@echo "  SCALE and DATA are written to params.yaml first; without them its scale, '$(SCALE_NOW)', is used."
+	@echo "  JOBS stages run at the same time: one per core unless you say otherwise, one at all with a GPU."
+	@awk -F ':.*##' '/^[a-z0-9 ]+:.*##/ { printf "  %-18s %s\n", $$1, $$2 }' Makefile
+
+setup: $(VENV)/.installed  ## the environment in .venv, from requirements/dev.txt (every target does it first)
+	@[ -e .git ] || grep -qs no_scm .dvc/config.local || $(PY) -m dvc config --local core.no_scm true
+
+# torch: PyTorch's own CPU build (190 MB) where pip finds one: set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL to a place
+# that has it. Otherwise the package index's build; on Linux that is CUDA's (0.5 GB), and its libraries (GBs).
+$(VENV)/.installed: requirements/dev.txt
+	@python=$$($(FIND_PYTHON)); [ -n "$$python" ] || { \
+	  echo "error: no Python 3.11 or 3.12 with venv found; install one, or say make PYTHON=/path/to/python" >&2; exit 1; }; \
+	echo "Setting up $(VENV) with $$python: pinned packages, about a minute." && $$python -m venv --clear $(VENV)
+	@$(PIP) -r requirements/build.txt
+	@$(PIP) -r requirements/torch-cpu.txt 2>/dev/null || echo "pip finds no CPU build of torch: taking the package index's."
+	@$(PIP) --no-build-isolation -r requirements/dev.txt
+	@$(PY) -c 'import torch' 2>/dev/null || { echo "Adding torch's CUDA libraries."; $(PIP) -r requirements/torch-cuda-libs.txt; }
+	@$(PY) -c 'import torch' && touch $@
+
+test: setup  ## the test suite
+	$(PY) -m pytest -q
+
+fig3 fig7 fig11: setup  ## one figure, into reports/
+	@$(SET_SCALE)
+	@$(REPRO) $@@$(SCALE_NOW)
+
+figures: setup  ## all three figures
+	@$(SET_SCALE)
+	@$(REPRO) fig3@$(SCALE_NOW) fig7@$(SCALE_NOW) fig11@$(SCALE_NOW)
+
+status: setup  ## what is out of date
+	@$(PY) -m dvc status
+
+dag: setup  ## the graph of stages
+	@$(PY) -m dvc dag
+
+lint: setup  ## ruff
+	$(PY) -m ruff check src tests scripts
+
+lock: setup  ## requirements/*.txt anew from pyproject.toml; ARGS=--upgrade for newer versions
+	$(PY) scripts/lock.py $(ARGS)
+
+clean:  ## delete .venv (results stay; DVC keeps what it has made in .dvc/cache)
+	rm -rf $(VENV)
+
+# A virtual environment whose Python has gone is made anew.
+ifneq ($(wildcard $(VENV)/.installed),)
+ifneq ($(shell $(PY) -c 'print("ok")' 2>/dev/null),ok)
+$(shell rm -f $(VENV)/.installed)
+endif
+endif

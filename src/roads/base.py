@@ -1,0 +1,52 @@
+"""Stage base: pretrain the small base model on documents, the stand-in for a downloaded Pythia.
+
+    python -m roads.base DATA OUT --scale mini
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from roads import config, model, stage, train
+from roads.tldr import PAD
+
+
+def language_model_loss(policy, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted mean cross-entropy of tokens [B, L]; weights [B, L] >= 0, 0 at padding."""
+    length = int((tokens != PAD).sum(1).max())
+    tokens, weights = tokens[:, :length].long(), weights[:, 1:length]
+    logits = policy(tokens, use_cache=False).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    return (losses * weights).sum() / weights.sum()
+
+
+def base(data: Path, out: Path, cfg: config.Scale) -> None:
+    """Train a random model on base.npz; seed 0 always, as one base serves every seed of the study."""
+    torch.set_num_threads(cfg.threads)
+    used = config.used(cfg, "model", "base")
+    with stage.output(out, used, [data]) as folder:
+        rows = np.load(data / "base.npz")
+        tokens, weights = torch.from_numpy(rows["tokens"]), torch.from_numpy(rows["weights"])
+        vocab_size = stage.read_json(data / "metrics.json")["vocab_size"]
+        policy = model.new_policy(cfg.model, vocab_size, seed=0)
+        key = train.key_of(used, [data / "base.npz"], "base")
+        log = train.fit(policy, lambda i: (language_model_loss(policy, tokens[i], weights[i]), {}),
+                        len(tokens), cfg.base, seed=0, key=key, label="base")
+        policy.save_pretrained(folder)
+        stage.write_json(folder / "metrics.json", train.summary(log))
+    train.forget(key)
+
+
+def _command() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--scale", required=True)
+    args = parser.parse_args()
+    base(args.data, args.out, config.load_scale(args.scale))
+
+
+if __name__ == "__main__":
+    stage.main(_command)

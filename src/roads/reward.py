@@ -1,0 +1,59 @@
+"""Stage reward: the global reward model, a Bradley-Terry classifier of whole completions (Eq. 6).
+
+    python -m roads.reward PAIRS SFT OUT --scale mini --seed 0
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import logsigmoid
+
+from roads import config, model, stage, train
+
+
+def reward_loss(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) -> torch.Tensor:
+    """-log sigma(r(chosen) - r(rejected)) per pair [B] (Eq. 6)."""
+    return -logsigmoid(chosen_rewards - rejected_rewards)
+
+
+def reward(pairs: Path, sft: Path, out: Path, cfg: config.Scale, seed: int) -> None:
+    """Train a reward model from the SFT checkpoint on pairs.npz."""
+    torch.set_num_threads(cfg.threads)
+    used = config.used(cfg, "reward")
+    with stage.output(out, used, [pairs, sft]) as folder:
+        query, chosen, rejected = load_pairs(pairs)
+        rm = model.RewardModel.from_policy(sft, seed)
+
+        def loss(i):
+            chosen_rewards, rejected_rewards = rm(query[i].repeat(2, 1), torch.cat([chosen[i], rejected[i]])).chunk(2)
+            accuracy = (chosen_rewards > rejected_rewards).float().mean().item()
+            return reward_loss(chosen_rewards, rejected_rewards).mean(), {"accuracy": accuracy}
+
+        key = train.key_of(used, [pairs, sft], "reward", seed)
+        log = train.fit(rm, loss, len(query), cfg.reward, seed, key, label=f"reward s{seed}")
+        rm.save_pretrained(folder)
+        stage.write_json(folder / "metrics.json", train.summary(log))
+    train.forget(key)
+
+
+def load_pairs(pairs: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """query [N, Q], chosen [N, R] and rejected [N, R] of a folder of pairs."""
+    rows = np.load(pairs / "pairs.npz")
+    return tuple(torch.from_numpy(rows[name]) for name in ("query", "chosen", "rejected"))
+
+
+def _command() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pairs", type=Path)
+    parser.add_argument("sft", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--scale", required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    args = parser.parse_args()
+    reward(args.pairs, args.sft, args.out, config.load_scale(args.scale), args.seed)
+
+
+if __name__ == "__main__":
+    stage.main(_command)

@@ -1,0 +1,92 @@
+"""Stage sample: prompts -> completions, token ids kept.
+
+    python -m roads.sample POLICY DATA/preferences.npz OUT --scale mini --samples online --seed 0
+
+Writes completions.npz: query [N, Q] and completions [N, n, R], padded right; every completion ends in EOS.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from roads import config, model, stage
+from roads.tldr import EOS, PAD
+
+ROWS = 1600  # completions sampled at once
+
+
+@torch.inference_mode()
+def generate(policy, query: torch.Tensor, n: int, length: int, temperature: float, generator) -> torch.Tensor:
+    """n completions per query, [B, n, length] int32.
+
+    The prompt is run once and its cache serves its n completions. A completion without an EOS after
+    length - 1 tokens is closed with one: the reward model reads there, and DPO learns to stop.
+    """
+    query, _ = model.trim(query.long(), query)
+    real = query != PAD
+    cache = DynamicCache(config=policy.config)
+    positions = (real.long().cumsum(1) - 1).clamp(min=0)
+    hidden = policy.gpt_neox(query, attention_mask=real.long(), position_ids=positions, past_key_values=cache)
+    logits = policy.embed_out(hidden.last_hidden_state[:, -1]).repeat_interleave(n, 0)
+    cache.batch_repeat_interleave(n)
+    mask = real.long().repeat_interleave(n, 0)
+    position = real.sum(1).repeat_interleave(n, 0)[:, None]
+    tokens = torch.full((len(logits), length), PAD)
+    done = torch.zeros(len(logits), dtype=torch.bool)
+    for step in range(length):
+        logps = torch.log_softmax(logits.float() / temperature, dim=-1)
+        logps[:, PAD] = -torch.inf
+        # Gumbel-max draws from softmax(logits / T) without a division by a small sum at low T.
+        noise = torch.empty_like(logps).exponential_(generator=generator).log()
+        token = (logps - noise).argmax(1) if step < length - 1 else torch.full_like(done, EOS, dtype=torch.long)
+        tokens[:, step] = torch.where(done, PAD, token)
+        done |= token == EOS
+        if done.all():
+            break
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        hidden = policy.gpt_neox(token[:, None], attention_mask=mask, position_ids=position + step,
+                                 past_key_values=cache)
+        logits = policy.embed_out(hidden.last_hidden_state[:, -1])
+    return tokens.view(len(query), n, length).int()
+
+
+def sample(policy: Path, prompts: Path, out: Path, cfg: config.Scale, samples: str, seed: int) -> None:
+    """Sample every prompt of a split with the settings `samples.<name>` of params.yaml."""
+    torch.set_num_threads(cfg.threads)
+    settings = getattr(cfg.samples, samples)
+    used = {"samples": {samples: settings.model_dump()}}
+    with stage.output(out, used, [policy, prompts]) as folder:
+        rows = np.load(prompts)
+        query, length = torch.from_numpy(rows["query"]), rows["response"].shape[1]
+        net = model.load_policy(policy).eval()
+        chunks = torch.arange(len(query)).split(max(1, ROWS // settings.n))
+        completions = []
+        for number, i in enumerate(tqdm(chunks, desc=f"sample s{seed}", unit="batch")):
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+            completions.append(generate(net, query[i], settings.n, length, settings.temperature, generator))
+        completions = torch.cat(completions).numpy()
+        np.savez(folder / "completions.npz", query=rows["query"], completions=completions)
+        lengths = (completions != PAD).sum(2)
+        stage.write_json(folder / "metrics.json", {
+            "prompts": len(query), "n": settings.n, "mean_tokens": float(lengths.mean()),
+            "closed_by_force": float((lengths == length).mean())})
+
+
+def _command() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("policy", type=Path)
+    parser.add_argument("prompts", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--scale", required=True)
+    parser.add_argument("--samples", required=True, choices=list(config.Samples.model_fields))
+    parser.add_argument("--seed", type=int, required=True)
+    a = parser.parse_args()
+    sample(a.policy, a.prompts, a.out, config.load_scale(a.scale), a.samples, a.seed)
+
+
+if __name__ == "__main__":
+    stage.main(_command)

@@ -1,0 +1,51 @@
+"""Stage sft: one epoch of maximum likelihood on reference summaries.
+
+    python -m roads.sft DATA BASE OUT --scale mini
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from roads import config, model, stage, train
+from roads.tldr import PAD
+
+
+def sft_loss(logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood per response token; logps [B] sums over responses of lengths [B]."""
+    return -logps.sum() / lengths.sum()
+
+
+def sft(data: Path, base: Path, out: Path, cfg: config.Scale) -> None:
+    """Fine-tune the base on sft.npz; a single SFT seed, as in the paper."""
+    torch.set_num_threads(cfg.threads)
+    used = config.used(cfg, "sft")
+    with stage.output(out, used, [data, base]) as folder:
+        rows = np.load(data / "sft.npz")
+        query, response = torch.from_numpy(rows["query"]), torch.from_numpy(rows["response"])
+        policy = model.load_policy(base)
+
+        def loss(i):
+            return sft_loss(model.response_logps(policy, query[i], response[i]), (response[i] != PAD).sum(1)), {}
+
+        key = train.key_of(used, [data / "sft.npz", base], "sft")
+        log = train.fit(policy, loss, len(query), cfg.sft, seed=0, key=key, label="sft")
+        policy.save_pretrained(folder)
+        stage.write_json(folder / "metrics.json", train.summary(log))
+    train.forget(key)
+
+
+def _command() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("base", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--scale", required=True)
+    args = parser.parse_args()
+    sft(args.data, args.base, args.out, config.load_scale(args.scale))
+
+
+if __name__ == "__main__":
+    stage.main(_command)
