@@ -6,6 +6,7 @@
 
 VENV := .venv
 PY := $(VENV)/bin/python
+OUTER_PATH := $(PATH)
 FIND_PYTHON = for p in $(or $(PYTHON),python3 python3.11 python3.12); do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
 	2>/dev/null && echo $$p && break; done
@@ -33,13 +34,13 @@ setup: $(VENV)/.installed  ## the environment in .venv, from requirements/dev.tx
 # torch: PyTorch's own CPU build (190 MB) where pip finds one: set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL to a place
 # that has it. Otherwise the package index's build; on Linux that is CUDA's (0.5 GB), and its libraries (GBs).
 $(VENV)/.installed: requirements/dev.txt
-	@python=$$($(FIND_PYTHON)); [ -n "$$python" ] || { \
+	@PATH='$(OUTER_PATH)'; python=$$($(FIND_PYTHON)); [ -n "$$python" ] || { \
 	  echo "error: no Python 3.11 or 3.12 with venv found; install one, or say make PYTHON=/path/to/python" >&2; exit 1; }; \
 	echo "Setting up $(VENV) with $$python: pinned packages, about a minute." && $$python -m venv --clear $(VENV)
 	@$(PIP) -r requirements/build.txt
 	@$(PIP) -r requirements/torch-cpu.txt 2>/dev/null || echo "pip finds no CPU build of torch: taking the package index's."
 	@$(PIP) --no-build-isolation -r requirements/dev.txt
-	@$(PY) -c 'import torch' 2>/dev/null || { echo "Adding torch's CUDA libraries."; $(PIP) -r requirements/torch-cuda-libs.txt; }
+	@$(PY) -c 'import torch' 2>/dev/null || { echo "Adding the libraries that it wants (GBs)."; $(PIP) -r requirements/torch-cuda-libs.txt; }
 	@$(PY) -c 'import torch' && touch $@
 
 test: setup  ## the test suite
@@ -56,8 +57,8 @@ figures: setup  ## all three figures
 status: setup  ## what is out of date
 	@$(PY) -m dvc status
 
-dag: setup  ## the graph of stages
-	@$(PY) -m dvc dag
+dag: setup  ## the graph of stages, as Mermaid text
+	@$(PY) -m dvc dag --mermaid
 
 lint: setup  ## ruff
 	$(PY) -m ruff check src tests scripts

@@ -37,6 +37,9 @@ def from_world(cfg: config.Scale) -> tuple[object, dict[str, dict[str, np.ndarra
         # winrate don't: SFT alone must not already solve the task.
         response = world.summaries(query, rng, follow_salience=split in ("preferences", "valid"))
         splits[split] = {"query": query, "response": response}
+    # One more column than a summary needs: when to stop is the policy's to learn.
+    for split in SPLITS:
+        splits[split]["response"] = np.pad(splits[split]["response"], ((0, 0), (0, 1)), constant_values=tldr.PAD)
     base = splits["base"]
     karma = world.karma(world.quality(base["query"], base["response"]), rng)[:, None]
     tokens = np.hstack([base["query"], base["response"], karma])

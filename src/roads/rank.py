@@ -1,0 +1,118 @@
+"""Stage rank: completions -> chosen / rejected pairs.
+
+    python -m roads.rank COMPLETIONS OUT --scale mini --by world                  # simulated annotators, 2 samples
+    python -m roads.rank COMPLETIONS OUT --scale mini --by rouge --data DATA --split preferences
+    python -m roads.rank COMPLETIONS OUT --scale mini --by reward --model RM      # online DPO
+
+Writes pairs.npz: query [N, Q], chosen [N, R], rejected [N, R]. A prompt whose completions all tie is dropped.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from roads import config, stage
+
+
+def best_and_worst(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Indices of the best and the worst of scores [N, n], and which rows tell them apart; ties go to the first."""
+    best, worst = scores.argmax(1), scores.argmin(1)
+    return best, worst, scores.max(1) > scores.min(1)
+
+
+def annotate(quality: np.ndarray, tau: float, rng: np.random.Generator) -> np.ndarray:
+    """Scores [N, 2], 1 for the winner, of noisy Bradley-Terry labels on gold quality [N, 2] (Eq. 4)."""
+    p_first = 1 / (1 + np.exp(-(quality[:, 0] - quality[:, 1]) / tau))
+    first = rng.random(len(quality)) < p_first
+    return np.stack([first, ~first], axis=1).astype(float)
+
+
+def world_scores(query: np.ndarray, completions: np.ndarray, cfg: config.World) -> np.ndarray:
+    from roads.world import World
+
+    world = World(cfg)
+    quality = np.stack([world.quality(query, completions[:, i]) for i in range(completions.shape[1])], axis=1)
+    scores = annotate(quality, cfg.tau, np.random.default_rng([cfg.seed, 20, len(query)]))
+    same = (completions[:, 0] == completions[:, 1]).all(1)
+    scores[same] = 0.0  # nothing to compare
+    return scores
+
+
+def rouge_scores(completions: np.ndarray, references: np.ndarray, tokenizer) -> np.ndarray:
+    """ROUGE-L F1 [N, n] of completions [N, n, R] against references [N, R]."""
+    from roads.rouge import rouge_l
+
+    targets = tokenizer.decode_batch(references.tolist(), skip_special_tokens=True)
+    rows = zip(targets, completions, strict=True)
+    return np.stack([rouge_l(target, tokenizer.decode_batch(row.tolist(), skip_special_tokens=True))[:, 2]
+                     for target, row in tqdm(rows, total=len(targets), desc="rouge", unit="prompt")])
+
+
+def reward_scores(query: np.ndarray, completions: np.ndarray, path: Path, batch_size: int = 1024) -> np.ndarray:
+    """Rewards [N, n]; equal completions of a prompt are scored once."""
+    import torch
+
+    from roads.model import RewardModel
+
+    rm = RewardModel.load(path).eval()
+    n_prompts, n, width = completions.shape
+    prompt = np.repeat(np.arange(n_prompts), n)
+    keyed = np.column_stack([prompt, completions.reshape(-1, width)])
+    distinct, inverse = np.unique(keyed, axis=0, return_inverse=True)
+    rewards = []
+    with torch.inference_mode():
+        for start in tqdm(range(0, len(distinct), batch_size), desc="rewards", unit="batch"):
+            part = distinct[start : start + batch_size]
+            rewards.append(rm(torch.from_numpy(query[part[:, 0]]), torch.from_numpy(part[:, 1:])).numpy())
+    return np.concatenate(rewards)[inverse.ravel()].reshape(n_prompts, n)
+
+
+def rank(completions: Path, out: Path, cfg: config.Scale, by: str, data: Path | None = None,
+         split: str = "preferences", model: Path | None = None) -> None:
+    """Score the completions and write the best and the worst of each prompt as a pair."""
+    used = config.used(cfg, "world") if by == "world" else {}
+    reads = [completions, *(path for path in (data, model) if path)]
+    with stage.output(out, {"by": by, **used}, reads) as folder:
+        rows = np.load(completions / "completions.npz")
+        query, sampled = rows["query"], rows["completions"]
+        if by == "world":
+            scores = world_scores(query, sampled, cfg.world)
+        elif by == "rouge":
+            from roads.tldr import load_tokenizer
+
+            references = np.load(data / f"{split}.npz")["response"]
+            scores = rouge_scores(sampled, references, load_tokenizer(data / "tokenizer.json"))
+        else:
+            import torch
+
+            torch.set_num_threads(cfg.threads)
+            scores = reward_scores(query, sampled, model)
+        best, worst, told = best_and_worst(scores)
+        if not told.any():
+            raise stage.UserError(f"{completions}: all completions of every prompt tie; raise the temperature")
+        every = np.arange(len(query))
+        np.savez(folder / "pairs.npz", query=query[told], chosen=sampled[every, best][told],
+                 rejected=sampled[every, worst][told])
+        stage.write_json(folder / "metrics.json", {
+            "pairs": int(told.sum()), "dropped_ties": int((~told).sum()),
+            "mean_score": {"all": float(scores.mean()), "chosen": float(scores.max(1)[told].mean()),
+                           "rejected": float(scores.min(1)[told].mean())}})
+
+
+def _command() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("completions", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--scale", required=True)
+    parser.add_argument("--by", required=True, choices=["world", "rouge", "reward"])
+    parser.add_argument("--data", type=Path, help="the data folder, with the references (rouge)")
+    parser.add_argument("--split", default="preferences", help="the split the completions are of (rouge)")
+    parser.add_argument("--model", type=Path, help="the reward model (reward)")
+    a = parser.parse_args()
+    rank(a.completions, a.out, config.load_scale(a.scale), a.by, a.data, a.split, a.model)
+
+
+if __name__ == "__main__":
+    stage.main(_command)
