@@ -217,7 +217,7 @@ def load_scale(name: str) -> Scale:
 
 
 def used(scale: Scale, *blocks: str) -> dict:
-    """The named blocks as plain values: what a stage writes to its config.json, and what DVC tracks for it."""
+    """The named blocks as plain values: what a stage writes to its params.json, and what DVC tracks for it."""
     return {block: scale.model_dump()[block] for block in blocks}
 
 

@@ -1,7 +1,7 @@
 """What every stage does the same way: strict errors, atomic output, a record beside the result.
 
 A stage is a plain function from inputs to one output folder. `stage.run` gives it a temporary
-folder, writes `config.json` (exactly the parameters it used) and renames the folder into place
+folder, writes `params.json` (exactly the parameters it used) and renames the folder into place
 only when everything is written, so a killed run never leaves half an output.
 """
 
@@ -34,7 +34,7 @@ def output(out: Path, config: dict, reads: list[Path] = ()) -> Iterator[Path]:
 
     Args:
         out: the stage's output folder; an older one is replaced.
-        config: the parameters the stage used, written as `config.json`.
+        config: the parameters the stage used, written as `params.json`.
         reads: what it read, named in the one line printed at the end.
     """
     out = Path(out)
@@ -50,7 +50,7 @@ def output(out: Path, config: dict, reads: list[Path] = ()) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    write_json(scratch / "config.json", config)
+    write_json(scratch / "params.json", config)
     shutil.rmtree(out, ignore_errors=True)
     os.replace(scratch, out)
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
