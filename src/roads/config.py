@@ -26,9 +26,14 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+WORLD_FILE = "src/roads/world.py"  # what the data of a synthetic scale are made from
+SAMPLE = "data/tldr_sample"  # the posts in this repository
+
+
 class World(Strict):
     """The synthetic slot world (world.py)."""
 
+    kind: Literal["world"]
     seed: Seed
     subreddits: Count
     slots: Count  # K; the horizon is K + 1 tokens, EOS included
@@ -49,9 +54,9 @@ class World(Strict):
 
 
 class Text(Strict):
-    """Rows of real text: `path` holds train.jsonl, valid.jsonl and test.jsonl (tldr.py)."""
+    """Rows of real text, from a folder with train.jsonl, valid.jsonl and test.jsonl (tldr.py)."""
 
-    path: str
+    kind: Literal["text"]
     vocab_size: Annotated[int, Field(ge=258)]
     max_query_tokens: Annotated[int, Field(ge=16)]
     max_response_tokens: Annotated[int, Field(ge=2)]  # EOS included
@@ -103,7 +108,7 @@ class RankedSampling(Sampling):
 
 
 class Samples(Strict):
-    human: RankedSampling  # what the (simulated) annotator compares
+    human: RankedSampling | None = None  # what the simulated annotators compare, where there are any
     rouge: RankedSampling  # what ROUGE-L ranks, Fig 11
     online: RankedSampling  # what the global RM ranks
     evaluate: Sampling
@@ -113,8 +118,7 @@ class Scale(Strict):
     """One block of params.yaml. Scales differ by numbers, never by code."""
 
     threads: Count
-    world: World | None = None
-    text: Text | None = None
+    source: World | Text = Field(discriminator="kind")
     data: Data
     model: Model
     base: Train
@@ -124,29 +128,52 @@ class Scale(Strict):
     dpo: Preference
     samples: Samples
 
+    @property
+    def synthetic(self) -> bool:
+        return isinstance(self.source, World)
+
     @model_validator(mode="after")
-    def _source(self):
-        if (self.world is None) == (self.text is None):
-            raise ValueError("world: expected exactly one of the blocks `world` and `text`")
+    def _annotators(self):
+        if self.synthetic and self.samples.human is None:
+            raise ValueError("samples.human: missing; the world's annotators need it")
         return self
 
 
+TASK_OF = {"fig3": "human", "fig7": "human", "fig11": "rouge"}
+
+
 class Params(Strict):
+    """params.yaml. `data_from`, `tasks` and `figures` follow from the scale: `switch` sets all of them."""
+
     scale: str
-    tasks: Annotated[list[Literal["human", "rouge"]], Field(min_length=1)]
+    data_from: str
+    tasks: list[Literal["human", "rouge"]]
+    figures: dict[Literal["fig3", "fig7", "fig11"], list[str]]
     seeds: Annotated[list[Seed], Field(min_length=1)]
     scales: dict[str, Scale]
 
     @model_validator(mode="after")
     def _consistent(self):
-        for name, values in (("seeds", self.seeds), ("tasks", self.tasks)):
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name}: expected distinct values, got {values}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: expected distinct values, got {self.seeds}")
         if self.scale not in self.scales:
             raise ValueError(f"scale: no block named {self.scale!r}{_nearest(self.scale, self.scales)}")
-        if "human" in self.tasks and self.scales[self.scale].world is None:
-            raise ValueError(f"tasks: scale {self.scale} has no preference labels for task human; use [rouge]")
+        synthetic = self.scales[self.scale].synthetic
+        expected = _active(self.scale, synthetic)
+        for key, value in expected.items():
+            if getattr(self, key) != value:
+                raise ValueError(f"{key}: expected {value} for scale {self.scale}, got {getattr(self, key)};"
+                                 f" `make fig11 SCALE={self.scale}` sets it")
+        if synthetic != (self.data_from == WORLD_FILE):
+            wanted = WORLD_FILE if synthetic else "a folder of posts"
+            raise ValueError(f"data_from: expected {wanted} for scale {self.scale}, got {self.data_from!r}")
         return self
+
+
+def _active(scale: str, synthetic: bool) -> dict:
+    """The tasks and figures that a scale's data allow: real posts come without preference labels."""
+    tasks = ["human", "rouge"] if synthetic else ["rouge"]
+    return {"tasks": tasks, "figures": {name: [scale] * (task in tasks) for name, task in TASK_OF.items()}}
 
 
 def _nearest(key: str, known) -> str:
@@ -156,16 +183,19 @@ def _nearest(key: str, known) -> str:
 
 def _explain(error: dict) -> str:
     """One pydantic error as 'key: what was expected'."""
+    # pydantic's path has two steps that the file has not: `scales`, and the kind of a source.
     location = [str(part) for part in error["loc"]]
-    key = ".".join(location[1:] if location[:1] == ["scales"] else location)
+    location = location[1:] if location[:1] == ["scales"] else location
+    path = [part for before, part in zip(["", *location], location) if before != "source" or part not in ("world", "text")]
+    key = ".".join(path)
     if error["type"] == "extra_forbidden":
-        model = Params
-        for part in location[:-1]:
-            if model is Params and part == "scales":
-                continue
-            field = model.model_fields.get(part) if model is not Params or part in Params.model_fields else None
-            model = Scale if field is None else _model_of(field.annotation)
-        known = [k for k in model.model_fields if k != "scales"]
+        model = Params if len(location) == 1 else Scale
+        for before, part in zip(location, location[1:-1]):
+            if before == "source":
+                model = {"world": World, "text": Text}[part]
+            elif part != "source":
+                model = _model_of(model.model_fields[part].annotation)
+        known = [name for name in model.model_fields if name != "scales"]
         return f"{key}: unknown key{_nearest(location[-1], known)}"
     if error["type"] == "missing":
         return f"{key}: missing"
@@ -195,7 +225,7 @@ def load(path: Path = PARAMS) -> Params:
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(f"{where}: not YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a mapping with the keys scale, tasks, seeds and one block per scale")
+        raise UserError(f"{path}: expected a mapping with the keys scale, seeds and one block per scale")
     # A mapping that is no top-level key is the block of a scale; anything else unknown is a mistake.
     scales = {key: raw[key] for key in raw if key not in Params.model_fields and isinstance(raw[key], dict)}
     flat = {key: value for key, value in raw.items() if key not in scales}
@@ -222,28 +252,45 @@ def used(scale: Scale, *blocks: str) -> dict:
 
 
 def switch(scale: str, data: str | None = None, path: Path = PARAMS) -> None:
-    """Set `scale`, the tasks that its data allow, and its data folder in params.yaml; comments stay."""
-    known = load(path).scales
-    if scale not in known:
-        raise UserError(f"{path}: no block named {scale!r}{_nearest(scale, known)}")
-    if data is not None and known[scale].text is None:
-        raise UserError(f"DATA={data}: scale {scale} makes its own data; use a scale with a `text` block")
-    if data is not None and not Path(data).is_dir():
-        raise UserError(f"DATA={data}: no such folder; expected one with train.jsonl, valid.jsonl and test.jsonl")
+    """Set the active scale and all that follows from it in params.yaml; comments stay.
+
+    Raises:
+        UserError: no such scale, a folder of posts for a scale that makes its own data, or no such folder.
+    """
     yaml = YAML()
     yaml.preserve_quotes, yaml.width = True, 200
-    document = yaml.load(path.read_text(encoding="utf-8"))
-    document["scale"] = scale
-    tasks = ["human", "rouge"] if known[scale].world else ["rouge"]
-    document["tasks"].clear()
-    document["tasks"].extend(tasks)
-    if data is not None:
-        document[scale]["text"]["path"] = data
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    document = yaml.load(before) or {}
+    block = document.get(scale)
+    if not isinstance(block, dict) or scale in Params.model_fields:
+        known = [key for key in document if isinstance(document[key], dict) and key not in Params.model_fields]
+        raise UserError(f"{path}: no block named {scale!r}{_nearest(scale, known)}")
+    synthetic = block.get("source", {}).get("kind") == "world"
+    if data is not None and synthetic:
+        raise UserError(f"DATA={data}: scale {scale} makes its own data; use a scale of real posts")
+    if data is not None and not Path(data).is_dir():
+        raise UserError(f"DATA={data}: no such folder; expected one with train.jsonl, valid.jsonl and test.jsonl")
+    if synthetic:
+        data = WORLD_FILE
+    elif data is None:
+        data = document["data_from"] if document.get("scale") == scale else SAMPLE
+    active = _active(scale, synthetic)
+    document["scale"], document["data_from"] = scale, data
+    document["tasks"][:] = active["tasks"]
+    for name, scales in active["figures"].items():
+        document["figures"][name][:] = scales
     scratch = path.with_suffix(".writing")
     with scratch.open("w", encoding="utf-8") as file:
         yaml.dump(document, file)
-    load(scratch)
-    scratch.replace(path)
+    try:
+        load(scratch)
+    except UserError as error:
+        scratch.unlink()
+        raise UserError(str(error).replace(str(scratch), str(path))) from None
+    if scratch.read_text(encoding="utf-8") == before:
+        scratch.unlink()
+    else:
+        scratch.replace(path)
 
 
 def _command() -> None:
@@ -254,9 +301,10 @@ def _command() -> None:
     setter.add_argument("--scale", help="a block of params.yaml (default: the active one)")
     setter.add_argument("--data", help="folder with train.jsonl, valid.jsonl, test.jsonl")
     args = parser.parse_args()
-    params = load()
     if args.command == "set":
-        switch(args.scale or params.scale, args.data)
+        switch(args.scale or load().scale, args.data)
+    else:
+        load()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Stage dpo: direct preference optimisation; offline, online and local RM differ only in what they read.
 
     python -m roads.dpo PAIRS REFERENCE OUT --scale mini --seed 0             # offline DPO
-    python -m roads.dpo PAIRS REFERENCE OUT --scale mini --seed 0 --epochs 2  # DPO 2x
+    python -m roads.dpo PAIRS REFERENCE OUT --scale mini --seed 0 --times 2   # DPO 2x
     python -m roads.dpo PAIRS REFERENCE OUT --scale mini --seed 0 --online    # logits / sampling temperature
     python -m roads.dpo PAIRS REFERENCE OUT --scale mini --seed 0 --local     # local RM: no reference
 """
@@ -11,10 +11,8 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import logsigmoid
-from tqdm import tqdm
 
 from roads import config, model, stage, train
-from roads.reward import load_pairs
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta: float):
@@ -28,14 +26,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
     return -logsigmoid(beta * (chosen - rejected))
 
 
-@torch.no_grad()
-def all_logps(policy, query, response, temperature: float = 1.0, batch_size: int = 256, label: str = "reference"):
-    """Log-probs [N] of every response, computed once, without gradients."""
-    parts = tqdm(torch.arange(len(query)).split(batch_size), desc=label, unit="batch")
-    return torch.cat([model.response_logps(policy, query[i], response[i], temperature) for i in parts])
-
-
-def dpo(pairs: Path, reference: Path, out: Path, cfg: config.Scale, seed: int, epochs: int | None = None,
+def dpo(pairs: Path, reference: Path, out: Path, cfg: config.Scale, seed: int, times: int = 1,
         online: bool = False, local: bool = False) -> None:
     """Train from `reference` on pairs.npz.
 
@@ -44,26 +35,24 @@ def dpo(pairs: Path, reference: Path, out: Path, cfg: config.Scale, seed: int, e
     """
     torch.set_num_threads(cfg.threads)
     recipe = cfg.local if local else cfg.dpo
-    recipe = recipe.model_copy(update={"epochs": epochs * recipe.epochs}) if epochs else recipe
+    recipe = recipe.model_copy(update={"epochs": times * recipe.epochs})
     temperature = cfg.samples.online.temperature if online else 1.0
-    used = config.used(cfg, "local" if local else "dpo")
-    if online:
-        used["samples"] = {"online": cfg.samples.online.model_dump()}
+    used = {"local" if local else "dpo": recipe.model_dump(), "temperature": temperature, "seed": seed}
     with stage.output(out, used, [pairs, reference]) as folder:
-        query, chosen, rejected = load_pairs(pairs)
+        query, chosen, rejected = train.load_pairs(pairs)
         policy = model.load_policy(reference)
         name = "local" if local else "online" if online else "dpo"
         if local:
             reference_logps = torch.zeros(2, len(query))
         else:
-            reference_logps = torch.stack([all_logps(policy, query, side, temperature) for side in (chosen, rejected)])
+            reference_logps = torch.stack([model.all_logps(policy, query, side, temperature) for side in (chosen, rejected)])
 
         def loss(i):
             logps = model.response_logps(policy, query[i].repeat(2, 1), torch.cat([chosen[i], rejected[i]]), temperature)
             losses = dpo_loss(*logps.chunk(2), *reference_logps[:, i], recipe.beta)
             return losses.mean(), {"accuracy": (losses < losses.new_tensor(2.0).log()).float().mean().item()}
 
-        key = train.key_of(used, [pairs, reference], name, recipe.epochs, seed)
+        key = train.key_of(used, [pairs, reference], name)
         log = train.fit(policy, loss, len(query), recipe, seed, key, label=f"{name} s{seed}")
         policy.save_pretrained(folder)
         stage.write_json(folder / "metrics.json", train.summary(log))
@@ -77,12 +66,12 @@ def _command() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--scale", required=True)
     parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--epochs", type=int, help="times the epochs of params.yaml")
+    parser.add_argument("--times", type=int, default=1, help="this many times the epochs of params.yaml")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--online", action="store_true", help="divide logits by the online sampling temperature")
     kind.add_argument("--local", action="store_true", help="train the local RM: no reference (Eq. 9)")
     a = parser.parse_args()
-    dpo(a.pairs, a.reference, a.out, config.load_scale(a.scale), a.seed, a.epochs, a.online, a.local)
+    dpo(a.pairs, a.reference, a.out, config.load_scale(a.scale), a.seed, a.times, a.online, a.local)
 
 
 if __name__ == "__main__":

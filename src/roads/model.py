@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel
 
 from roads import config
@@ -40,7 +41,7 @@ class RewardModel(nn.Module):
     def from_policy(cls, path: Path, seed: int) -> "RewardModel":
         policy = load_policy(path)
         torch.manual_seed(seed)
-        return cls(policy.gpt_neox)
+        return cls(policy.base_model)
 
     @classmethod
     def load(cls, path: Path) -> "RewardModel":
@@ -88,7 +89,14 @@ def response_logps(policy, query: Tensor, response: Tensor, temperature: float =
         Log-probabilities [B] in nats, fp32. Logits are computed at response positions only.
     """
     query, response = trim(query, response)
-    hidden = policy.gpt_neox(**_inputs(query, response)).last_hidden_state
-    logits = policy.embed_out(hidden[:, query.shape[1] - 1 : -1]).float() / temperature
+    hidden = policy.base_model(**_inputs(query, response)).last_hidden_state
+    logits = policy.get_output_embeddings()(hidden[:, query.shape[1] - 1 : -1]).float() / temperature
     token_logps = torch.log_softmax(logits, dim=-1).gather(2, response.long().unsqueeze(2)).squeeze(2)
     return (token_logps * (response != PAD)).sum(1)
+
+
+@torch.no_grad()
+def all_logps(policy, query, response, temperature: float = 1.0, batch_size: int = 256, label: str = "logps"):
+    """Log-probs [N] of every response, computed once, without gradients."""
+    parts = tqdm(torch.arange(len(query)).split(batch_size), desc=label, unit="batch")
+    return torch.cat([response_logps(policy, query[i], response[i], temperature) for i in parts])

@@ -1,6 +1,6 @@
 """Stage rank: completions -> chosen / rejected pairs.
 
-    python -m roads.rank COMPLETIONS OUT --scale mini --by world                  # simulated annotators, 2 samples
+    python -m roads.rank COMPLETIONS OUT --scale mini --by human                  # simulated annotators, 2 samples
     python -m roads.rank COMPLETIONS OUT --scale mini --by rouge --data DATA --split preferences
     python -m roads.rank COMPLETIONS OUT --scale mini --by reward --model RM      # online DPO
 
@@ -40,16 +40,6 @@ def world_scores(query: np.ndarray, completions: np.ndarray, cfg: config.World) 
     return scores
 
 
-def rouge_scores(completions: np.ndarray, references: np.ndarray, tokenizer) -> np.ndarray:
-    """ROUGE-L F1 [N, n] of completions [N, n, R] against references [N, R]."""
-    from roads.rouge import rouge_l
-
-    targets = tokenizer.decode_batch(references.tolist(), skip_special_tokens=True)
-    rows = zip(targets, completions, strict=True)
-    return np.stack([rouge_l(target, tokenizer.decode_batch(row.tolist(), skip_special_tokens=True))[:, 2]
-                     for target, row in tqdm(rows, total=len(targets), desc="rouge", unit="prompt")])
-
-
 def reward_scores(query: np.ndarray, completions: np.ndarray, path: Path, batch_size: int = 1024) -> np.ndarray:
     """Rewards [N, n]; equal completions of a prompt are scored once."""
     import torch
@@ -72,14 +62,15 @@ def reward_scores(query: np.ndarray, completions: np.ndarray, path: Path, batch_
 def rank(completions: Path, out: Path, cfg: config.Scale, by: str, data: Path | None = None,
          split: str = "preferences", model: Path | None = None) -> None:
     """Score the completions and write the best and the worst of each prompt as a pair."""
-    used = config.used(cfg, "world") if by == "world" else {}
+    used = config.used(cfg, "source") if by == "human" else {}
     reads = [completions, *(path for path in (data, model) if path)]
     with stage.output(out, {"by": by, **used}, reads) as folder:
         rows = np.load(completions / "completions.npz")
         query, sampled = rows["query"], rows["completions"]
-        if by == "world":
-            scores = world_scores(query, sampled, cfg.world)
+        if by == "human":
+            scores = world_scores(query, sampled, cfg.source)
         elif by == "rouge":
+            from roads.rouge import rouge_scores
             from roads.tldr import load_tokenizer
 
             references = np.load(data / f"{split}.npz")["response"]
@@ -106,7 +97,7 @@ def _command() -> None:
     parser.add_argument("completions", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--scale", required=True)
-    parser.add_argument("--by", required=True, choices=["world", "rouge", "reward"])
+    parser.add_argument("--by", required=True, choices=["human", "rouge", "reward"])
     parser.add_argument("--data", type=Path, help="the data folder, with the references (rouge)")
     parser.add_argument("--split", default="preferences", help="the split the completions are of (rouge)")
     parser.add_argument("--model", type=Path, help="the reward model (reward)")

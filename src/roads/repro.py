@@ -18,6 +18,9 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+from roads import config
+from roads.stage import main
+
 TMP = Path(".dvc/tmp")
 SINGLE = "--single-item"
 running: dict[str, subprocess.Popen] = {}
@@ -92,6 +95,7 @@ def run(stage: str, piped: bool, lock: int) -> int:
 def stop(signum: int, frame) -> None:
     """End what runs: first as Ctrl-C does, then for good."""
     stopping.set()
+    config.load()  # a bad params.yaml stops everything before anything runs
     for sig in signal.SIGINT, signal.SIGKILL:
         for process in list(running.values()):
             with contextlib.suppress(OSError):  # it may just have ended
@@ -130,7 +134,7 @@ def bring_up_to_date(todo: dict[str, set[str]], jobs: int, lock: int) -> int:
     return len(failed) > 0
 
 
-def main() -> int:
+def command() -> int:
     from dvc.exceptions import DvcException
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -143,6 +147,7 @@ def main() -> int:
     if args.single_item:
         return single_item(args.single_item)
 
+    config.load()  # a bad params.yaml stops everything before anything runs
     for sig in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
         signal.signal(sig, stop)
     lock = alone()
@@ -158,4 +163,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(command)

@@ -6,7 +6,6 @@
 import argparse
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
@@ -21,9 +20,9 @@ def reward_loss(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) ->
 def reward(pairs: Path, sft: Path, out: Path, cfg: config.Scale, seed: int) -> None:
     """Train a reward model from the SFT checkpoint on pairs.npz."""
     torch.set_num_threads(cfg.threads)
-    used = config.used(cfg, "reward")
+    used = config.used(cfg, "reward") | {"seed": seed}
     with stage.output(out, used, [pairs, sft]) as folder:
-        query, chosen, rejected = load_pairs(pairs)
+        query, chosen, rejected = train.load_pairs(pairs)
         rm = model.RewardModel.from_policy(sft, seed)
 
         def loss(i):
@@ -31,17 +30,11 @@ def reward(pairs: Path, sft: Path, out: Path, cfg: config.Scale, seed: int) -> N
             accuracy = (chosen_rewards > rejected_rewards).float().mean().item()
             return reward_loss(chosen_rewards, rejected_rewards).mean(), {"accuracy": accuracy}
 
-        key = train.key_of(used, [pairs, sft], "reward", seed)
+        key = train.key_of(used, [pairs, sft], "reward")
         log = train.fit(rm, loss, len(query), cfg.reward, seed, key, label=f"reward s{seed}")
         rm.save_pretrained(folder)
         stage.write_json(folder / "metrics.json", train.summary(log))
     train.forget(key)
-
-
-def load_pairs(pairs: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """query [N, Q], chosen [N, R] and rejected [N, R] of a folder of pairs."""
-    rows = np.load(pairs / "pairs.npz")
-    return tuple(torch.from_numpy(rows[name]) for name in ("query", "chosen", "rejected"))
 
 
 def _command() -> None:

@@ -30,8 +30,8 @@ def generate(policy, query: torch.Tensor, n: int, length: int, temperature: floa
     real = query != PAD
     cache = DynamicCache(config=policy.config)
     positions = (real.long().cumsum(1) - 1).clamp(min=0)
-    hidden = policy.gpt_neox(query, attention_mask=real.long(), position_ids=positions, past_key_values=cache)
-    logits = policy.embed_out(hidden.last_hidden_state[:, -1]).repeat_interleave(n, 0)
+    hidden = policy.base_model(query, attention_mask=real.long(), position_ids=positions, past_key_values=cache)
+    logits = policy.get_output_embeddings()(hidden.last_hidden_state[:, -1]).repeat_interleave(n, 0)
     cache.batch_repeat_interleave(n)
     mask = real.long().repeat_interleave(n, 0)
     position = real.sum(1).repeat_interleave(n, 0)[:, None]
@@ -48,9 +48,9 @@ def generate(policy, query: torch.Tensor, n: int, length: int, temperature: floa
         if done.all():
             break
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        hidden = policy.gpt_neox(token[:, None], attention_mask=mask, position_ids=position + step,
+        hidden = policy.base_model(token[:, None], attention_mask=mask, position_ids=position + step,
                                  past_key_values=cache)
-        logits = policy.embed_out(hidden.last_hidden_state[:, -1])
+        logits = policy.get_output_embeddings()(hidden.last_hidden_state[:, -1])
     return tokens.view(len(query), n, length).int()
 
 
@@ -58,7 +58,7 @@ def sample(policy: Path, prompts: Path, out: Path, cfg: config.Scale, samples: s
     """Sample every prompt of a split with the settings `samples.<name>` of params.yaml."""
     torch.set_num_threads(cfg.threads)
     settings = getattr(cfg.samples, samples)
-    used = {"samples": {samples: settings.model_dump()}}
+    used = {"samples": {samples: settings.model_dump()}, "seed": seed}
     with stage.output(out, used, [policy, prompts]) as folder:
         rows = np.load(prompts)
         query, length = torch.from_numpy(rows["query"]), rows["response"].shape[1]

@@ -58,10 +58,10 @@ def output(out: Path, config: dict, reads: list[Path] = ()) -> Iterator[Path]:
     print(f"{read} -> {out} ({size / 2**20:.1f} MiB) in {time.perf_counter() - start:.1f} s", flush=True)
 
 
-def main(command: Callable[[], None]) -> None:
-    """Run a stage's command line; a `UserError` or a full disk becomes one line and exit code 2."""
+def main(command: Callable[[], int | None]) -> None:
+    """Run a command line and exit with its code; a `UserError` or a full disk is one line and exit code 2."""
     try:
-        command()
+        sys.exit(command())
     except UserError as error:
         sys.exit(_fail(str(error)))
     except OSError as error:

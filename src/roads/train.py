@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -23,6 +24,12 @@ def batches(n: int, batch_size: int, epochs: int, seed: int) -> list[Tensor]:
     """Row indices of every step; each epoch is one permutation, so a row appears exactly once in it."""
     generator = torch.Generator().manual_seed(seed)
     return [batch for _ in range(epochs) for batch in torch.randperm(n, generator=generator).split(batch_size)]
+
+
+def load_pairs(pairs: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """query [N, Q], chosen [N, R] and rejected [N, R] of a folder of pairs."""
+    rows = np.load(pairs / "pairs.npz")
+    return tuple(torch.from_numpy(rows[name]) for name in ("query", "chosen", "rejected"))
 
 
 def learning_rate(step: int, steps: int, cfg: config.Train) -> float:

@@ -7,16 +7,31 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from roads import stage, stats
+from roads import config, stage, stats
 
 SYNTHETIC = "synthetic world: evidence about the mechanism, not about TL;DR"
 GREY, BLUE, LIGHT, ORANGE, GREEN = "#9a9a9a", "#4878a8", "#a3bcd4", "#d1762c", "#5f9e6e"
 
 
-def scores(runs: Path, where: str, seeds: list[int]) -> np.ndarray:
-    """Scores [seeds, prompts] of one bar; `where` holds {seed} where the run depends on it."""
-    rows = [np.load(runs / where.format(seed=seed) / "scores.npz")["score"] for seed in seeds]
-    return np.stack(rows)
+def note(scale: str) -> str:
+    return SYNTHETIC if config.load_scale(scale).synthetic else f"real posts, scale {scale}"
+
+
+def read(runs: Path, places: dict[str, str], seeds: list[int]) -> tuple[dict[str, np.ndarray], list[Path]]:
+    """Scores [seeds, prompts] of every bar, and the files they come from.
+
+    Args:
+        places: bar -> folder under `runs`, with {seed} where the run depends on it.
+
+    Raises:
+        UserError: a cell of the figure is missing.
+    """
+    files = {bar: [runs / place.format(seed=seed) / "scores.npz" for seed in seeds] for bar, place in places.items()}
+    sources = sorted({path for paths in files.values() for path in paths})
+    for path in sources:
+        if not path.exists():
+            raise stage.UserError(f"{path}: not found; the figure's make target (`make help`) makes it")
+    return {bar: np.stack([np.load(path)["score"] for path in paths]) for bar, paths in files.items()}, sources
 
 
 def bar_chart(title: str, ylabel: str, bars: dict[str, np.ndarray], colours: list[str], seeds: list[int],
@@ -77,7 +92,3 @@ def save(out: Path, name: str, figure, bars: dict[str, np.ndarray], gaps: dict[s
         path.replace(out / f"{name}.{kind}")
     for label, gap in content["gaps"].items():
         print(f"{name}: {label}: {gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]")
-
-
-def sources(runs: Path, places: list[str], seeds: list[int]) -> list[Path]:
-    return sorted({runs / place.format(seed=seed) / "scores.npz" for place in places for seed in seeds})

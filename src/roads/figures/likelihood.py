@@ -1,6 +1,6 @@
 """Figure 7: how likely global, local and DPO reward models find held-out preferences, on the same pairs.
 
-    python -m roads.figures.likelihood runs/mini reports/mini --scale mini
+    python -m roads.figures.likelihood runs/mini/human reports/mini --scale mini
 """
 
 import argparse
@@ -9,7 +9,7 @@ from pathlib import Path
 from roads import config, stage
 from roads.figures import figure
 
-BARS = {"Global RM": "likelihood/global/s{seed}", "Local RM": "likelihood/local/s{seed}", "DPO RM": "likelihood/dpo/s{seed}"}
+BARS = {"Global RM": "likelihood/reward/s{seed}", "Local RM": "likelihood/local/s{seed}", "DPO RM": "likelihood/dpo/s{seed}"}
 COLOURS = [figure.ORANGE, figure.GREEN, figure.BLUE]
 GAPS = {"Global - Local": ("Global RM", "Local RM"), "Local - DPO": ("Local RM", "DPO RM"),
         "Global - DPO": ("Global RM", "DPO RM")}
@@ -18,11 +18,10 @@ MEASURE = "mean probability of the chosen completion"
 
 def draw(runs: Path, out: Path, seeds: list[int], note: str) -> None:
     """Write reports/<scale>/fig7.{png,csv,json}."""
-    bars = {bar: figure.scores(runs / "human", place, seeds) for bar, place in BARS.items()}
+    bars, sources = figure.read(runs, BARS, seeds)
     chart = figure.bar_chart("Fig. 7: validation likelihood of three reward models", MEASURE, bars, COLOURS, seeds,
                              note, zero=False)
-    figure.save(out, "fig7", chart, bars, GAPS, seeds, note, MEASURE,
-                figure.sources(runs / "human", list(BARS.values()), seeds))
+    figure.save(out, "fig7", chart, bars, GAPS, seeds, note, MEASURE, sources)
 
 
 def _command() -> None:
@@ -31,8 +30,7 @@ def _command() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--scale", required=True)
     a = parser.parse_args()
-    note = figure.SYNTHETIC if config.load_scale(a.scale).world else f"real posts, scale {a.scale}"
-    draw(a.runs, a.out, config.load().seeds, note)
+    draw(a.runs, a.out, config.load().seeds, figure.note(a.scale))
 
 
 if __name__ == "__main__":

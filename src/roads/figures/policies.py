@@ -1,7 +1,7 @@
 """Figures 3 and 11: SFT, offline DPO, DPO for twice the epochs and Online DPO on one task.
 
-    python -m roads.figures.policies runs/mini reports/mini --scale mini --figure fig3     # winrate, task human
-    python -m roads.figures.policies runs/mini reports/mini --scale mini --figure fig11    # ROUGE-L, task rouge
+    python -m roads.figures.policies runs/mini/human reports/mini --scale mini --figure fig3     # winrate, task human
+    python -m roads.figures.policies runs/mini/rouge reports/mini --scale mini --figure fig11    # ROUGE-L, task rouge
 """
 
 import argparse
@@ -10,23 +10,22 @@ from pathlib import Path
 from roads import config, stage
 from roads.figures import figure
 
-BARS = {"SFT": "eval/sft", "DPO": "eval/dpo/s{seed}", "DPO 2x": "eval/dpo_2x/s{seed}", "Online(DPO)": "eval/online/s{seed}"}
+BARS = {"SFT": "scores/sft", "DPO": "scores/dpo/s{seed}", "DPO 2x": "scores/dpo_2x/s{seed}", "Online(DPO)": "scores/online/s{seed}"}
 COLOURS = [figure.GREY, figure.BLUE, figure.LIGHT, figure.ORANGE]
 GAPS = {"Online(DPO) - DPO": ("Online(DPO)", "DPO"), "Online(DPO) - DPO 2x": ("Online(DPO)", "DPO 2x"),
         "DPO - SFT": ("DPO", "SFT")}
 FIGURES = {
-    "fig3": ("human", "Fig. 3: online against offline preference fine-tuning", "winrate against the reference summary"),
-    "fig11": ("rouge", "Fig. 11: the same where the reward is ROUGE-L", "ROUGE-L F1 against the preferred completion"),
+    "fig3": ("Fig. 3: online against offline preference fine-tuning", "winrate against the reference summary"),
+    "fig11": ("Fig. 11: the same where the reward is ROUGE-L", "ROUGE-L F1 against the preferred completion"),
 }
 
 
 def draw(runs: Path, out: Path, name: str, seeds: list[int], note: str) -> None:
     """Write reports/<scale>/<name>.{png,csv,json}."""
-    task, title, measure = FIGURES[name]
-    bars = {bar: figure.scores(runs / task, place, seeds) for bar, place in BARS.items()}
+    title, measure = FIGURES[name]
+    bars, sources = figure.read(runs, BARS, seeds)
     chart = figure.bar_chart(title, measure, bars, COLOURS, seeds, note)
-    figure.save(out, name, chart, bars, GAPS, seeds, note, measure,
-                figure.sources(runs / task, list(BARS.values()), seeds))
+    figure.save(out, name, chart, bars, GAPS, seeds, note, measure, sources)
 
 
 def _command() -> None:
@@ -36,8 +35,7 @@ def _command() -> None:
     parser.add_argument("--scale", required=True)
     parser.add_argument("--figure", required=True, choices=list(FIGURES))
     a = parser.parse_args()
-    note = figure.SYNTHETIC if config.load_scale(a.scale).world else f"real posts, scale {a.scale}"
-    draw(a.runs, a.out, a.figure, config.load().seeds, note)
+    draw(a.runs, a.out, a.figure, config.load().seeds, figure.note(a.scale))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,65 @@
+"""Stage likelihood: how likely a reward model finds the choices of held-out pairs (Fig 7).
+
+    python -m roads.likelihood MODEL PAIRS OUT --scale mini --kind reward|local|dpo --reference SFT
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from roads import config, model, stage, train
+
+
+def margins(path: Path, pairs: Path, reference: Path, cfg: config.Scale, kind: str) -> torch.Tensor:
+    """r(chosen) - r(rejected) of every pair, [N].
+
+    reward: the global RM's scalar (Eq. 6). local: beta * log pi (Eq. 1). dpo: beta * log(pi / pi_ref).
+    """
+    query, *sides = train.load_pairs(pairs)
+    if kind == "reward":
+        rm = model.RewardModel.load(path).eval()
+        with torch.inference_mode():
+            chosen, rejected = (torch.cat([rm(query[i], side[i]) for i in torch.arange(len(query)).split(512)])
+                                for side in sides)
+        return chosen - rejected
+    policy = model.load_policy(path).eval()
+    chosen, rejected = (model.all_logps(policy, query, side) for side in sides)
+    margin = chosen - rejected
+    if kind == "dpo":
+        policy = model.load_policy(reference).eval()
+        chosen, rejected = (model.all_logps(policy, query, side) for side in sides)
+        margin -= chosen - rejected
+    return margin * getattr(cfg, kind).beta
+
+
+def likelihood(path: Path, pairs: Path, reference: Path, out: Path, cfg: config.Scale, kind: str) -> None:
+    """Write scores.npz: score [N], the Bradley-Terry probability of the chosen completion of each pair.
+
+    Their mean is what the paper calls validation likelihood; log loss and accuracy go with it.
+    """
+    torch.set_num_threads(cfg.threads)
+    with stage.output(out, {"kind": kind, **config.used(cfg, kind)}, [path, pairs, reference]) as folder:
+        margin = margins(path, pairs, reference, cfg, kind).double()
+        score = torch.sigmoid(margin).numpy()
+        np.savez(folder / "scores.npz", score=score)
+        stage.write_json(folder / "metrics.json", {
+            "pairs": len(score), "mean_score": float(score.mean()), "accuracy": float((margin > 0).double().mean()),
+            "log_loss": float(-torch.nn.functional.logsigmoid(margin).mean())})
+
+
+def _command() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("pairs", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--scale", required=True)
+    parser.add_argument("--kind", required=True, choices=["reward", "local", "dpo"])
+    parser.add_argument("--reference", type=Path, required=True, help="the SFT policy")
+    a = parser.parse_args()
+    likelihood(a.model, a.pairs, a.reference, a.out, config.load_scale(a.scale), a.kind)
+
+
+if __name__ == "__main__":
+    stage.main(_command)

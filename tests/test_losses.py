@@ -1,0 +1,99 @@
+"""The losses against numbers computed by hand, and what must hold of them exactly."""
+
+import math
+
+import pytest
+import torch
+
+from roads import model, train
+from roads.base import language_model_loss
+from roads.dpo import dpo_loss
+from roads.reward import reward_loss
+from roads.sft import sft_loss
+from roads.tldr import PAD
+
+LN2 = math.log(2)
+
+
+def nll(x: float) -> float:
+    """-log sigma(x)."""
+    return math.log(1 + math.exp(-x))
+
+
+def test_reward_loss_by_hand():
+    losses = reward_loss(torch.tensor([2.0, 0.0, -1.0]), torch.tensor([1.0, 0.0, 1.0]))
+    assert losses.tolist() == pytest.approx([0.3132617, LN2, 2.1269280])  # nll(1), nll(0), nll(-2)
+    assert losses.tolist() == pytest.approx([nll(1), nll(0), nll(-2)])
+
+
+def test_dpo_loss_by_hand():
+    # chosen log-ratio -3 - -4 = 1, rejected -6 - -5 = -1: margin .5 * 2 = 1. Second pair: .5 * (-2 - 2) = -2.
+    losses = dpo_loss(torch.tensor([-3.0, -5.0]), torch.tensor([-6.0, -1.0]),
+                      torch.tensor([-4.0, -3.0]), torch.tensor([-5.0, -3.0]), beta=0.5)
+    assert losses.tolist() == pytest.approx([0.3132617, 2.1269280])
+
+
+def test_dpo_without_a_reference_is_the_local_reward_model():
+    chosen, rejected, zero = torch.tensor([-3.0, -7.0]), torch.tensor([-5.0, -6.0]), torch.zeros(2)
+    local = dpo_loss(chosen, rejected, zero, zero, beta=1 / 53)
+    assert torch.equal(local, reward_loss(chosen / 53, rejected / 53))  # r_pi = beta log pi, Eq. 9
+
+
+def test_dpo_gradient_by_hand():
+    logps = torch.tensor([-3.0, -6.0], requires_grad=True)
+    dpo_loss(logps[:1], logps[1:], torch.tensor([-4.0]), torch.tensor([-5.0]), beta=0.5).sum().backward()
+    weight = 0.5 / (1 + math.exp(1))  # beta sigma(-margin)
+    assert logps.grad.tolist() == pytest.approx([-weight, weight])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_dpo_starts_at_ln_2(policy, rows, temperature):
+    query, response = rows
+    reference = model.all_logps(policy, query, response, temperature)
+    logps = model.response_logps(policy, query, response, temperature)
+    losses = dpo_loss(logps[:2], logps[2:], reference[:2], reference[2:], beta=0.05)
+    assert losses.tolist() == pytest.approx([LN2, LN2], abs=1e-6)
+
+
+def test_online_logps_divide_the_logits(policy, rows):
+    """log softmax(z / T), token by token, one row at a time, without padding."""
+    query, response = rows
+    for temperature in (1.0, 0.25):
+        expected = []
+        for q, r in zip(query, response, strict=True):
+            q, r = q[q != PAD], r[r != PAD]
+            logits = policy(torch.cat([q, r])[None]).logits[0, len(q) - 1 : -1].double()
+            expected.append(sum(torch.log_softmax(z / temperature, 0)[t].item() for z, t in zip(logits, r, strict=True)))
+        found = model.response_logps(policy, query, response, temperature)
+        assert found.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_sft_loss_is_a_mean_over_tokens():
+    assert sft_loss(torch.tensor([-6.0, -2.0]), torch.tensor([3, 1])).item() == pytest.approx(2.0)
+
+
+def test_language_model_loss_weighs_tokens(policy):
+    tokens = torch.tensor([[5, 6, 7, PAD], [8, 9, 10, 11]])
+    weights = torch.tensor([[0.0, 1.0, 8.0, 0.0], [0.0, 0.0, 1.0, 2.0]])
+    logps = torch.log_softmax(policy(tokens).logits[:, :-1].double(), -1)
+    losses = -logps.gather(2, tokens[:, 1:, None]).squeeze(2)
+    expected = (losses[0, 0] + 8 * losses[0, 1] + losses[1, 1] + 2 * losses[1, 2]) / 12
+    assert language_model_loss(policy, tokens, weights).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("n, batch_size", [(10, 3), (7, 7), (5, 8), (64, 1)])
+def test_an_epoch_sees_every_row_exactly_once(n, batch_size):
+    plan = train.batches(n, batch_size, epochs=3, seed=1)
+    steps = math.ceil(n / batch_size)
+    assert len(plan) == 3 * steps
+    epochs = [torch.cat(plan[e * steps : (e + 1) * steps]).tolist() for e in range(3)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    if n == 64:
+        assert epochs[0] != epochs[1] and epochs[0] != torch.cat(train.batches(n, 1, 1, seed=2)).tolist()
+
+
+def test_learning_rates(tiny):
+    linear = tiny.dpo.model_copy(update={"lr": 1.0, "schedule": "linear"})
+    cosine = linear.model_copy(update={"schedule": "cosine"})
+    assert [train.learning_rate(s, 4, linear) for s in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    assert [train.learning_rate(s, 4, cosine) for s in (0, 2)] == pytest.approx([1.0, 0.5])

@@ -1,0 +1,102 @@
+"""Policy and reward model: padding never changes a number, and the reward is read at EOS."""
+
+import pytest
+import torch
+
+from roads import model, sample
+from roads.rank import reward_scores
+from roads.tldr import EOS, PAD
+
+
+@pytest.fixture
+def reward_model(policy):
+    torch.manual_seed(0)
+    return model.RewardModel(policy.base_model).eval()
+
+
+def alone(query, response):
+    """The same row without padding, as a batch of one."""
+    return query[query != PAD][None], response[response != PAD][None]
+
+
+def test_padding_changes_no_logp_and_no_reward(policy, reward_model, rows):
+    for function in (lambda q, r: model.response_logps(policy, q, r), reward_model):
+        together = function(*rows)
+        one_by_one = torch.cat([function(*alone(q, r)) for q, r in zip(*rows, strict=True)])
+        assert torch.allclose(together, one_by_one, rtol=1e-5, atol=1e-6)
+        more = torch.nn.functional.pad(rows[0], (3, 0), value=PAD), torch.nn.functional.pad(rows[1], (0, 4), value=PAD)
+        assert torch.equal(function(*more), together)
+
+
+def test_the_reward_is_read_at_eos(reward_model, rows):
+    query, response = (part[:1] for part in rows)  # the response is 10 11 EOS PAD PAD
+    hidden = reward_model.trunk(torch.cat(alone(query[0], response[0]), 1)).last_hidden_state
+    assert torch.allclose(reward_model(query, response), reward_model.head(hidden[:, -1])[:, 0], rtol=1e-5, atol=1e-6)
+    assert int(torch.cat(alone(query[0], response[0]), 1)[0, -1]) == EOS
+    assert not torch.allclose(reward_model.head(hidden[:, -2])[:, 0], reward_model(query, response))
+
+
+def test_the_head_starts_small(policy):
+    """Head ~ N(0, 1 / sqrt(d + 1)): rewards start of order one (Table 2)."""
+    weights = torch.cat([model.RewardModel(policy.base_model).head.weight.flatten() for _ in range(200)])
+    assert weights.std().item() == pytest.approx(33**-0.5, rel=0.05)
+
+
+def test_save_and_load(tmp_path, policy, reward_model, rows):
+    policy.save_pretrained(tmp_path / "policy")
+    reward_model.save_pretrained(tmp_path / "rm")
+    again = model.load_policy(tmp_path / "policy").eval()
+    assert torch.equal(model.response_logps(again, *rows), model.response_logps(policy, *rows))
+    assert torch.equal(model.RewardModel.load(tmp_path / "rm").eval()(*rows), reward_model(*rows))
+
+
+def test_candidate_scores_equal_one_forward_each(tmp_path, reward_model, rows):
+    reward_model.save_pretrained(tmp_path)
+    query = rows[0].int().numpy()
+    order = torch.tensor([[0, 1, 0], [2, 2, 3], [1, 3, 2], [3, 0, 3]])
+    completions = rows[1][order].int().numpy()  # [4, 3, 5], some twice under one prompt
+    scores = reward_scores(query, completions, tmp_path)
+    for i in range(4):
+        for j in range(3):
+            single = reward_model(*alone(rows[0][i], rows[1][order[i, j]])).item()
+            assert scores[i, j] == pytest.approx(single, rel=1e-5, abs=1e-6)
+
+
+# Sampling
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_sampling_is_bit_identical_at_a_seed(policy, rows):
+    one, two, other = (sample.generate(policy, rows[0], 6, 8, 1.0, generator(seed)) for seed in (1, 1, 2))
+    assert torch.equal(one, two) and not torch.equal(one, other)
+
+
+def test_completions_end_in_one_eos(policy, rows):
+    for row in sample.generate(policy, rows[0], 50, 6, 1.5, generator()).view(-1, 6):
+        end = row.tolist().index(EOS)
+        assert (row[end + 1 :] == PAD).all() and not (row[:end] == PAD).any()
+
+
+def test_cold_samples_are_greedy_and_ignore_the_cache(policy, rows):
+    found = sample.generate(policy, rows[0], 2, 6, 1e-6, generator())
+    for query, completions in zip(rows[0], found, strict=True):
+        tokens = query[query != PAD]
+        for step in range(5):
+            logits = policy(tokens[None]).logits[0, -1]
+            logits[PAD] = -torch.inf
+            token = logits.argmax()
+            assert completions[:, step].tolist() == [token, token]
+            if token == EOS:
+                break
+            tokens = torch.cat([tokens, token[None]])
+
+
+def test_first_tokens_follow_softmax_of_logits_over_temperature(policy, rows):
+    logits = policy(rows[0][1:2]).logits[0, -1].detach().double() / 0.5
+    logits[PAD] = -torch.inf
+    first = sample.generate(policy, rows[0][1:2], 20_000, 2, 0.5, generator())[0, :, 0]
+    frequency = torch.bincount(first.long(), minlength=20) / 20_000
+    assert torch.allclose(frequency.double(), logits.softmax(0), atol=0.012)  # 3 sd of a frequency of .5
