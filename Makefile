@@ -2,7 +2,7 @@
 # date, writes reports/. DVC decides what is out of date; params.yaml and dvc.yaml are the experiment.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test fig3 fig7 fig11 figures status dag lint lock clean
+.PHONY: help setup test fig3 fig7 fig11 figures status dag times search lint lock clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -15,7 +15,7 @@ REPRO = $(PY) -m roads.repro $(if $(JOBS),--jobs $(JOBS))
 SCALE_NOW = $$(sed -n "s/^scale: *[\"']\{0,1\}\([A-Za-z0-9_-]*\).*/\1/p" params.yaml 2>/dev/null)
 SET_SCALE = $(if $(SCALE)$(DATA),$(PY) -m roads.config set $(if $(SCALE),--scale '$(SCALE)') $(if $(DATA),--data '$(DATA)'))
 
-export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PYTHONPATH := src
 export PYTHONHASHSEED := 0
 export MPLBACKEND := Agg
@@ -41,6 +41,7 @@ $(VENV)/.installed: requirements/dev.txt
 	@$(PIP) -r requirements/torch-cpu.txt 2>/dev/null || echo "pip finds no CPU build of torch: taking the package index's."
 	@$(PIP) --no-build-isolation -r requirements/dev.txt
 	@$(PY) -c 'import torch' 2>/dev/null || { echo "Adding the libraries that it wants (GBs)."; $(PIP) -r requirements/torch-cuda-libs.txt; }
+	@$(PY) -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "roads.pth").write_text("$(CURDIR)/src")'
 	@$(PY) -c 'import torch' && touch $@
 
 test: setup  ## the test suite
@@ -59,6 +60,12 @@ status: setup  ## what is out of date
 
 dag: setup  ## the graph of stages, as Mermaid text
 	@$(PY) -m dvc dag --mermaid
+
+times: setup  ## seconds of every kind of stage, from their last runs
+	@$(PY) scripts/times.py
+
+search: setup  ## choose mini's hyperparameters anew, on development seeds; writes docs/search.{csv,md}
+	$(PY) scripts/search.py
 
 lint: setup  ## ruff
 	$(PY) -m ruff check src tests scripts

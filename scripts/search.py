@@ -1,7 +1,7 @@
 """Choose mini's hyperparameters on development seeds, and record what was tried: `make search`.
 
-Everything here runs in a world of its own (world seed 100) with training seeds 100 and 101; the figures use world
-seed 0 and seeds 0, 1, 2. First offline DPO alone is brought to its best; online DPO then takes the same values and
+All of it runs in a world of its own (world seed 100) with training seeds 100 and 101; the figures use world seed 0
+and seeds 0, 1, 2. First offline DPO alone is brought to its best; online DPO then takes the same values and
 adds only its sampling temperature, shown for both tasks. The reward models are chosen by their log loss on held-out
 pairs. Cells already in runs/.search are not run again. Writes docs/search.csv and the tables of docs/search.md.
 """
@@ -21,8 +21,9 @@ from tqdm import tqdm
 from roads import base, config, data, dpo, evaluate, likelihood, rank, reward, sample, sft, stage
 
 RUNS, DOCS = Path("runs/.search"), Path("docs")
-WORLD_SEED, SEEDS, TASKS = 100, (100, 101), ("human", "rouge")
-DPO = {"lr": (1e-4, 3e-4, 1e-3), "beta": (0.05, 0.1, 0.2), "epochs": (1, 2)}
+WORLD_SEED, SEEDS = 100, (100, 101)
+DPO = {"lr": (1e-4, 3e-4, 1e-3), "beta": (0.02, 0.05, 0.1, 0.2), "epochs": (1, 2, 4)}
+DPO_ROUGE = {"lr": (1e-4, 3e-4, 1e-3), "beta": (0.05, 0.1, 0.2), "epochs": (1, 2)}
 LOCAL = {"lr": (1e-4, 3e-4, 1e-3), "beta": (0.1, 0.2, 0.5), "epochs": (1,)}
 REWARD = {"lr": (3e-4, 5e-4, 1e-3), "epochs": (1, 2)}
 TEMPERATURES = (0.1, 0.25, 0.5)
@@ -44,51 +45,68 @@ def prepare(cfg: config.Scale) -> None:
     once(RUNS / "data", data.data, Path(config.WORLD_FILE), RUNS / "data", cfg)
     once(RUNS / "base", base.base, RUNS / "data", RUNS / "base", cfg)
     once(RUNS / "sft", sft.sft, RUNS / "data", RUNS / "base", RUNS / "sft", cfg)
-    for task, split in itertools.product(TASKS, ("preferences", "valid")):
+    for task, split in itertools.product(("human", "rouge"), ("preferences", "valid")):
         where = RUNS / task / split
-        once(where / "candidates", sample.sample, RUNS / "sft", RUNS / f"data/{split}.npz", where / "candidates", cfg, task, 0)
-        once(where / "pairs", rank.rank, where / "candidates", where / "pairs", cfg, task, RUNS / "data", split)
+        drawn, pairs = where / "candidates", where / "pairs"
+        once(drawn, sample.sample, RUNS / "sft", RUNS / f"data/{split}.npz", drawn, cfg, task, 0)
+        once(pairs, rank.rank, drawn, pairs, cfg, task, RUNS / "data", split)
+
+
+def metrics(folder: Path) -> dict:
+    return stage.read_json(folder / "metrics.json")
 
 
 def score(policy: Path, task: str, cfg: config.Scale, seed: int) -> dict:
     """Mean score of a policy on the task's test prompts."""
-    done = once(policy / "completions", sample.sample, policy, RUNS / f"data/test_{task}.npz", policy / "completions", cfg,
-                "evaluate", seed)
-    found = stage.read_json(once(policy / "scores", evaluate.evaluate, done, RUNS / "data", policy / "scores", cfg, task)
-                            / "metrics.json")
-    return {"score": found["mean_score"], **({"validity": found["validity"]} if "validity" in found else {})}
+    done, out = policy / "completions", policy / "scores"
+    once(done, sample.sample, policy, RUNS / f"data/test_{task}.npz", done, cfg, "evaluate", seed)
+    found = metrics(once(out, evaluate.evaluate, done, RUNS / "data", out, cfg, task))
+    return {"score": found["mean_score"]} | ({"validity": found["validity"]} if task == "human" else {})
 
 
 def likely(path: Path, task: str, cfg: config.Scale, kind: str) -> dict:
-    found = stage.read_json(once(path / "likelihood", likelihood.likelihood, path, RUNS / task / "valid/pairs", RUNS / "sft",
-                                 path / "likelihood", cfg, kind) / "metrics.json")
+    out, valid = path / "likelihood", RUNS / task / "valid/pairs"
+    found = metrics(once(out, likelihood.likelihood, path, valid, RUNS / "sft", out, cfg, kind))
     return {"likelihood": found["mean_score"], "log_loss": found["log_loss"], "accuracy": found["accuracy"]}
+
+
+def place(task: str, kind: str, seed: int, values: dict) -> Path:
+    return RUNS / task / kind / "_".join(f"{key}{value:g}" for key, value in values.items()) / f"s{seed}"
+
+
+def train(cfg: config.Scale, kind: str, task: str, seed: int, values: dict) -> Path:
+    """A reward model or policy trained from SFT with these values."""
+    cfg, out = changed(cfg, kind, **values), place(task, kind, seed, values)
+    inputs = RUNS / task / "preferences/pairs", RUNS / "sft", out, cfg, seed
+    if kind == "reward":
+        return once(out, reward.reward, *inputs)
+    return once(out, dpo.dpo, *inputs, 1, False, kind == "local")
 
 
 def cell(cfg: config.Scale, kind: str, task: str, seed: int, values: dict) -> dict:
     """Train and score one setting with one seed."""
-    pairs, start = RUNS / task / "preferences/pairs", RUNS / "sft"
-    out = RUNS / task / kind / "_".join(f"{k}{v:g}" for k, v in values.items()) / f"s{seed}"
     if kind == "online":
-        cfg = cfg.model_copy(update={"samples": changed(cfg.samples, "online", **values)})
-        offline, rm = RUNS / task / "chosen_dpo" / f"s{seed}", RUNS / task / "chosen_reward" / f"s{seed}"
-        twice = RUNS / task / "chosen_dpo_2x" / f"s{seed}"
-        once(offline, dpo.dpo, pairs, start, offline, cfg, seed)
-        once(twice, dpo.dpo, pairs, start, twice, cfg, seed, 2)
-        once(rm, reward.reward, pairs, start, rm, cfg, seed)
-        drawn = once(out / "candidates", sample.sample, offline, RUNS / "data/preferences.npz", out / "candidates", cfg, "online", seed)
-        best = once(out / "pairs", rank.rank, drawn, out / "pairs", cfg, "reward", None, "preferences", rm)
-        policy = once(out / "policy", dpo.dpo, best, offline, out / "policy", cfg, seed, 1, True)
-        found = {"dpo": score(offline, task, cfg, seed)["score"], "dpo_2x": score(twice, task, cfg, seed)["score"],
-                 **score(policy, task, cfg, seed), "dropped_ties": stage.read_json(best / "metrics.json")["dropped_ties"]}
-    elif kind == "reward":
-        cfg = changed(cfg, "reward", **values)
-        found = likely(once(out, reward.reward, pairs, start, out, cfg, seed), task, cfg, "reward")
+        found = online(cfg, task, seed, values)
     else:
-        cfg = changed(cfg, kind, **values)
-        policy = once(out, dpo.dpo, pairs, start, out, cfg, seed, 1, False, kind == "local")
-        found = likely(policy, task, cfg, kind) | (score(policy, task, cfg, seed) if kind == "dpo" else {})
+        out, used = train(cfg, kind, task, seed, values), changed(cfg, kind, **values)
+        found = likely(out, task, used, kind) | (score(out, task, used, seed) if kind == "dpo" else {})
     return {"kind": kind, "task": task, "seed": seed, **values, **found}
+
+
+def online(cfg: config.Scale, task: str, seed: int, values: dict) -> dict:
+    """Online DPO with the values that params.yaml has for offline DPO and the reward model."""
+    same = {key: getattr(cfg.dpo, key) for key in DPO}
+    offline = train(cfg, "dpo", task, seed, same)
+    twice = train(cfg, "dpo", task, seed, same | {"epochs": 2 * cfg.dpo.epochs})
+    rm = train(cfg, "reward", task, seed, {key: getattr(cfg.reward, key) for key in REWARD})
+    cfg = cfg.model_copy(update={"samples": changed(cfg.samples, "online", **values)})
+    out = place(task, "online", seed, same | values)
+    drawn, pairs, policy = out / "candidates", out / "pairs", out / "policy"
+    once(drawn, sample.sample, offline, RUNS / "data/preferences.npz", drawn, cfg, "online", seed)
+    once(pairs, rank.rank, drawn, pairs, cfg, "reward", None, "preferences", rm)
+    once(policy, dpo.dpo, pairs, offline, policy, cfg, seed, 1, True)
+    return {**same, "dpo": score(offline, task, cfg, seed)["score"], "dpo_2x": score(twice, task, cfg, seed)["score"],
+            **score(policy, task, cfg, seed), "dropped_ties": metrics(pairs)["dropped_ties"]}
 
 
 def settings(grid: dict) -> list[dict]:
@@ -125,12 +143,13 @@ def write(results: dict[str, list[dict]]) -> None:
         "dpo": (["score", "validity", "likelihood", "accuracy"], ["task", *DPO]),
         "local": (["likelihood", "log_loss", "accuracy"], ["task", *LOCAL]),
         "reward": (["likelihood", "log_loss", "accuracy"], ["task", *REWARD]),
-        "online": (["dpo", "dpo_2x", "score", "validity", "dropped_ties"], ["task", "temperature"]),
+        "online": (["dpo", "dpo_2x", "score", "validity", "dropped_ties"], ["task", *DPO, "temperature"]),
     }
     text = (DOCS / "search.md").read_text(encoding="utf-8")
     for kind, group in results.items():
         block = "\n".join(table(group, *shown[kind]))
-        text = re.sub(f"(<!-- {kind} -->\n).*?(<!-- end -->)", lambda m, b=block: f"{m[1]}{b}\n{m[2]}", text, flags=re.S)
+        between = re.compile(f"(?<=<!-- {kind} -->\n).*?(?=<!-- end -->)", re.S)
+        text = between.sub(lambda _, block=block: block + "\n", text)
     (DOCS / "search.md").write_text(text, encoding="utf-8")
 
 
@@ -139,9 +158,11 @@ def main() -> None:
     cfg = changed(mini, "source", seed=WORLD_SEED)
     prepare(cfg)
     results = {}
-    for kind, grid, tasks in (("dpo", DPO, TASKS), ("local", LOCAL, ("human",)), ("reward", REWARD, TASKS),
-                              ("online", {"temperature": TEMPERATURES}, TASKS)):
-        jobs = [(cfg, kind, task, seed, values) for task in tasks for values in settings(grid) for seed in SEEDS]
+    for kind, grids in {"dpo": {"human": DPO, "rouge": DPO_ROUGE}, "local": {"human": LOCAL},
+                        "reward": {"human": REWARD, "rouge": REWARD},
+                        "online": dict.fromkeys(("human", "rouge"), {"temperature": TEMPERATURES})}.items():
+        jobs = [(cfg, kind, task, seed, values) for task, grid in grids.items() for values in settings(grid)
+                for seed in SEEDS]
         results[kind] = run(jobs, kind)
     write(results)
 

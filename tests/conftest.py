@@ -27,5 +27,6 @@ def policy():
 def rows():
     """Queries [4, 6] padded left and responses [4, 5] padded right, of unequal lengths."""
     query = torch.tensor([[PAD, PAD, 5, 6, 7, 2], [3, 4, 5, 6, 7, 2], [PAD, PAD, PAD, PAD, 9, 2], [PAD, 8, 8, 3, 4, 2]])
-    response = torch.tensor([[10, 11, EOS, PAD, PAD], [12, 13, 14, EOS, PAD], [15, EOS, PAD, PAD, PAD], [5, 5, 5, 5, EOS]])
+    response = torch.tensor(
+        [[10, 11, EOS, PAD, PAD], [12, 13, 14, EOS, PAD], [15, EOS, PAD, PAD, PAD], [5, 5, 5, 5, EOS]])
     return query, response

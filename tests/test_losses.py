@@ -62,8 +62,8 @@ def test_online_logps_divide_the_logits(policy, rows):
         expected = []
         for q, r in zip(query, response, strict=True):
             q, r = q[q != PAD], r[r != PAD]
-            logits = policy(torch.cat([q, r])[None]).logits[0, len(q) - 1 : -1].double()
-            expected.append(sum(torch.log_softmax(z / temperature, 0)[t].item() for z, t in zip(logits, r, strict=True)))
+            logits = policy(torch.cat([q, r])[None]).logits[0, len(q) - 1 : -1].double() / temperature
+            expected.append(sum(torch.log_softmax(z, 0)[t].item() for z, t in zip(logits, r, strict=True)))
         found = model.response_logps(policy, query, response, temperature)
         assert found.tolist() == pytest.approx(expected, rel=1e-5)
 

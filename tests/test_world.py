@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-
 from conftest import ROOT
+
 from roads import config
 from roads.rank import annotate, best_and_worst
 from roads.world import EOS, PAD, World

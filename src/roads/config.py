@@ -186,8 +186,8 @@ def _explain(error: dict) -> str:
     # pydantic's path has two steps that the file has not: `scales`, and the kind of a source.
     location = [str(part) for part in error["loc"]]
     location = location[1:] if location[:1] == ["scales"] else location
-    path = [part for before, part in zip(["", *location], location) if before != "source" or part not in ("world", "text")]
-    key = ".".join(path)
+    kinds = [before == "source" and part in ("world", "text") for before, part in zip(["", *location], location)]
+    key = ".".join(part for part, is_kind in zip(location, kinds) if not is_kind)
     if error["type"] == "extra_forbidden":
         model = Params if len(location) == 1 else Scale
         for before, part in zip(location, location[1:-1]):

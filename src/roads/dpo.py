@@ -45,10 +45,12 @@ def dpo(pairs: Path, reference: Path, out: Path, cfg: config.Scale, seed: int, t
         if local:
             reference_logps = torch.zeros(2, len(query))
         else:
-            reference_logps = torch.stack([model.all_logps(policy, query, side, temperature) for side in (chosen, rejected)])
+            sides = [model.all_logps(policy, query, side, temperature) for side in (chosen, rejected)]
+            reference_logps = torch.stack(sides)
 
         def loss(i):
-            logps = model.response_logps(policy, query[i].repeat(2, 1), torch.cat([chosen[i], rejected[i]]), temperature)
+            both = torch.cat([chosen[i], rejected[i]])
+            logps = model.response_logps(policy, query[i].repeat(2, 1), both, temperature)
             losses = dpo_loss(*logps.chunk(2), *reference_logps[:, i], recipe.beta)
             return losses.mean(), {"accuracy": (losses < losses.new_tensor(2.0).log()).float().mean().item()}
 

@@ -1,4 +1,4 @@
-"""Policy and reward model: make, load, save; response log-probs and rewards. Both share the GPT-NeoX trunk of Pythia."""
+"""Policy and reward model, both on the GPT-NeoX trunk of Pythia: make, load, save; response log-probs and rewards."""
 
 from pathlib import Path
 
@@ -7,9 +7,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel
+from transformers.utils.logging import disable_progress_bar
 
 from roads import config
 from roads.tldr import EOS, PAD
+
+disable_progress_bar()  # of loading and saving; the long work has bars of its own
 
 
 def new_policy(cfg: config.Model, vocab_size: int, seed: int) -> GPTNeoXForCausalLM:

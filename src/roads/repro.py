@@ -19,9 +19,10 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 from roads import config
-from roads.stage import main
+from roads.stage import UserError, main
 
 TMP = Path(".dvc/tmp")
+TIMES = Path("runs/times.csv")  # stage, seconds: a line for every run of a stage; `make times` sums it up
 SINGLE = "--single-item"
 running: dict[str, subprocess.Popen] = {}
 stopping = threading.Event()
@@ -95,7 +96,6 @@ def run(stage: str, piped: bool, lock: int) -> int:
 def stop(signum: int, frame) -> None:
     """End what runs: first as Ctrl-C does, then for good."""
     stopping.set()
-    config.load()  # a bad params.yaml stops everything before anything runs
     for sig in signal.SIGINT, signal.SIGKILL:
         for process in list(running.values()):
             with contextlib.suppress(OSError):  # it may just have ended
@@ -126,6 +126,8 @@ def bring_up_to_date(todo: dict[str, set[str]], jobs: int, lock: int) -> int:
                     done += 1
                     seconds = time.monotonic() - since
                     print(f"done  {stage} ({seconds:.0f} s; {done} of {len(todo)})", flush=True)
+                    with TIMES.open("a", encoding="utf-8") as file:
+                        file.write(f"{stage},{seconds:.1f}\n")
                 else:
                     failed.append(stage)
                     print(f"FAILED {stage}; {len(at_work)} others still run", file=sys.stderr, flush=True)
@@ -147,7 +149,9 @@ def command() -> int:
     if args.single_item:
         return single_item(args.single_item)
 
-    config.load()  # a bad params.yaml stops everything before anything runs
+    figures = config.load().figures  # a bad params.yaml stops everything before anything runs
+    for name in {target.split("@")[0] for target in args.targets} & {name for name in figures if not figures[name]}:
+        raise UserError(f"{name}: real posts come without preference labels; `make {name} SCALE=mini` has them")
     for sig in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
         signal.signal(sig, stop)
     lock = alone()

@@ -5,6 +5,7 @@ folder, writes `params.json` (exactly the parameters it used) and renames the fo
 only when everything is written, so a killed run never leaves half an output.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -63,13 +64,11 @@ def main(command: Callable[[], int | None]) -> None:
     try:
         sys.exit(command())
     except UserError as error:
-        sys.exit(_fail(str(error)))
-    except OSError as error:
-        if error.errno not in (28, 122):  # ENOSPC, EDQUOT
+        message = str(error)
+    except Exception as error:
+        # ENOSPC; safetensors and tokenizers raise errors of their own that say it in words.
+        if os.strerror(errno.ENOSPC) not in str(error) and getattr(error, "errno", None) != errno.EDQUOT:
             raise
-        sys.exit(_fail(f"no space left for {error.filename or 'the output'}: free some disk and run the same command again"))
-
-
-def _fail(message: str) -> int:
+        message = f"no space left ({error}): free some disk and run the same command again"
     print(f"error: {message}", file=sys.stderr)
-    return 2
+    sys.exit(2)

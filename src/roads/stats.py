@@ -1,20 +1,27 @@
 """Statistics of the claims: means over prompts and seeds, with bootstrap intervals that resample both."""
 
+from functools import lru_cache
+
 import numpy as np
 
 RESAMPLES = 4000
 
 
-def bootstrap(scores: np.ndarray, seed: int = 0) -> np.ndarray:
+@lru_cache(maxsize=1)
+def _resamples(n_seeds: int, n_prompts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of the prompts [RESAMPLES, prompts] and draws of seeds [RESAMPLES, seeds]; the same for every bar."""
+    rng = np.random.default_rng(0)
+    weights = rng.multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), size=RESAMPLES) / n_prompts
+    return weights, rng.integers(n_seeds, size=(RESAMPLES, n_seeds))
+
+
+def bootstrap(scores: np.ndarray) -> np.ndarray:
     """Means [RESAMPLES] of scores [seeds, prompts], seeds and prompts resampled independently (two-way).
 
     Three seeds give few distinct draws: the interval is honest about prompts and only indicative about seeds,
     which is why every figure shows each seed's point as well.
     """
-    rng = np.random.default_rng(seed)
-    n_seeds, n_prompts = scores.shape
-    weights = rng.multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), size=RESAMPLES) / n_prompts
-    rows = rng.integers(n_seeds, size=(RESAMPLES, n_seeds))
+    weights, rows = _resamples(*scores.shape)
     return np.take_along_axis(weights @ scores.T, rows, axis=1).mean(axis=1)
 
 

@@ -34,50 +34,54 @@ def read(runs: Path, places: dict[str, str], seeds: list[int]) -> tuple[dict[str
     return {bar: np.stack([np.load(path)["score"] for path in paths]) for bar, paths in files.items()}, sources
 
 
-def bar_chart(title: str, ylabel: str, bars: dict[str, np.ndarray], colours: list[str], seeds: list[int],
-              note: str, zero: bool = True):
-    """One bar per name: mean over seeds and prompts, 95% interval, every seed's point."""
+def bar_chart(title: str, content: dict, colours: list[str], floor: float):
+    """One bar per name, from `floor` up: mean over seeds and prompts, 95% interval, every seed's point."""
     figure, axes = plt.subplots(figsize=(6.4, 4.2))
-    for x, ((_, values), colour) in enumerate(zip(bars.items(), colours, strict=True)):
-        found = stats.estimate(values)
-        axes.bar(x, found["mean"], color=colour, width=0.65, zorder=2)
-        axes.errorbar(x, found["mean"], [[found["mean"] - found["low"]], [found["high"] - found["mean"]]],
+    bars, seeds = content["bars"], content["seeds"]
+    for x, (bar, colour) in enumerate(zip(bars, colours, strict=True)):
+        axes.bar(x, bar["mean"] - floor, bottom=floor, color=colour, width=0.65, zorder=2)
+        axes.errorbar(x, bar["mean"], [[bar["mean"] - bar["low"]], [bar["high"] - bar["mean"]]],
                       color="black", capsize=4, lw=1.2, zorder=4)
-        if len(set(found["by_seed"])) > 1:
-            shift = np.linspace(-0.12, 0.12, len(seeds))
-            axes.scatter(x + shift, found["by_seed"], s=16, color="white", edgecolor="black", lw=0.8, zorder=3)
-        axes.annotate(f"{found['mean']:.3f}", (x, found["high"]), (0, 4), textcoords="offset points", ha="center")
-    axes.set_xticks(range(len(bars)), list(bars))
-    axes.set_title(title)
-    axes.set_ylabel(ylabel)
+        if len(set(bar["by_seed"])) > 1:
+            shift = np.linspace(-0.2, 0.2, len(seeds))
+            axes.scatter(x + shift, bar["by_seed"], s=18, color="white", edgecolor="black", lw=0.8, zorder=5)
+        top = max(bar["high"], *bar["by_seed"])
+        axes.annotate(f"{bar['mean']:.3f}", (x, top), (0, 5), textcoords="offset points", ha="center")
+    axes.set_xticks(range(len(bars)), [bar["bar"] for bar in bars])
+    axes.set_title(title, pad=34)
+    gaps = [f"{name}: {gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
+            for name, gap in content["gaps"].items()]
+    axes.text(0.5, 1.02, "\n".join(gaps), transform=axes.transAxes, ha="center", fontsize=7.5)
+    axes.set_ylabel(content["measure"])
     axes.grid(axis="y", alpha=0.3, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
-    low, high = axes.get_ylim()
-    if not zero:
-        low = min(stats.estimate(v)["low"] for v in bars.values())
-        low -= 0.35 * (high - low)
-    axes.set_ylim(low, high + 0.05 * (high - low))
-    n = next(iter(bars.values())).shape[1]
-    figure.text(0.5, 0.005, f"{note}\nbars: mean; lines: 95% bootstrap over prompts and seeds; points: seeds {seeds}; n = {n}",
-                ha="center", fontsize=7.5)
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    axes.margins(y=0.12)
+    axes.set_ylim(bottom=floor)
+    how = (f"bars: mean; points: seeds {seeds}; n = {bars[0]['n']} prompts\n"
+           "lines and brackets: 95% bootstrap over prompts and seeds; above: paired differences")
+    figure.text(0.5, 0.005, f"{content['note']}\n{how}", ha="center", fontsize=7.5)
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
     return figure
 
 
-def save(out: Path, name: str, figure, bars: dict[str, np.ndarray], gaps: dict[str, tuple[str, str]],
-         seeds: list[int], note: str, measure: str, sources: list[Path]) -> None:
+def save(out: Path, name: str, runs: Path, places: dict[str, str], gaps: dict[str, tuple[str, str]], seeds: list[int],
+         note: str, title: str, measure: str, colours: list[str], floor: float = 0.0) -> None:
     """Write name.{png,csv,json} under `out`, each complete or not at all.
 
-    gaps: label -> (treated bar, control bar), paired by prompt and seed.
-    sources: the score files, whose hashes are the figure's provenance (dvc.lock has the same runs).
+    Args:
+        places: as in `read`.
+        gaps: label -> (treated bar, control bar), paired by prompt and seed.
+        floor: where the bars start: what chance gives.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    bars, sources = read(runs, places, seeds)
     table = [{"bar": bar, **stats.estimate(values), "n": values.shape[1]} for bar, values in bars.items()]
     content = {
         "figure": name, "note": note, "measure": measure, "seeds": seeds, "bars": table,
         "gaps": {label: stats.difference(bars[a], bars[b]) for label, (a, b) in gaps.items()},
-        "provenance": {path.as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(sources)},
+        # What was read; dvc.lock has the runs that wrote it.
+        "provenance": {path.as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in sources},
     }
+    out.mkdir(parents=True, exist_ok=True)
     scratch = {kind: out / f".{name}.writing.{kind}" for kind in ("json", "csv", "png")}
     stage.write_json(scratch["json"], content)
     with scratch["csv"].open("w", newline="", encoding="utf-8") as file:
@@ -86,6 +90,7 @@ def save(out: Path, name: str, figure, bars: dict[str, np.ndarray], gaps: dict[s
         for row in table:
             writer.writerow([row["bar"], "all", row["mean"], row["low"], row["high"], row["n"]])
             writer.writerows([row["bar"], s, m, "", "", row["n"]] for s, m in zip(seeds, row["by_seed"], strict=True))
+    figure = bar_chart(title, content, colours, floor)
     figure.savefig(scratch["png"], dpi=160, metadata={"Software": None})
     plt.close(figure)
     for kind, path in scratch.items():

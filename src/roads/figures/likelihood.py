@@ -9,19 +9,11 @@ from pathlib import Path
 from roads import config, stage
 from roads.figures import figure
 
-BARS = {"Global RM": "likelihood/reward/s{seed}", "Local RM": "likelihood/local/s{seed}", "DPO RM": "likelihood/dpo/s{seed}"}
+BARS = {"Global RM": "likelihood/reward/s{seed}", "Local RM": "likelihood/local/s{seed}",
+        "DPO RM": "likelihood/dpo/s{seed}"}
 COLOURS = [figure.ORANGE, figure.GREEN, figure.BLUE]
 GAPS = {"Global - Local": ("Global RM", "Local RM"), "Local - DPO": ("Local RM", "DPO RM"),
         "Global - DPO": ("Global RM", "DPO RM")}
-MEASURE = "mean probability of the chosen completion"
-
-
-def draw(runs: Path, out: Path, seeds: list[int], note: str) -> None:
-    """Write reports/<scale>/fig7.{png,csv,json}."""
-    bars, sources = figure.read(runs, BARS, seeds)
-    chart = figure.bar_chart("Fig. 7: validation likelihood of three reward models", MEASURE, bars, COLOURS, seeds,
-                             note, zero=False)
-    figure.save(out, "fig7", chart, bars, GAPS, seeds, note, MEASURE, sources)
 
 
 def _command() -> None:
@@ -30,7 +22,9 @@ def _command() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--scale", required=True)
     a = parser.parse_args()
-    draw(a.runs, a.out, config.load().seeds, figure.note(a.scale))
+    figure.save(a.out, "fig7", a.runs, BARS, GAPS, config.load().seeds, figure.note(a.scale),
+                "Fig. 7: validation likelihood of three reward models", "mean probability of the chosen completion",
+                COLOURS, floor=0.5)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from pathlib import Path
 from roads import config, stage
 from roads.figures import figure
 
-BARS = {"SFT": "scores/sft", "DPO": "scores/dpo/s{seed}", "DPO 2x": "scores/dpo_2x/s{seed}", "Online(DPO)": "scores/online/s{seed}"}
+BARS = {"SFT": "scores/sft", "DPO": "scores/dpo/s{seed}", "DPO 2x": "scores/dpo_2x/s{seed}",
+        "Online(DPO)": "scores/online/s{seed}"}
 COLOURS = [figure.GREY, figure.BLUE, figure.LIGHT, figure.ORANGE]
 GAPS = {"Online(DPO) - DPO": ("Online(DPO)", "DPO"), "Online(DPO) - DPO 2x": ("Online(DPO)", "DPO 2x"),
         "DPO - SFT": ("DPO", "SFT")}
@@ -20,14 +21,6 @@ FIGURES = {
 }
 
 
-def draw(runs: Path, out: Path, name: str, seeds: list[int], note: str) -> None:
-    """Write reports/<scale>/<name>.{png,csv,json}."""
-    title, measure = FIGURES[name]
-    bars, sources = figure.read(runs, BARS, seeds)
-    chart = figure.bar_chart(title, measure, bars, COLOURS, seeds, note)
-    figure.save(out, name, chart, bars, GAPS, seeds, note, measure, sources)
-
-
 def _command() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path)
@@ -35,7 +28,8 @@ def _command() -> None:
     parser.add_argument("--scale", required=True)
     parser.add_argument("--figure", required=True, choices=list(FIGURES))
     a = parser.parse_args()
-    draw(a.runs, a.out, a.figure, config.load().seeds, figure.note(a.scale))
+    title, measure = FIGURES[a.figure]
+    figure.save(a.out, a.figure, a.runs, BARS, GAPS, config.load().seeds, figure.note(a.scale), title, measure, COLOURS)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,27 @@
+"""Seconds of every stage's last run, by kind of stage, as the table of docs/measured.md: `make times`."""
+
+import csv
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+TIMES = Path("runs/times.csv")
+
+
+def main() -> None:
+    if not TIMES.exists():
+        sys.exit(f"{TIMES}: not found; any figure's make target writes it")
+    last = {name: float(seconds) for name, seconds in csv.reader(TIMES.open(encoding="utf-8"))}
+    kinds: dict[str, list[float]] = defaultdict(list)
+    for name, seconds in last.items():
+        stage, _, cell = name.partition("@")
+        scale, task = (cell.split("-") + [""])[:2] if not cell.startswith("real-cpu") else ("real-cpu", cell[9:14])
+        kinds[" ".join(part for part in (stage, scale, task) if part)].append(seconds)
+    print("| stage | runs | seconds each | in all |\n|---|---|---|---|")
+    for kind, seconds in kinds.items():
+        print(f"| {kind} | {len(seconds)} | {sum(seconds) / len(seconds):.1f} | {sum(seconds):.0f} |")
+    print(f"| all | {len(last)} | | {sum(last.values()):.0f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""params.yaml is strict: every mistake is one line with the file, the key, what was expected and the nearest key."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from roads import config
+from roads.stage import UserError
+
+TEXT = (ROOT / "params.yaml").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def params(tmp_path):
+    """Write params.yaml with one replacement and return its path."""
+
+    def write(old="", new=""):
+        assert TEXT.count(old) >= 1
+        path = tmp_path / "params.yaml"
+        path.write_text(TEXT.replace(old, new, 1) if old else TEXT, encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_the_file_in_the_repository_is_good(params):
+    loaded = config.load(params())
+    assert loaded.scale == "mini" and set(loaded.scales) == {"mini", "tiny", "real-cpu"}
+    assert loaded.figures == {"fig3": ["mini"], "fig7": ["mini"], "fig11": ["mini"]}
+
+
+@pytest.mark.parametrize("old, new, message", [
+    ("scale: mini", "scale: mni", "scale: no block named 'mni'; did you mean 'mini'?"),
+    ("scale: mini", "scael: mini", "scael: unknown key; did you mean 'scale'?"),
+    ("seeds: [0, 1, 2]", "seeds: []", "seeds: list should have at least 1 item"),
+    ("seeds: [0, 1, 2]", "seeds: [0, 1, 0]", "seeds: expected distinct values, got [0, 1, 0]"),
+    ("seeds: [0, 1, 2]", "seeds: [0, -1]", "seeds.1: input should be greater than or equal to 0, got -1"),
+    ("seeds: [0, 1, 2]", "seeds: [0, 1.5]", "seeds.1: input should be a valid integer, got 1.5"),
+    ("beta: 0.1", "beta: 0", "mini.dpo.beta: input should be"),
+    ("beta: 0.1", "beta: .nan", "mini.dpo.beta: input should be"),
+    ("beta: 0.1", "bata: 0.1", "mini.dpo.bata: unknown key; did you mean 'beta'?"),
+    ("beta: 0.1", 'beta: "0.1"', "mini.dpo.beta: input should be a valid number, got '0.1'"),
+    ("    tau: ", "    taus: ", "mini.source.taus: unknown key; did you mean 'tau'?"),
+    ("    karma_noise: 0.5\n", "", "mini.source.karma_noise: missing"),
+    ("    kind: world", "    kind: wrold", "mini.source: input tag 'wrold'"),
+    ("rouge: {n: 25", "rouge: {n: 1", "mini.samples.rouge.n: input should be greater than or equal to 2, got 1"),
+    ("    human: {n: 2, temperature: 1.0}\n", "", "mini.samples.human: missing"),
+    ("candidates: 2", "candidates: 13", "mini.source.candidates: expected 2 to words=12, got 13"),
+    ("heads: 2", "heads: 3", "mini.model.heads: expected a divisor of hidden_size=64, got 3"),
+    ("schedule: linear", "schedule: liner", "mini.local.schedule: input should be 'linear' or 'cosine', got 'liner'"),
+    ("temperature: 0.01", "temperature: 0.0", "mini.samples.evaluate.temperature: input should be greater than 0"),
+    ("data_from: src/roads/world.py", "data_from: data/tldr_sample", "data_from: expected src/roads/world.py"),
+    ("tasks: [human, rouge]", "tasks: [rouge]", "tasks: expected ['human', 'rouge'] for scale mini"),
+    ("fig3: [mini]", "fig3: [tiny]", "figures: expected {'fig3': ['mini']"),
+    ("scale: mini", "scale: [", "params.yaml:"),
+])  # fmt: skip
+def test_a_mistake_is_named(params, old, new, message):
+    path = params(old, new)
+    with pytest.raises(UserError) as error:
+        config.load(path)
+    text = str(error.value)
+    assert text.startswith(f"{path}") and message in text and "\n" not in text
+
+
+def test_no_file_and_no_mapping(tmp_path):
+    with pytest.raises(UserError, match="not found; run from the root"):
+        config.load(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text("- 1\n")
+    with pytest.raises(UserError, match="expected a mapping"):
+        config.load(tmp_path / "params.yaml")
+
+
+def test_switching_the_scale_keeps_comments_and_comes_back(params):
+    path = params()
+    config.switch("real-cpu", str(ROOT / "data/tldr_sample"), path)
+    there = config.load(path)
+    assert (there.scale, there.tasks, there.data_from) == ("real-cpu", ["rouge"], str(ROOT / "data/tldr_sample"))
+    assert there.figures == {"fig3": [], "fig7": [], "fig11": ["real-cpu"]}
+    config.switch("real-cpu", None, path)
+    assert config.load(path) == there  # its folder of posts stays while the scale does
+    config.switch("mini", None, path)
+    assert config.load(path) == config.load(ROOT / "params.yaml")
+    comments = [line.split("#", 1)[1] for line in TEXT.splitlines() if "#" in line]
+    assert all(comment in path.read_text(encoding="utf-8") for comment in comments)
+
+
+@pytest.mark.parametrize("scale, data, message", [
+    ("mini", "data/tldr_sample", "scale mini makes its own data"),
+    ("real-cpu", "no/such/folder", "DATA=no/such/folder: no such folder"),
+    ("real", None, "no block named 'real'; did you mean 'real-cpu'?"),
+])  # fmt: skip
+def test_a_bad_switch_changes_nothing(params, scale, data, message):
+    path = params()
+    with pytest.raises(UserError, match=message):
+        config.switch(scale, data, path)
+    assert path.read_text(encoding="utf-8") == TEXT and len(list(path.parent.iterdir())) == 1
+
+
+def test_the_command_line_says_it_in_one_line_and_exits_with_2(params):
+    path = params("beta: 0.1", "bata: 0.1")
+    command = [sys.executable, "-m", "roads.config", "check"]
+    env = {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: params.yaml: mini.dpo.bata: unknown key; did you mean 'beta'?\n"

@@ -1,0 +1,309 @@
+"""The graph as a user runs it, on the scale `tiny` and on the posts in the repository.
+
+One checkout runs every figure. A second one is killed in the middle, run again, and must end with the same bits.
+"""
+
+import ast
+import csv
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from ruamel.yaml import YAML
+
+ENV = os.environ | {"PYTHONPATH": "src", "PYTHONHASHSEED": "0", "MPLBACKEND": "Agg", "DVC_NO_ANALYTICS": "1",
+                    "TOKENIZERS_PARALLELISM": "false", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+FIGURES = ["fig3@tiny", "fig7@tiny", "fig11@tiny"]
+
+
+def run(where: Path, *args: str, code: int = 0) -> str:
+    """Run `python -m ARGS` in a checkout; its output, once its exit code is as expected."""
+    done = subprocess.run([sys.executable, "-m", *args], cwd=where, env=ENV, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
+    assert done.returncode == code, done.stdout[-3000:]
+    return done.stdout
+
+
+def edit(where: Path, old: str, new: str, file: str = "params.yaml") -> None:
+    text = (where / file).read_text(encoding="utf-8")
+    assert old in text, f"{old!r} is not in {file}"
+    (where / file).write_text(text.replace(old, new), encoding="utf-8")
+
+
+def clone(where: Path) -> Path:
+    """A checkout of what is in the work tree, with one seed and the scale `tiny`."""
+    for name in ("src", "data", ".dvc/config", ".dvcignore", "dvc.yaml", "params.yaml", "Makefile", ".gitignore"):
+        (where / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, where / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy2(ROOT / name, where / name)
+    subprocess.run(["git", "init", "-q"], cwd=where, check=True)
+    edit(where, "seeds: [0, 1, 2]", "seeds: [0]")
+    run(where, "roads.config", "set", "--scale", "tiny")
+    return where
+
+
+def make(where: Path, *args: str, code: int = 0) -> str:
+    """make, with the environment that runs the tests taken as set up."""
+    command = ["make", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.installed", *args]
+    done = subprocess.run(command, cwd=where, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == code, done.stdout[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory):
+    where = clone(tmp_path_factory.mktemp("checkout"))
+    where.joinpath("log").write_text(run(where, "roads.repro", *FIGURES), encoding="utf-8")
+    return where
+
+
+@pytest.fixture
+def scratchpad(checkout):
+    """The checkout; params.yaml and the sources are put back after the test."""
+    before = {path: path.read_bytes() for path in [checkout / "params.yaml", *checkout.glob("src/roads/**/*.py")]}
+    yield checkout
+    for path, content in before.items():
+        path.write_bytes(content)
+
+
+# What a run leaves
+
+
+@pytest.mark.parametrize("figure, bars", [
+    ("fig3", ["SFT", "DPO", "DPO 2x", "Online(DPO)"]),
+    ("fig7", ["Global RM", "Local RM", "DPO RM"]),
+    ("fig11", ["SFT", "DPO", "DPO 2x", "Online(DPO)"]),
+])  # fmt: skip
+def test_a_figure_is_png_csv_and_json(checkout, figure, bars):
+    reports = checkout / "reports/tiny"
+    content = json.loads((reports / f"{figure}.json").read_text(encoding="utf-8"))
+    assert [bar["bar"] for bar in content["bars"]] == bars and content["seeds"] == [0]
+    assert content["note"] == "synthetic world: evidence about the mechanism, not about TL;DR"
+    assert all(bar["low"] <= bar["mean"] <= bar["high"] and bar["n"] > 50 for bar in content["bars"])
+    for path, digest in content["provenance"].items():
+        assert hashlib.sha256((checkout / path).read_bytes()).hexdigest() == digest
+    rows = list(csv.DictReader((reports / f"{figure}.csv").open(encoding="utf-8")))
+    assert [row["bar"] for row in rows if row["seed"] == "all"] == bars
+    assert (reports / f"{figure}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_every_stage_says_what_it_read_and_wrote_and_what_it_used(checkout):
+    log = (checkout / "log").read_text(encoding="utf-8")
+    folders = {path.parent for path in checkout.glob("runs/tiny/**/params.json")}
+    assert len(folders) == len(set(re.findall(r"^start (?!fig)(\S+)$", log, re.M))) > 30
+    for folder in folders:
+        name = folder.relative_to(checkout).as_posix()
+        assert re.search(rf"-> {name} \([\d.]+ MiB\) in [\d.]+ s", log), name
+        assert json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    used = json.loads((checkout / "runs/tiny/human/dpo_2x/s0/params.json").read_text(encoding="utf-8"))
+    assert used["dpo"]["epochs"] == 2 and used["seed"] == 0 and used["temperature"] == 1.0
+    assert "dpo s0" in log and "loss=" in log  # progress with the loss
+
+
+def test_dpo_starts_at_ln_2_on_every_kind_of_pairs(checkout):
+    for kind in ("dpo", "online"):
+        metrics = json.loads((checkout / f"runs/tiny/rouge/{kind}/s0/metrics.json").read_text(encoding="utf-8"))
+        assert metrics["loss"]["first"] == pytest.approx(0.693147, abs=1e-4)  # its first tenth is step 0
+
+
+# What runs again
+
+
+def stale(where: Path) -> set[str]:
+    """What `dvc status` finds changed."""
+    return {name for name in json.loads(run(where, "dvc", "status", "--json", *FIGURES, "--with-deps")) if "@" in name}
+
+
+def test_nothing_runs_twice(scratchpad):
+    assert stale(scratchpad) == set()
+    start = time.monotonic()
+    assert "Up to date: fig11@tiny" in make(scratchpad, "fig11")
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("old, new, file, expected", [
+    ("dpo: {lr: 3.0e-4, schedule: linear, batch_size: 32, epochs: 1, beta: 0.1}",
+     "dpo: {lr: 3.0e-4, schedule: linear, batch_size: 32, epochs: 1, beta: 0.3}", "params.yaml",
+     ["dpo", "dpo_2x", "online", "likelihood@human-dpo-0"]),
+    ("seeds: [0]", "seeds: [0, 1]", "params.yaml",
+     ["fig3", "fig7", "fig11", "reward@1", "local@human-1", "dpo@1", "dpo_2x@1", "online_candidates@1",
+      "online_pairs@1", "online@1", "completions@1", "scores@1", "likelihood@human-1"]),
+    ("    seed: 0\n    subreddits: 2", "    seed: 7\n    subreddits: 2", "params.yaml",
+     ["data", "pairs", "scores_sft", "scores"]),
+    ("Stage reward:", "Stage reward, edited:", "src/roads/reward.py", ["reward"]),
+    ("Fig. 7:", "Figure 7:", "src/roads/figures/likelihood.py", ["fig7"]),
+])  # fmt: skip
+def test_a_change_reruns_what_depends_on_it(scratchpad, old, new, file, expected):
+    """expected: stages by name, or name@parts where each part is one of the words after the @ of the full name."""
+    edit(scratchpad, old, new, file)
+    found = stale(scratchpad)
+    assert found
+
+    def matches(full: str, pattern: str) -> bool:
+        name, *parts = pattern.split("@")
+        words = full.split("@")[1].split("-")
+        return full.split("@")[0] == name and all(part in words for part in "-".join(parts).split("-") if part)
+
+    missed = [pattern for pattern in expected if not any(matches(full, pattern) for full in found)]
+    surplus = [full for full in found if not any(matches(full, pattern) for pattern in expected)]
+    assert not missed and not surplus
+
+
+def test_repro_runs_just_that(scratchpad):
+    edit(scratchpad, "batch_size: 32, epochs: 1, beta: 0.5}", "batch_size: 32, epochs: 1, beta: 0.4}")
+    log = run(scratchpad, "roads.repro", *FIGURES)
+    started = set(re.findall(r"^start (\S+)$", log, re.M))
+    assert started == {"local@tiny-human-0", "likelihood@tiny-human-local-0", "fig7@tiny"}
+    edit(scratchpad, "batch_size: 32, epochs: 1, beta: 0.4}", "batch_size: 32, epochs: 1, beta: 0.5}")
+    run(scratchpad, "dvc", "repro", "-q", "fig7@tiny")  # and back, by DVC alone, from its run cache
+    assert stale(scratchpad) == set()
+
+
+def imports(module: Path) -> set[Path]:
+    """The modules of roads that a module imports, anywhere in it, and theirs."""
+    found, todo = set(), [module]
+    while todo:
+        here = todo.pop()
+        if here in found:
+            continue
+        found.add(here)
+        for node in ast.walk(ast.parse(here.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("roads"):
+                names = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names if alias.name.startswith("roads.")]
+            paths = [ROOT / "src" / f"{name.replace('.', '/')}.py" for name in names]
+            todo += [path for path in paths if path.exists()]
+    return found
+
+
+def test_every_stage_depends_on_the_modules_it_imports():
+    stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    for name, stage in stages.items():
+        module = re.match(r"python -m (\S+)", stage["cmd"])[1].replace(".", "/")
+        expected = {path.relative_to(ROOT).as_posix() for path in imports(ROOT / "src" / f"{module}.py")}
+        assert {dep for dep in stage["deps"] if dep.startswith("src/")} == expected, name
+
+
+# What goes wrong
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(checkout, tmp_path):
+    where = clone(tmp_path / "killed")
+    command = [sys.executable, "-m", "roads.repro", "fig11@tiny"]
+    with (where / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=where, env=ENV, stdout=log, stderr=log, start_new_session=True)
+        while "start online_candidates" not in (where / "log").read_text():
+            assert process.poll() is None, (where / "log").read_text()
+            time.sleep(0.1)
+        for pid in children(process.pid):  # the runner and every stage at once, as when a machine goes down
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+    assert not (where / "reports/tiny/fig11.json").exists()
+    log = run(where, "roads.repro", "fig11@tiny")
+    assert "start base@tiny" not in log and "start fig11@tiny" in log
+    for name in ("reports/tiny/fig11.json", "reports/tiny/fig11.csv", "reports/tiny/fig11.png",
+                 "runs/tiny/rouge/online/s0/model.safetensors",
+                 "runs/tiny/rouge/completions/online/s0/completions.npz"):
+        assert (where / name).read_bytes() == (checkout / name).read_bytes(), name
+
+
+def children(pid: int) -> list[int]:
+    """A process and all its descendants."""
+    table = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout.split()
+    parents = dict(zip(map(int, table[::2]), map(int, table[1::2])))
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found
+
+
+def test_a_killed_training_goes_on_at_its_checkpoint(checkout, tmp_path):
+    where = clone(tmp_path / "killed")
+    edit(where, "batch_size: 64, epochs: 2}", "batch_size: 64, epochs: 20}")  # 640 steps, a checkpoint every 200
+    data = str(checkout / "runs/tiny/data")
+    run(where, "roads.base", data, "whole", "--scale", "tiny")
+    command = [sys.executable, "-m", "roads.base", data, "killed", "--scale", "tiny"]
+    process = subprocess.Popen(command, cwd=where, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(where.glob("runs/.scratch/*/checkpoint.pt")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (where / "killed").exists()
+    assert re.search("base: goes on at step [246]00 of 640", run(where, *command[2:]))
+    assert (where / "killed/model.safetensors").read_bytes() == (where / "whole/model.safetensors").read_bytes()
+    assert (where / "killed/metrics.json").read_bytes() == (where / "whole/metrics.json").read_bytes()
+    assert not list(where.glob("runs/.scratch/*"))
+
+
+def test_bad_params_stop_before_anything_runs(scratchpad):
+    edit(scratchpad, "karma_weight: 8.0", "karma_wait: 8.0")
+    expected = "error: params.yaml: mini.source.karma_wait: unknown key; did you mean 'karma_weight'?\n"
+    assert run(scratchpad, "roads.repro", "fig11@tiny", code=2) == expected
+    assert run(scratchpad, "roads.data", "src/roads/world.py", "out", "--scale", "tiny", code=2) == expected
+    assert expected in make(scratchpad, "fig11", code=2) and not (scratchpad / "out").exists()
+
+
+@pytest.mark.parametrize("line, message", [
+    (b'{"id": "x"}', "train.jsonl:3: no field 'subreddit'"),
+    (b"not json", "train.jsonl:3: not JSON"),
+    (b'{"id": "caf\xe9"}', "train.jsonl:3: not UTF-8"),
+])  # fmt: skip
+def test_a_bad_row_leaves_nothing_half_written(scratchpad, tmp_path, line, message):
+    shutil.copytree(ROOT / "data/tldr_sample", tmp_path / "posts")
+    rows = (tmp_path / "posts/train.jsonl").read_bytes().split(b"\n")
+    (tmp_path / "posts/train.jsonl").write_bytes(b"\n".join([*rows[:2], line, *rows[2:]]))
+    posts, out = str(tmp_path / "posts"), str(tmp_path / "out/data")
+    said = run(scratchpad, "roads.data", posts, out, "--scale", "real-cpu", code=2)
+    assert said.startswith("error: ") and message in said and said.count("\n") == 1
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_missing_cell_of_a_figure_is_named(checkout, tmp_path):
+    shutil.copytree(checkout / "runs/tiny/rouge/scores", tmp_path / "scores")
+    (tmp_path / "scores/online/s0/scores.npz").unlink()
+    said = run(checkout, "roads.figures.policies", str(tmp_path), str(tmp_path / "reports"), "--scale", "tiny",
+               "--figure", "fig11", code=2)
+    assert "scores/online/s0/scores.npz: not found" in said and not (tmp_path / "reports").exists()
+
+
+def test_a_full_disk_is_one_line(checkout, tmp_path):
+    """A real one: a file system of 64 KiB, in a mount namespace of its own."""
+    script = (f"mount -t tmpfs -o size=64k none {tmp_path} && cd {checkout} && "
+              f"exec {sys.executable} -m roads.base runs/tiny/data {tmp_path}/base --scale tiny")
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("no mount namespaces here")
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], env=ENV, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.rstrip().splitlines()[-1].startswith("error: no space left")
+
+
+# Real posts
+
+
+def test_real_posts_run_the_same_graph(checkout):
+    edit(checkout, "rouge: {n: 25, temperature: 0.7}\n    online: {n: 25, temperature: 0.7}",
+         "rouge: {n: 3, temperature: 0.7}\n    online: {n: 3, temperature: 0.7}")
+    edit(checkout, "preferences: 1500, valid: 1000, test: 1000", "preferences: 40, valid: 20, test: 20")
+    before = (checkout / "params.yaml").read_bytes()
+    try:
+        make(checkout, "fig11", "SCALE=real-cpu", "DATA=data/tldr_sample")
+        content = json.loads((checkout / "reports/real-cpu/fig11.json").read_text(encoding="utf-8"))
+        assert content["note"] == "real posts, scale real-cpu" and [bar["n"] for bar in content["bars"]] == [20] * 4
+        assert "Up to date: fig11@real-cpu" in make(checkout, "fig11")
+        run(checkout, "roads.config", "set", "--scale", "tiny")
+        assert stale(checkout) == set()  # the results of two scales lie side by side
+    finally:
+        (checkout / "params.yaml").write_bytes(before)

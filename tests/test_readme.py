@@ -1,0 +1,94 @@
+"""The README keeps its word: its commands run, its numbers are those of the reports, its reports are dvc.lock's."""
+
+import hashlib
+import json
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+from ruamel.yaml import YAML
+from test_pipeline import make, run
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+            for line in block.splitlines() if line.strip()]
+# CI runs the first two from a clean checkout; the search takes a quarter of an hour, and clean would end the tests.
+ELSEWHERE = {"make fig11", "make test", "make search", "make clean"}
+
+
+def test_the_first_two_commands_are_those_that_ci_runs():
+    assert COMMANDS[:2] == ["make fig11", "make test"]
+    ci = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert "\nmake test" in ci and "\nmake fig11" in ci
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - ELSEWHERE))
+def test_a_command_runs(checkout, command):
+    """On the checkout whose figures are there; a folder of one's own is the sample."""
+    words = shlex.split(command.replace("path/to/folder", "data/tldr_sample"))
+    if words[0] == "make":
+        if "SCALE=real-cpu" in words:
+            pytest.skip("test_pipeline.py runs this one whole")
+        make(checkout, *words[1:])
+    else:
+        assert words[0] == ".venv/bin/dvc"
+        run(checkout, *words[0].split("/")[-1:], *words[1:])
+
+
+def test_make_help_lists_every_target(checkout):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.search(r"^\.PHONY: (.*)$", makefile, re.M)[1].split()
+    listed = [name for line in make(checkout, "help").splitlines() if line.startswith("  ")
+              for name in line[:21].split()]
+    assert set(targets) <= set(listed)
+
+
+def test_the_numbers_are_those_of_the_reports():
+    """A sentence of the README quotes a report as `[fig3: label] +0.012 [+0.001, +0.023]`."""
+    quoted = re.findall(r"\[(fig\d+): ([^\]]+)\] ([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\]", README)
+    assert {figure for figure, *_ in quoted} == {"fig3", "fig7", "fig11"}
+    for figure, label, *numbers in quoted:
+        gap = json.loads((ROOT / f"reports/mini/{figure}.json").read_text(encoding="utf-8"))["gaps"][label]
+        assert numbers == [f"{gap[key]:+.3f}" for key in ("mean", "low", "high")], (figure, label)
+
+
+def test_the_committed_reports_come_from_runs_in_the_lock():
+    """dvc.lock names the very bytes of every report, and of the scores that each report says it was drawn from."""
+    lock = YAML(typ="safe").load((ROOT / "dvc.lock").read_text(encoding="utf-8"))["stages"]
+    for figure in ("fig3", "fig7", "fig11"):
+        stage = lock[f"{figure}@mini"]
+        assert stage["params"]["params.yaml"]["seeds"] == [0, 1, 2]
+        for out in stage["outs"]:
+            assert hashlib.md5((ROOT / out["path"]).read_bytes()).hexdigest() == out["md5"], out["path"]
+        content = json.loads((ROOT / f"reports/mini/{figure}.json").read_text(encoding="utf-8"))
+        made = {out["path"] for stage in lock.values() for out in stage["outs"]}
+        assert {path.removesuffix("/scores.npz") for path in content["provenance"]} <= made
+
+
+def test_report_seeds_are_not_development_seeds():
+    search = (ROOT / "docs/search.csv").read_text(encoding="utf-8").splitlines()
+    column = search[0].split(",").index("seed")
+    developed = {int(line.split(",")[column]) for line in search[1:]}
+    for figure in ("fig3", "fig7", "fig11"):
+        content = json.loads((ROOT / f"reports/mini/{figure}.json").read_text(encoding="utf-8"))
+        assert developed and not developed & set(content["seeds"])
+
+
+def test_the_search_is_what_params_say():
+    """Offline DPO's values are the best of the search by winrate; both reward models' by log loss."""
+    import csv
+
+    rows = list(csv.DictReader((ROOT / "docs/search.csv").open(encoding="utf-8")))
+    mini = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))["mini"]
+
+    def best(kind, measure, sign):
+        groups = {}
+        for row in rows:
+            if row["kind"] == kind and row["task"] == "human":
+                key = tuple(float(row[name]) if row[name] else None for name in ("lr", "beta", "epochs"))
+                groups.setdefault(key, []).append(sign * float(row[measure]))
+        return max(groups, key=lambda key: sum(groups[key]) / len(groups[key]))
+
+    for kind, measure, sign in (("dpo", "score", 1), ("local", "log_loss", -1), ("reward", "log_loss", -1)):
+        assert best(kind, measure, sign) == tuple(mini[kind].get(name) for name in ("lr", "beta", "epochs")), kind
