@@ -153,7 +153,7 @@ def write(results: dict[str, list[dict]]) -> None:
     for kind, group in results.items():
         block = "\n".join(table(group, *shown[kind]))
         between = re.compile(f"(?<=<!-- {kind} -->\n).*?(?=<!-- end -->)", re.S)
-        text = between.sub(lambda _, block=block: block + "\n", text)
+        text = between.sub(lambda _, block=block: block + "\n", text, count=1)  # of an empty match and the next
     (DOCS / "search.md").write_text(text, encoding="utf-8")
 
 

@@ -47,7 +47,9 @@ def bar_chart(title: str, content: dict, colours: list[str], floor: float):
             axes.scatter(x + shift, bar["by_seed"], s=18, color="white", edgecolor="black", lw=0.8, zorder=5)
         top = max(bar["high"], *bar["by_seed"])
         axes.annotate(f"{bar['mean']:.3f}", (x, top), (0, 5), textcoords="offset points", ha="center")
-    axes.set_xticks(range(len(bars)), [bar["bar"] for bar in bars])
+    labels = ["\n".join([bar["bar"], *(f"{other} {found['bars'][bar['bar']]['mean']:.3f}"
+                                       for other, found in content["also"].items())]) for bar in bars]
+    axes.set_xticks(range(len(bars)), labels)
     axes.set_title(title, pad=34)
     gaps = [f"{name}: {gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
             for name, gap in content["gaps"].items()]
@@ -57,7 +59,7 @@ def bar_chart(title: str, content: dict, colours: list[str], floor: float):
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.12)
     axes.set_ylim(bottom=floor)
-    how = (f"bars: mean; points: seeds {seeds}; n = {bars[0]['n']} prompts\n"
+    how = (f"bars: mean; points: seeds {seeds}; n = {bars[0]['n']}\n"
            "lines and brackets: 95% bootstrap over prompts and seeds; above: paired differences")
     figure.text(0.5, 0.005, f"{content['note']}\n{how}", ha="center", fontsize=7.5)
     figure.tight_layout(rect=(0, 0.09, 1, 1))
@@ -65,19 +67,26 @@ def bar_chart(title: str, content: dict, colours: list[str], floor: float):
 
 
 def save(out: Path, name: str, runs: Path, places: dict[str, str], gaps: dict[str, tuple[str, str]], seeds: list[int],
-         note: str, title: str, measure: str, colours: list[str], floor: float = 0.0) -> None:
+         note: str, title: str, measure: str, colours: list[str], floor: float = 0.0,
+         also: dict | None = None) -> None:
     """Write name.{png,csv,json} under `out`, each complete or not at all.
 
     Args:
         places: as in `read`.
         gaps: label -> (treated bar, control bar), paired by prompt and seed.
         floor: where the bars start: what chance gives.
+        also: name -> function of scores, for measures that the .json has beside the one drawn.
     """
     bars, sources = read(runs, places, seeds)
     table = [{"bar": bar, **stats.estimate(values), "n": values.shape[1]} for bar, values in bars.items()]
+
+    def differences(function=lambda scores: scores) -> dict:
+        return {label: stats.difference(function(bars[a]), function(bars[b])) for label, (a, b) in gaps.items()}
+
     content = {
-        "figure": name, "note": note, "measure": measure, "seeds": seeds, "bars": table,
-        "gaps": {label: stats.difference(bars[a], bars[b]) for label, (a, b) in gaps.items()},
+        "figure": name, "note": note, "measure": measure, "seeds": seeds, "bars": table, "gaps": differences(),
+        "also": {other: {"bars": {bar: stats.estimate(function(values)) for bar, values in bars.items()},
+                         "gaps": differences(function)} for other, function in (also or {}).items()},
         # What was read; dvc.lock has the runs that wrote it.
         "provenance": {path.as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in sources},
     }

@@ -1,10 +1,14 @@
 """Figure 7: how likely global, local and DPO reward models find held-out preferences, on the same pairs.
 
+The mean probability, which the paper draws, grows with the scale of a reward; accuracy and log loss go with it.
+
     python -m roads.figures.likelihood runs/mini/human reports/mini --scale mini
 """
 
 import argparse
 from pathlib import Path
+
+import numpy as np
 
 from roads import config, stage
 from roads.figures import figure
@@ -14,6 +18,7 @@ BARS = {"Global RM": "likelihood/reward/s{seed}", "Local RM": "likelihood/local/
 COLOURS = [figure.ORANGE, figure.GREEN, figure.BLUE]
 GAPS = {"Global - Local": ("Global RM", "Local RM"), "Local - DPO": ("Local RM", "DPO RM"),
         "Global - DPO": ("Global RM", "DPO RM")}
+ALSO = {"accuracy": lambda p: (p > 0.5).astype(float), "log loss": lambda p: -np.log(p)}
 
 
 def _command() -> None:
@@ -24,7 +29,7 @@ def _command() -> None:
     a = parser.parse_args()
     figure.save(a.out, "fig7", a.runs, BARS, GAPS, config.load().seeds, figure.note(a.scale),
                 "Fig. 7: validation likelihood of three reward models", "mean probability of the chosen completion",
-                COLOURS, floor=0.5)
+                COLOURS, floor=0.5, also=ALSO)
 
 
 if __name__ == "__main__":
