@@ -38,10 +38,10 @@ def test_the_file_in_the_repository_is_good(params):
     ("seeds: [0, 1, 2]", "seeds: [0, 1, 0]", "seeds: expected distinct values, got [0, 1, 0]"),
     ("seeds: [0, 1, 2]", "seeds: [0, -1]", "seeds.1: input should be greater than or equal to 0, got -1"),
     ("seeds: [0, 1, 2]", "seeds: [0, 1.5]", "seeds.1: input should be a valid integer, got 1.5"),
-    ("beta: 0.1", "beta: 0", "mini.dpo.beta: input should be"),
-    ("beta: 0.1", "beta: .nan", "mini.dpo.beta: input should be"),
-    ("beta: 0.1", "bata: 0.1", "mini.dpo.bata: unknown key; did you mean 'beta'?"),
-    ("beta: 0.1", 'beta: "0.1"', "mini.dpo.beta: input should be a valid number, got '0.1'"),
+    ("beta: 0.05", "beta: 0", "mini.dpo.beta: input should be"),
+    ("beta: 0.05", "beta: .nan", "mini.dpo.beta: input should be"),
+    ("beta: 0.05", "bata: 0.05", "mini.dpo.bata: unknown key; did you mean 'beta'?"),
+    ("beta: 0.05", 'beta: "0.05"', "mini.dpo.beta: input should be a valid number, got '0.05'"),
     ("    tau: ", "    taus: ", "mini.source.taus: unknown key; did you mean 'tau'?"),
     ("    karma_noise: 0.5\n", "", "mini.source.karma_noise: missing"),
     ("    kind: world", "    kind: wrold", "mini.source: input tag 'wrold'"),
@@ -99,7 +99,7 @@ def test_a_bad_switch_changes_nothing(params, scale, data, message):
 
 
 def test_the_command_line_says_it_in_one_line_and_exits_with_2(params):
-    path = params("beta: 0.1", "bata: 0.1")
+    path = params("beta: 0.05", "bata: 0.05")
     command = [sys.executable, "-m", "roads.config", "check"]
     env = {"PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True, env=env)

@@ -94,6 +94,30 @@ def test_cold_samples_are_greedy_and_ignore_the_cache(policy, rows):
             tokens = torch.cat([tokens, token[None]])
 
 
+def test_cache_and_leaving_rows_change_no_token(policy, rows):
+    """Against the plain way: every row to the end, the whole sequence at every step, without padding or a cache."""
+    with torch.no_grad():
+        policy.get_output_embeddings().weight[EOS] *= 3  # rows that end at different steps
+    n, length = 40, 8
+    found = sample.generate(policy, rows[0], n, length, 1.3, generator(5)).view(-1, length)
+    drawn = torch.Generator().manual_seed(5)
+    texts = [query[query != PAD] for query in rows[0] for _ in range(n)]
+    for step in range(length):
+        uniform = torch.rand(len(texts), 1, dtype=torch.double, generator=drawn)
+        for i, text in enumerate(texts):
+            if step and found[i, step - 1] in (EOS, PAD):
+                assert found[i, step] == PAD
+                continue
+            logits = policy(text[None]).logits[0, -1] / 1.3
+            logits[PAD] = -torch.inf
+            below = logits.softmax(0).double().cumsum(0)
+            token = EOS if step == length - 1 else int((below <= uniform[i] * below[-1]).sum())
+            assert found[i, step] == token
+            texts[i] = torch.cat([text, torch.tensor([token])])
+    lengths = (found != PAD).sum(1)
+    assert lengths.min() < 4 and lengths.max() == length
+
+
 def test_first_tokens_follow_softmax_of_logits_over_temperature(policy, rows):
     logits = policy(rows[0][1:2]).logits[0, -1].detach().double() / 0.5
     logits[PAD] = -torch.inf

@@ -3,7 +3,6 @@
     python -m roads.base DATA OUT --scale mini
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -40,12 +39,9 @@ def base(data: Path, out: Path, cfg: config.Scale) -> None:
 
 
 def _command() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--scale", required=True)
-    args = parser.parse_args()
-    base(args.data, args.out, config.load_scale(args.scale))
+    parser = stage.arguments(__doc__, "data", "out")
+    a = parser.parse_args()
+    base(a.data, a.out, config.load_scale(a.scale))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ Writes tokenizer.json and one .npz per split. Queries [n, Q] are padded left, re
     test_rouge.npz   query, response: prompts for ROUGE-L (the validation preference set) and the references to match
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -91,12 +90,9 @@ def data(source: Path, out: Path, cfg: config.Scale) -> None:
 
 
 def _command() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--scale", required=True)
-    args = parser.parse_args()
-    data(args.source, args.out, config.load_scale(args.scale))
+    parser = stage.arguments(__doc__, "source", "out")
+    a = parser.parse_args()
+    data(a.source, a.out, config.load_scale(a.scale))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@
     python -m roads.dpo PAIRS REFERENCE OUT --scale mini --seed 0 --local     # local RM: no reference
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -62,11 +61,7 @@ def dpo(pairs: Path, reference: Path, out: Path, cfg: config.Scale, seed: int, t
 
 
 def _command() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pairs", type=Path)
-    parser.add_argument("reference", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--scale", required=True)
+    parser = stage.arguments(__doc__, "pairs", "reference", "out")
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--times", type=int, default=1, help="this many times the epochs of params.yaml")
     kind = parser.add_mutually_exclusive_group()

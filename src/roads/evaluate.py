@@ -6,7 +6,6 @@ Task human: winrate against the reference summary, judged by the world's gold qu
 Task rouge: ROUGE-L F1 against the preferred completion (Fig 11).
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +41,7 @@ def evaluate(completions: Path, data: Path, out: Path, cfg: config.Scale, task: 
 
 
 def _command() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("completions", type=Path)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--scale", required=True)
+    parser = stage.arguments(__doc__, "completions", "data", "out")
     parser.add_argument("--task", required=True, choices=["human", "rouge"])
     a = parser.parse_args()
     evaluate(a.completions, a.data, a.out, config.load_scale(a.scale), a.task)

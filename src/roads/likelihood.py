@@ -3,7 +3,6 @@
     python -m roads.likelihood MODEL PAIRS OUT --scale mini --kind reward|local|dpo --reference SFT
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -50,11 +49,7 @@ def likelihood(path: Path, pairs: Path, reference: Path, out: Path, cfg: config.
 
 
 def _command() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("pairs", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--scale", required=True)
+    parser = stage.arguments(__doc__, "model", "pairs", "out")
     parser.add_argument("--kind", required=True, choices=["reward", "local", "dpo"])
     parser.add_argument("--reference", type=Path, required=True, help="the SFT policy")
     a = parser.parse_args()

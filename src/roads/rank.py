@@ -7,7 +7,6 @@
 Writes pairs.npz: query [N, Q], chosen [N, R], rejected [N, R]. A prompt whose completions all tie is dropped.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -93,10 +92,7 @@ def rank(completions: Path, out: Path, cfg: config.Scale, by: str, data: Path | 
 
 
 def _command() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("completions", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--scale", required=True)
+    parser = stage.arguments(__doc__, "completions", "out")
     parser.add_argument("--by", required=True, choices=["human", "rouge", "reward"])
     parser.add_argument("--data", type=Path, help="the data folder, with the references (rouge)")
     parser.add_argument("--split", default="preferences", help="the split the completions are of (rouge)")

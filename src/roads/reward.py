@@ -3,7 +3,6 @@
     python -m roads.reward PAIRS SFT OUT --scale mini --seed 0
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -38,14 +37,10 @@ def reward(pairs: Path, sft: Path, out: Path, cfg: config.Scale, seed: int) -> N
 
 
 def _command() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pairs", type=Path)
-    parser.add_argument("sft", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--scale", required=True)
+    parser = stage.arguments(__doc__, "pairs", "sft", "out")
     parser.add_argument("--seed", type=int, required=True)
-    args = parser.parse_args()
-    reward(args.pairs, args.sft, args.out, config.load_scale(args.scale), args.seed)
+    a = parser.parse_args()
+    reward(a.pairs, a.sft, a.out, config.load_scale(a.scale), a.seed)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 Writes completions.npz: query [N, Q] and completions [N, n, R], padded right; every completion ends in EOS.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -36,20 +35,26 @@ def generate(policy, query: torch.Tensor, n: int, length: int, temperature: floa
     mask = real.long().repeat_interleave(n, 0)
     position = real.sum(1).repeat_interleave(n, 0)[:, None]
     tokens = torch.full((len(logits), length), PAD)
-    done = torch.zeros(len(logits), dtype=torch.bool)
+    rows = torch.arange(len(logits))  # those that go on: finished rows leave the batch
     for step in range(length):
-        logps = torch.log_softmax(logits.float() / temperature, dim=-1)
-        logps[:, PAD] = -torch.inf
-        # Gumbel-max draws from softmax(logits / T) without a division by a small sum at low T.
-        noise = torch.empty_like(logps).exponential_(generator=generator).log()
-        token = (logps - noise).argmax(1) if step < length - 1 else torch.full_like(done, EOS, dtype=torch.long)
-        tokens[:, step] = torch.where(done, PAD, token)
-        done |= token == EOS
-        if done.all():
+        logits = logits.float() / temperature
+        logits[:, PAD] = -torch.inf
+        # Inverse of the distribution function. Finished rows draw as well: what a row gets must not depend on others.
+        below = torch.softmax(logits, dim=-1).double().cumsum(1)
+        drawn = torch.rand(len(tokens), 1, dtype=torch.double, generator=generator)[rows] * below[:, -1:]
+        token = torch.searchsorted(below, drawn, right=True).squeeze(1)
+        if step == length - 1:
+            token = torch.full_like(rows, EOS)
+        tokens[rows, step] = token
+        going = (token != EOS).nonzero().squeeze(1)
+        if len(going) == 0:
             break
+        if len(going) < len(rows):
+            rows, token, mask, position = rows[going], token[going], mask[going], position[going]
+            cache.batch_select_indices(going)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         hidden = policy.base_model(token[:, None], attention_mask=mask, position_ids=position + step,
-                                 past_key_values=cache)
+                                   past_key_values=cache)
         logits = policy.get_output_embeddings()(hidden.last_hidden_state[:, -1])
     return tokens.view(len(query), n, length).int()
 
@@ -77,11 +82,7 @@ def sample(policy: Path, prompts: Path, out: Path, cfg: config.Scale, samples: s
 
 
 def _command() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("policy", type=Path)
-    parser.add_argument("prompts", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--scale", required=True)
+    parser = stage.arguments(__doc__, "policy", "prompts", "out")
     parser.add_argument("--samples", required=True, choices=list(config.Samples.model_fields))
     parser.add_argument("--seed", type=int, required=True)
     a = parser.parse_args()

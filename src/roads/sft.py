@@ -3,7 +3,6 @@
     python -m roads.sft DATA BASE OUT --scale mini
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -38,13 +37,9 @@ def sft(data: Path, base: Path, out: Path, cfg: config.Scale) -> None:
 
 
 def _command() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("base", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--scale", required=True)
-    args = parser.parse_args()
-    sft(args.data, args.base, args.out, config.load_scale(args.scale))
+    parser = stage.arguments(__doc__, "data", "base", "out")
+    a = parser.parse_args()
+    sft(a.data, a.base, a.out, config.load_scale(a.scale))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ folder, writes `params.json` (exactly the parameters it used) and renames the fo
 only when everything is written, so a killed run never leaves half an output.
 """
 
+import argparse
 import errno
 import json
 import os
@@ -57,6 +58,15 @@ def output(out: Path, config: dict, reads: list[Path] = ()) -> Iterator[Path]:
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     read = ", ".join(str(p) for p in reads) or "params.yaml"
     print(f"{read} -> {out} ({size / 2**20:.1f} MiB) in {time.perf_counter() - start:.1f} s", flush=True)
+
+
+def arguments(doc: str, *paths: str) -> argparse.ArgumentParser:
+    """A stage's command line: paths by position, and the scale whose block of params.yaml it reads."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for path in paths:
+        parser.add_argument(path, type=Path)
+    parser.add_argument("--scale", required=True, help="a block of params.yaml")
+    return parser
 
 
 def main(command: Callable[[], int | None]) -> None:

@@ -5,8 +5,6 @@ The mean probability, which the paper draws, grows with the scale of a reward; a
     python -m roads.figures.likelihood runs/mini/human reports/mini --scale mini
 """
 
-import argparse
-from pathlib import Path
 
 import numpy as np
 
@@ -22,10 +20,7 @@ ALSO = {"accuracy": lambda p: (p > 0.5).astype(float), "log loss": lambda p: -np
 
 
 def _command() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--scale", required=True)
+    parser = stage.arguments(__doc__, "runs", "out")
     a = parser.parse_args()
     figure.save(a.out, "fig7", a.runs, BARS, GAPS, config.load().seeds, figure.note(a.scale),
                 "Fig. 7: validation likelihood of three reward models", "mean probability of the chosen completion",

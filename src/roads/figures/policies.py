@@ -4,8 +4,6 @@
     python -m roads.figures.policies runs/mini/rouge reports/mini --scale mini --figure fig11    # ROUGE-L, task rouge
 """
 
-import argparse
-from pathlib import Path
 
 from roads import config, stage
 from roads.figures import figure
@@ -22,10 +20,7 @@ FIGURES = {
 
 
 def _command() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--scale", required=True)
+    parser = stage.arguments(__doc__, "runs", "out")
     parser.add_argument("--figure", required=True, choices=list(FIGURES))
     a = parser.parse_args()
     title, measure = FIGURES[a.figure]
