@@ -54,6 +54,19 @@ def test_the_numbers_are_those_of_the_reports():
         assert numbers == [f"{gap[key]:+.3f}" for key in ("mean", "low", "high")], (figure, label)
 
 
+def test_the_reports_show_what_the_readme_says():
+    """Fig 3 with every seed and clear of 0, also against DPO 2x; Fig 11 by less than half of it; Fig 7's order."""
+    gaps = {name: json.loads((ROOT / f"reports/mini/{name}.json").read_text(encoding="utf-8"))["gaps"]
+            for name in ("fig3", "fig7", "fig11")}
+    for label in ("Online(DPO) - DPO", "Online(DPO) - DPO 2x"):
+        assert gaps["fig3"][label]["low"] > 0 and min(gaps["fig3"][label]["by_seed"]) > 0
+    sizes = {name: gaps[name]["Online(DPO) - DPO"]["standardised"]["mean"] for name in ("fig3", "fig11")}
+    small, large = (f"{sizes[name]:.2f}".lstrip("0") for name in ("fig11", "fig3"))
+    assert sizes["fig11"] < 0.5 * sizes["fig3"]
+    assert f"{small} standard deviations of a prompt's score, against {large} in" in README
+    assert gaps["fig7"]["Global - Local"]["low"] > 0 and gaps["fig7"]["Local - DPO"]["low"] > 0
+
+
 def test_the_committed_reports_come_from_runs_in_the_lock():
     """dvc.lock names the very bytes of every report, and of the scores that each report says it was drawn from."""
     lock = YAML(typ="safe").load((ROOT / "dvc.lock").read_text(encoding="utf-8"))["stages"]
