@@ -296,7 +296,7 @@ def test_a_full_disk_is_one_line(checkout, tmp_path):
 def test_real_posts_run_the_same_graph(checkout):
     edit(checkout, "rouge: {n: 25, temperature: 0.7}\n    online: {n: 25, temperature: 0.7}",
          "rouge: {n: 3, temperature: 0.7}\n    online: {n: 3, temperature: 0.7}")
-    edit(checkout, "preferences: 800, valid: 1000, test: 1000", "preferences: 40, valid: 20, test: 20")
+    edit(checkout, "preferences: 500, valid: 1000, test: 1000", "preferences: 40, valid: 20, test: 20")
     before = (checkout / "params.yaml").read_bytes()
     try:
         make(checkout, "fig11", "SCALE=real-cpu", "DATA=data/tldr_sample")

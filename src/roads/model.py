@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel
+from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel
 from transformers.utils.logging import disable_progress_bar
 
 from roads import config
@@ -80,6 +80,32 @@ def _inputs(query: Tensor, response: Tensor) -> dict[str, Tensor]:
         return {"input_ids": tokens, "use_cache": False}
     positions = (real.long().cumsum(1) - 1).clamp(min=0)
     return {"input_ids": tokens, "attention_mask": real.long(), "position_ids": positions, "use_cache": False}
+
+
+def prefill(trunk, query: Tensor) -> tuple[Tensor, DynamicCache]:
+    """Run the prompts [B, Q], padded left, once: the last hidden states [B, d], and a cache to go on from."""
+    real = (query != PAD).long()
+    cache = DynamicCache(config=trunk.config)
+    positions = (real.cumsum(1) - 1).clamp(min=0)
+    out = trunk(query.long(), attention_mask=real, position_ids=positions, past_key_values=cache)
+    return out.last_hidden_state[:, -1], cache
+
+
+@torch.inference_mode()
+def candidate_rewards(rm: RewardModel, query: Tensor, completions: Tensor) -> Tensor:
+    """Rewards [B, n] of completions [B, n, R]: a prompt is run once, and so are equal completions of it."""
+    n_prompts, n, width = completions.shape
+    owner = torch.arange(n_prompts).repeat_interleave(n)[:, None]
+    rows, where = torch.unique(torch.cat([owner, completions.view(-1, width)], 1), dim=0, return_inverse=True)
+    owner, (query, response) = rows[:, 0], trim(query, rows[:, 1:])
+    _, cache = prefill(rm.trunk, query)
+    cache.batch_select_indices(owner)
+    real = (query != PAD)[owner]
+    hidden = rm.trunk(
+        response, attention_mask=torch.cat([real, response != PAD], 1).long(), past_key_values=cache,
+        position_ids=real.sum(1, keepdim=True) + torch.arange(response.shape[1])).last_hidden_state
+    last = (response != PAD).sum(1) - 1
+    return rm.head(hidden[torch.arange(len(last)), last]).squeeze(1)[where].view(n_prompts, n)
 
 
 def response_logps(policy, query: Tensor, response: Tensor, temperature: float = 1.0) -> Tensor:

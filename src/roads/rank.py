@@ -39,23 +39,16 @@ def world_scores(query: np.ndarray, completions: np.ndarray, cfg: config.World) 
     return scores
 
 
-def reward_scores(query: np.ndarray, completions: np.ndarray, path: Path, batch_size: int = 1024) -> np.ndarray:
-    """Rewards [N, n]; equal completions of a prompt are scored once."""
+def reward_scores(query: np.ndarray, completions: np.ndarray, path: Path, batch_size: int = 64) -> np.ndarray:
+    """Rewards [N, n], `batch_size` prompts at a time."""
     import torch
 
-    from roads.model import RewardModel
+    from roads.model import RewardModel, candidate_rewards
 
     rm = RewardModel.load(path).eval()
-    n_prompts, n, width = completions.shape
-    prompt = np.repeat(np.arange(n_prompts), n)
-    keyed = np.column_stack([prompt, completions.reshape(-1, width)])
-    distinct, inverse = np.unique(keyed, axis=0, return_inverse=True)
-    rewards = []
-    with torch.inference_mode():
-        for start in tqdm(range(0, len(distinct), batch_size), desc="rewards", unit="batch"):
-            part = distinct[start : start + batch_size]
-            rewards.append(rm(torch.from_numpy(query[part[:, 0]]), torch.from_numpy(part[:, 1:])).numpy())
-    return np.concatenate(rewards)[inverse.ravel()].reshape(n_prompts, n)
+    query, completions = torch.from_numpy(query), torch.from_numpy(completions)
+    parts = tqdm(torch.arange(len(query)).split(batch_size), desc="rewards", unit="batch")
+    return torch.cat([candidate_rewards(rm, query[i], completions[i]) for i in parts]).numpy()
 
 
 def rank(completions: Path, out: Path, cfg: config.Scale, by: str, data: Path | None = None,

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import DynamicCache
 
 from roads import config, model, stage
 from roads.tldr import EOS, PAD
@@ -25,15 +24,12 @@ def generate(policy, query: torch.Tensor, n: int, length: int, temperature: floa
     The prompt is run once and its cache serves its n completions. A completion without an EOS after
     length - 1 tokens is closed with one: the reward model reads there, and DPO learns to stop.
     """
-    query, _ = model.trim(query.long(), query)
-    real = query != PAD
-    cache = DynamicCache(config=policy.config)
-    positions = (real.long().cumsum(1) - 1).clamp(min=0)
-    hidden = policy.base_model(query, attention_mask=real.long(), position_ids=positions, past_key_values=cache)
-    logits = policy.get_output_embeddings()(hidden.last_hidden_state[:, -1]).repeat_interleave(n, 0)
+    query, _ = model.trim(query, query)
+    hidden, cache = model.prefill(policy.base_model, query)
+    logits = policy.get_output_embeddings()(hidden).repeat_interleave(n, 0)
     cache.batch_repeat_interleave(n)
-    mask = real.long().repeat_interleave(n, 0)
-    position = real.sum(1).repeat_interleave(n, 0)[:, None]
+    mask = (query != PAD).long().repeat_interleave(n, 0)
+    position = mask.sum(1, keepdim=True)
     tokens = torch.full((len(logits), length), PAD)
     rows = torch.arange(len(logits))  # those that go on: finished rows leave the batch
     for step in range(length):
