@@ -21,11 +21,12 @@ from scipy.special import expit, log_expit, log_softmax, logsumexp
 from roads.theory import tree as t
 
 VOCAB, SPREAD = 3, 1.5
-DEVELOPMENT, SEEDS = range(100, 130), range(40)
-PENALTIES = np.geomspace(0.03, 300, 9)
+DEVELOPMENT, SEEDS = range(100, 120), range(40)
+PENALTIES = np.geomspace(0.1, 10_000, 11)
 HORIZONS = [1, 2, 3, 4]
 PAIRS = [32, 128, 512, 2048, 8192, 32768, 131072]
 HORIZON, N = 4, 512  # of the curves in which one is fixed
+MIX_PAIRS = [N, 8192]
 MIXTURES = [0.0, 0.03, 0.1, 0.3, 0.6, 1.0]  # share of a reward's variance that is the table's
 
 # theta [B, d] -> rewards or log-probabilities [B, n], and their derivatives [B or 1, n, d]
@@ -112,8 +113,10 @@ def pair_curvature(compared: np.ndarray, reward: np.ndarray) -> np.ndarray:
     return weight.sum(2)[:, :, None] * np.eye(reward.shape[1]) - weight
 
 
-def fit(model: Model, wins: np.ndarray, penalty: float, start: np.ndarray) -> np.ndarray:
-    """The maximum a posteriori theta [B, d] of B data sets wins [B, n, n]: Gauss-Newton steps, damped where they fail.
+def fit(model: Model, wins: np.ndarray, penalty: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """The maximum a posteriori theta [B, d] of B data sets wins [B, n, n], given each parameter's penalty [d].
+
+    Gauss-Newton steps, damped where they fail.
 
     Raises:
         RuntimeError: some data set's gradient is not small after 200 steps.
@@ -121,17 +124,16 @@ def fit(model: Model, wins: np.ndarray, penalty: float, start: np.ndarray) -> np
     theta, damping = start, np.full(len(start), 1e-3)
     compared = wins + wins.swapaxes(1, 2)
     reward, slope = model(theta)
-    loss = pair_loss(wins, reward) + penalty / 2 * (theta**2).sum(1)
+    loss = pair_loss(wins, reward) + (penalty * theta**2).sum(1) / 2
     for _ in range(200):
         expected = compared * expit(reward[:, :, None] - reward[:, None])
-        gradient = np.einsum("bn,bnd->bd", (expected - wins).sum(2), np.broadcast_to(slope, (len(theta), *slope.shape[1:])))
-        gradient += penalty * theta
+        gradient = ((expected - wins).sum(2)[:, None] @ slope)[:, 0] + penalty * theta
         if np.abs(gradient).max() < 1e-4 * np.sqrt(wins[0].sum()):  # a thousandth of its sampling noise, or less
             return theta
         curvature = slope.swapaxes(1, 2) @ pair_curvature(compared, reward) @ slope
-        curvature += (penalty + damping)[:, None, None] * np.eye(theta.shape[1])
+        curvature += (penalty + damping[:, None])[:, None] * np.eye(theta.shape[1])
         tried = theta - np.linalg.solve(curvature, gradient[..., None])[..., 0]
-        tried_loss = pair_loss(wins, model(tried)[0]) + penalty / 2 * (tried**2).sum(1)
+        tried_loss = pair_loss(wins, model(tried)[0]) + (penalty * tried**2).sum(1) / 2
         better = tried_loss <= loss + 1e-12 * np.abs(loss)
         theta = np.where(better[:, None], tried, theta)
         loss = np.where(better, tried_loss, loss)
@@ -146,18 +148,21 @@ def reverse_kl(reward: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return (np.exp(log_p) * (log_p - log_softmax(truth, -1))).sum(-1)
 
 
-def estimators(horizon: int) -> dict[str, tuple[Model, int]]:
-    """Name -> model and its number of parameters. A model of rewards is the first of two stages, soft RL the second."""
+def estimators(horizon: int) -> dict[str, tuple[Model, np.ndarray]]:
+    """Name -> model, and the penalty of each of its parameters relative to the others [d].
+
+    A model of rewards is the first of two stages; the second is soft RL in closed form (Eq. 11).
+    """
     simple, n = occurs(horizon), VOCAB**horizon
-    n_logits = (n - 1) // (VOCAB - 1) * VOCAB
+    few, many, logits = np.ones(VOCAB), np.ones(n), np.ones((n - 1) // (VOCAB - 1) * VOCAB)
     return {
-        "MLE over Π": (policies(horizon), n_logits),
-        "MLE over Π(R_sim)": (soft_optimal_policies(simple), VOCAB),
-        "two-stage, R_sim": (rewards(simple), VOCAB),
-        "two-stage, all rewards": (rewards(np.eye(n)), n),
-        # A weight of a simple feature costs a hundredth of an entry of the table: all rewards, simple ones first.
-        "two-stage, all rewards, simple first": (rewards(np.hstack([10 * simple, np.eye(n)])), VOCAB + n),
-        "MLE over policies of prefix features": (policies(horizon, prefix_features(horizon)), VOCAB),
+        "MLE over Π": (policies(horizon), logits),
+        "MLE over Π(R_sim)": (soft_optimal_policies(simple), few),
+        "two-stage, R_sim": (rewards(simple), few),
+        "two-stage, all rewards": (rewards(np.eye(n)), many),
+        "two-stage, all rewards, simple first": (rewards(np.hstack([simple, np.eye(n)])),
+                                                 np.append(few / 10_000, many)),
+        "MLE over policies of prefix features": (policies(horizon, prefix_features(horizon)), few),
     }
 
 
@@ -169,21 +174,19 @@ def data(horizon: int, pairs: int, share: float, seeds: range) -> tuple[np.ndarr
     return np.array(truths), np.array(wins)
 
 
-def errors(horizon: int, pairs: int, share: float, names: list[str] | None = None) -> dict[str, tuple[np.ndarray, float]]:
-    """Estimator -> its errors on the report's seeds and its penalty, the best of `PENALTIES` on the development seeds."""
+def errors(horizon: int, pairs: int, share: float) -> dict[str, tuple[np.ndarray, float]]:
+    """Estimator -> errors [B] on the report's seeds and its penalty, the best of `PENALTIES` on development seeds."""
     results = {}
     developing, reporting = (data(horizon, pairs, share, seeds) for seeds in (DEVELOPMENT, SEEDS))
-    for name, (model, size) in estimators(horizon).items():
-        if names and name not in names:
-            continue
-        theta, mean = np.zeros((len(DEVELOPMENT), size)), {}
+    for name, (model, relative) in estimators(horizon).items():
+        theta, mean = np.zeros((len(DEVELOPMENT), len(relative))), {}
         for penalty in PENALTIES[::-1]:
-            theta = fit(model, developing[1], penalty, theta)
+            theta = fit(model, developing[1], penalty * relative, theta)
             mean[penalty] = reverse_kl(model(theta)[0], developing[0]).mean()
             if mean[penalty] > 1.5 * min(mean.values()):  # past the best one
                 break
         best = min(mean, key=mean.get)
-        theta = fit(model, reporting[1], best, np.zeros((len(SEEDS), size)))
+        theta = fit(model, reporting[1], best * relative, np.zeros((len(SEEDS), len(relative))))
         results[name] = reverse_kl(model(theta)[0], reporting[0]), float(best)
     return results
 

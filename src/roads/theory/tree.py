@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Tree(NamedTuple):
-    """Trajectories in lexicographic order, prefixes by depth; `state[xi, h]` is the prefix at which token h is chosen."""
+    """Trajectories in lexicographic order, prefixes by depth; token h of xi is chosen at the prefix `state[xi, h]`."""
 
     prompts: int
     vocab: int
@@ -58,7 +58,7 @@ def normalise(tree: Tree, reward: Tensor) -> Tensor:
 
 
 def soft_q(tree: Tree, reward: Tensor) -> Tensor:
-    """Soft Q-function [S, A] of the reward [n] by backward induction: Q(s, a) = V(s a), V(s) = log sum_a exp Q(s, a)."""
+    """Soft Q-function [S, A] of a reward [n], by backward induction: Q(s, a) = V(s a), V(s) = log sum_a exp Q(s, a)."""
     levels, value = [], reward
     for _ in range(tree.horizon):
         levels.append(value.view(-1, tree.vocab))
@@ -108,7 +108,7 @@ def population_pairs(tree: Tree, reward: Tensor) -> Pairs:
 
 
 def prefix_blind(tree: Tree) -> Tensor:
-    """Design [S A, X H A] of policies that know the prompt and the position but not the tokens before: logits of Psi theta.
+    """Design [S A, X H A] of policies that know the prompt and the position but not the tokens before.
 
     Their local RMs are the rewards that add up over positions (`additive`), up to a shift for every prompt.
     """
@@ -127,8 +127,8 @@ def additive(tree: Tree) -> Tensor:
     return phi.view(len(phi), -1)
 
 
-def minimise(loss: Callable[[Tensor], Tensor], start: Tensor, tolerance: float = 1e-9) -> Tensor:
-    """A stationary point of a smooth loss: L-BFGS, then Newton steps with exact Hessians.
+def minimise(loss: Callable[[Tensor], Tensor], *starts: Tensor, tolerance: float = 1e-9) -> Tensor:
+    """A stationary point of a smooth loss: the best of L-BFGS from every start, then Newton steps with exact Hessians.
 
     Newton's step is of least norm, because logits and rewards have directions that no probability depends on.
 
@@ -142,14 +142,15 @@ def minimise(loss: Callable[[Tensor], Tensor], start: Tensor, tolerance: float =
         value = loss(point)
         return value.item(), torch.autograd.grad(value, point)[0].numpy()
 
-    found = minimize(value_and_gradient, start.numpy(), jac=True, method="L-BFGS-B",
-                     options={"maxiter": 2000, "maxcor": 30, "gtol": 1e-6, "ftol": 0})
-    x = torch.tensor(found.x)
+    options = {"maxiter": 2000, "maxcor": 30, "gtol": 1e-7, "ftol": 0}
+    found = [minimize(value_and_gradient, start.numpy(), jac=True, method="L-BFGS-B", options=options)
+             for start in starts]
+    x = torch.tensor(min(found, key=lambda result: result.fun).x)
     for _ in range(8):
         slope = gradient(x)
         if slope.abs().max() < tolerance / 1000:
             break
-        x = x - torch.linalg.pinv(torch.func.hessian(loss)(x), rcond=1e-10, hermitian=True) @ slope
+        x = x - torch.linalg.pinv(torch.func.hessian(loss)(x), rcond=1e-12, hermitian=True) @ slope
     if not gradient(x).abs().max() < tolerance:
         raise RuntimeError(f"no minimiser found: the gradient is still {gradient(x).abs().max():.1e}")
     return x
