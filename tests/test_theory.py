@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from roads.theory import broken, complexity, run, statements
+from roads.theory import broken, complexity, figures, run, statements
 from roads.theory import tree as t
 
 REPORTS = ROOT / "reports/theory"
@@ -135,3 +135,22 @@ def test_report_seeds_are_not_development_seeds():
     assert content["seeds"] == list(complexity.SEEDS) and not set(content["seeds"]) & set(content["development_seeds"])
     for name in ("fig2", "finite_pairs", "complexity"):
         assert all((REPORTS / f"{name}.{kind}").exists() for kind in ("png", "csv", "json"))
+
+
+def test_the_committed_report_is_written_from_the_committed_numbers():
+    read = {name: json.loads((REPORTS / f"{name}.json").read_text(encoding="utf-8"))
+            for name in ("statements", "broken", "finite_pairs", "fig2", "complexity")}
+    curves = read["complexity"]
+    text = run.report(read["statements"]["rows"], read["broken"]["rows"], read["finite_pairs"]["rows"], curves["rows"],
+                      curves["gains"], curves["limits"], read["fig2"]["distance"])
+    assert text == (REPORTS / "theory.md").read_text(encoding="utf-8")
+
+
+def test_figure_2_is_drawn_from_projections(tmp_path):
+    """Over unequal classes the two routes end at two points, over isomorphic ones at one; the same as committed."""
+    unequal, isomorphic = figures.figure_2(tmp_path).values()
+    assert unequal > 0.05 and isomorphic < run.TOLERANCE
+    new, old = (json.loads((where / "fig2.json").read_text(encoding="utf-8"))["rows"] for where in (tmp_path, REPORTS))
+    for a, b in zip(new, old, strict=True):
+        assert [a[f"P({k})"] for k in ("00", "01", "10", "11")] == pytest.approx(
+            [b[f"P({k})"] for k in ("00", "01", "10", "11")], abs=1e-5)

@@ -4,8 +4,8 @@ One prompt (others would be problems of their own), 3 tokens, horizon H, n = 3^H
 r(xi) = sum_a w[a] 1[a occurs in xi]: three weights at every horizon, "the summary mentions the point". Its soft-optimal
 policy has to remember what was said and plan for what is left, so its Q-function is no such sum. At H = 1 the three
 indicators are all there is: R_sim is R, and the generation-verification gap is closed. The complex reward is a table
-of n independent numbers, with nothing to verify but a look-up. Rewards have mean 0 and deviation `SPREAD` over
-completions, so that a pair is as informative at every horizon and of either kind.
+of n independent numbers, with nothing to verify but a look-up. Rewards have mean 0 and deviation 1.5 over
+completions, so that a pair is about as informative at every horizon and of either kind.
 
 Data: N pairs of different completions drawn uniformly, labelled by Bradley-Terry. Every estimator is a maximum a
 posteriori fit of log-likelihood minus penalty |theta|^2 / 2 (without a penalty the estimate rarely exists at small N),

@@ -24,9 +24,10 @@ LOOKS = {  # estimator -> colour, marker, line
 
 
 def interval(values: np.ndarray) -> dict:
-    """Mean over seeds and its 95% interval (Student's t), to six digits."""
+    """Mean over seeds and its 95% interval (Student's t), to six digits; what is below 1e-10 is zero."""
     mean, half = np.mean(values), student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return {"mean": digits(mean), "low": digits(mean - half), "high": digits(mean + half), "n": len(values)}
+    ends = {"mean": mean, "low": mean - half, "high": mean + half}
+    return {key: digits(round(x, 10)) + 0.0 for key, x in ends.items()} | {"n": len(values)}  # + 0.0: no "-0.0"
 
 
 def digits(x: float, count: int = 6) -> float:
@@ -41,7 +42,7 @@ def save(out: Path, name: str, figure, rows: list[dict], content: dict) -> None:
         writer.writeheader()
         writer.writerows(rows)
     if figure is not None:
-        figure.savefig(out / f"{name}.png", dpi=160, metadata={"Software": None})
+        figure.savefig(out / f"{name}.png", dpi=160, bbox_inches="tight", metadata={"Software": None})
         plt.close(figure)
 
 

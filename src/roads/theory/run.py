@@ -209,7 +209,8 @@ def findings(rows: list[dict], gains: list[dict], limits: list[dict]) -> str:
 - Reward as complex as the policy: a detour through all rewards gains {gain(HORIZON, N, 1.0, every)} at
   N = {N}, {gain(HORIZON, last, 1.0, every)} at N = {last}. Through R_sim it loses: {gain(HORIZON, N, 1.0)}.
 - Many pairs: the gap vanishes, to {gain(HORIZON, last, 0.0)} nats at N = {last}, but as 1 / N: the *ratio*
-  of the errors stays. A gap that is constant in nats as data grow is not what H6 gives here.
+  of the errors stays. With one simple reward H6 gives no gap that is constant in nats as data grow; for its Fig. 12
+  the paper supposes rewards that grow more complex with the data.
 - Nearly simple reward (share 0.03): R_sim gains {gain(HORIZON, N, 0.03)} at N = {N} and
   {gain(HORIZON, more, 0.03)} at N = {more}. A class of all rewards that prefers simple ones gains
   {gain(HORIZON, N, 0.03, first)} and {gain(HORIZON, more, 0.03, first)}.
