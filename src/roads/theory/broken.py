@@ -98,16 +98,13 @@ def finite_pairs(seed: int, per_trajectory: int) -> tuple[s.Problem, bool]:
 
     It exists, and is unique, where for every prompt "beaten by" is a strongly connected graph (Ford, 1957).
     """
-    p = s.problem(seed)
+    p, draw = s.problem(seed), generator(seed)
     first, second = t.all_pairs(p.tree)
-    draw = generator(seed)
     drawn = torch.randint(len(first), (per_trajectory * len(p.reward),), generator=draw)
-    p = p._replace(pairs=t.Pairs(first[drawn], second[drawn], torch.ones(len(drawn), dtype=torch.float64)))
-    wins = torch.rand(len(drawn), generator=draw, dtype=torch.float64) < (p.reward[p.pairs.chosen]
-                                                                         - p.reward[p.pairs.rejected]).sigmoid()
-    chosen, rejected = (torch.where(wins, *ends) for ends in ((first[drawn], second[drawn]),
-                                                              (second[drawn], first[drawn])))
-    p = p._replace(pairs=p.pairs._replace(chosen=chosen, rejected=rejected))
+    first, second = first[drawn], second[drawn]
+    wins = torch.rand(len(drawn), generator=draw, dtype=torch.float64) < (p.reward[first] - p.reward[second]).sigmoid()
+    chosen, rejected = torch.where(wins, first, second), torch.where(wins, second, first)
+    p = p._replace(pairs=t.Pairs(chosen, rejected, torch.ones(len(drawn), dtype=torch.float64)))
     beaten = np.zeros((len(p.reward), len(p.reward)))
     beaten[rejected, chosen] = 1
     groups, _ = connected_components(beaten, directed=True, connection="strong")
@@ -115,10 +112,10 @@ def finite_pairs(seed: int, per_trajectory: int) -> tuple[s.Problem, bool]:
 
 
 def few_pairs(seed: int, per_trajectory: int) -> float:
-    """Theorem 2.2 on finite data: each side's solution in the limit of a vanishing penalty on its own parameters.
+    """Theorem 2.2 on finite data.
 
-    A penalty of 1e-4 |.|^2 / 2 on logits or on rewards picks a solution where the data leave many; where the estimate
-    exists there is no penalty and no choice.
+    A penalty of 5e-5 |x|^2 on each side's own parameters, logits or rewards, picks a solution where the data leave many
+    or none; where the estimate exists there is no penalty and no choice.
     """
     p, exists = finite_pairs(seed, per_trajectory)
     if exists:
@@ -195,7 +192,7 @@ def unrepresentable(seed: int) -> float:
 
 def unrealizable_policy(seed: int) -> float:
     """Only r_pi in R_sim fails. The truth is additive and R_sim has two rewards: the truth with additive errors of
-    deviation 0.6, which Pi can follow, and the truth with errors of deviation 1 that Pi mostly projects away."""
+    deviation SEEN, which Pi can follow, and the truth with errors of deviation UNSEEN that Pi mostly projects away."""
     p, draw = s.problem(seed, blind=True, realizable=True), generator(seed)
     seen, unseen = p.rewards @ normal(draw, p.rewards.shape[1]), normal(draw, len(p.reward))
     unseen = unseen - p.rewards @ (torch.linalg.pinv(p.rewards) @ unseen)
