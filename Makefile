@@ -2,7 +2,7 @@
 # date, writes reports/. DVC decides what is out of date; params.yaml and dvc.yaml are the experiment.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test fig3 fig7 fig11 figures status dag times search lint lock clean
+.PHONY: help setup test fig3 fig7 fig11 figures theory status dag times search lint lock clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -54,6 +54,10 @@ fig3 fig7 fig11: setup  ## one figure, into reports/
 figures: setup  ## all three figures
 	@$(SET_SCALE)
 	@$(REPRO) fig3@$(SCALE_NOW) fig7@$(SCALE_NOW) fig11@$(SCALE_NOW)
+
+# One thread for each of its two processes: numbers then do not depend on how many cores there are.
+theory: setup  ## the paper's statements checked on tiny token trees, into reports/theory/ (two minutes)
+	@OMP_NUM_THREADS=1 $(PY) -m roads.theory.run reports/theory
 
 status: setup  ## what is out of date
 	@$(PY) -m dvc status
