@@ -19,6 +19,8 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PYTHONPATH := src
 export PYTHONHASHSEED := 0
 export MPLBACKEND := Agg
+# As many stages as cores run side by side: NumPy keeps to one core each, and torch to params.yaml's `threads`.
+export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export DVC_NO_ANALYTICS := 1
 
@@ -57,7 +59,7 @@ figures: setup  ## all three figures
 
 # One thread for each of its two processes: numbers then do not depend on how many cores there are.
 theory: setup  ## the paper's statements checked on tiny token trees, into reports/theory/ (two minutes)
-	@OMP_NUM_THREADS=1 $(PY) -m roads.theory.run reports/theory
+	@$(PY) -m roads.theory.run reports/theory
 
 status: setup  ## what is out of date
 	@$(PY) -m dvc status

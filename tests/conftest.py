@@ -1,6 +1,9 @@
 """What several tests share: a tiny world, a tiny policy, rows with padding on both sides."""
 
+import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy loads: its threads get in the way of tiny matrices
 
 import pytest
 import torch
