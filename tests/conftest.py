@@ -1,6 +1,9 @@
-"""What several tests share: a tiny world, a tiny policy, rows with padding on both sides."""
+"""What several tests share: a tiny policy, rows with padding on both sides, and a checkout with tiny's figures."""
 
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy loads: its threads get in the way of tiny matrices
@@ -13,6 +16,45 @@ from roads.tldr import EOS, PAD
 
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)
+ENV = os.environ | {"PYTHONPATH": "src", "PYTHONHASHSEED": "0", "MPLBACKEND": "Agg", "DVC_NO_ANALYTICS": "1",
+                    "TOKENIZERS_PARALLELISM": "false", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+FIGURES = ["fig3@tiny", "fig7@tiny", "fig11@tiny"]
+
+
+def run(where: Path, *args: str, code: int = 0) -> str:
+    """Run `python -m ARGS` in a checkout; its output, once its exit code is as expected."""
+    done = subprocess.run([sys.executable, "-m", *args], cwd=where, env=ENV, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
+    assert done.returncode == code, done.stdout[-3000:]
+    return done.stdout
+
+
+def edit(where: Path, old: str, new: str, file: str = "params.yaml") -> None:
+    text = (where / file).read_text(encoding="utf-8")
+    assert old in text, f"{old!r} is not in {file}"
+    (where / file).write_text(text.replace(old, new), encoding="utf-8")
+
+
+def clone(where: Path) -> Path:
+    """A checkout of what is in the work tree, with one seed and the scale `tiny`."""
+    for name in ("src", "scripts", "data", ".dvc/config", ".dvcignore", "dvc.yaml", "params.yaml", "Makefile", ".gitignore"):
+        (where / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, where / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy2(ROOT / name, where / name)
+    subprocess.run(["git", "init", "-q"], cwd=where, check=True)
+    edit(where, "seeds: [0, 1, 2]", "seeds: [0]")
+    run(where, "roads.config", "set", "--scale", "tiny")
+    return where
+
+
+def make(where: Path, *args: str, code: int = 0) -> str:
+    """make, with the environment that runs the tests taken as set up."""
+    command = ["make", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.installed", *args]
+    done = subprocess.run(command, cwd=where, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == code, done.stdout[-3000:]
+    return done.stdout
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +75,10 @@ def rows():
     response = torch.tensor(
         [[10, 11, EOS, PAD, PAD], [12, 13, 14, EOS, PAD], [15, EOS, PAD, PAD, PAD], [5, 5, 5, 5, EOS]])
     return query, response
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory):
+    where = clone(tmp_path_factory.mktemp("checkout"))
+    where.joinpath("log").write_text(run(where, "roads.repro", *FIGURES), encoding="utf-8")
+    return where

@@ -17,55 +17,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ENV, FIGURES, ROOT, clone, edit, make, run
 from ruamel.yaml import YAML
-
-ENV = os.environ | {"PYTHONPATH": "src", "PYTHONHASHSEED": "0", "MPLBACKEND": "Agg", "DVC_NO_ANALYTICS": "1",
-                    "TOKENIZERS_PARALLELISM": "false", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-FIGURES = ["fig3@tiny", "fig7@tiny", "fig11@tiny"]
-
-
-def run(where: Path, *args: str, code: int = 0) -> str:
-    """Run `python -m ARGS` in a checkout; its output, once its exit code is as expected."""
-    done = subprocess.run([sys.executable, "-m", *args], cwd=where, env=ENV, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT)
-    assert done.returncode == code, done.stdout[-3000:]
-    return done.stdout
-
-
-def edit(where: Path, old: str, new: str, file: str = "params.yaml") -> None:
-    text = (where / file).read_text(encoding="utf-8")
-    assert old in text, f"{old!r} is not in {file}"
-    (where / file).write_text(text.replace(old, new), encoding="utf-8")
-
-
-def clone(where: Path) -> Path:
-    """A checkout of what is in the work tree, with one seed and the scale `tiny`."""
-    for name in ("src", "data", ".dvc/config", ".dvcignore", "dvc.yaml", "params.yaml", "Makefile", ".gitignore"):
-        (where / name).parent.mkdir(parents=True, exist_ok=True)
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, where / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy2(ROOT / name, where / name)
-    subprocess.run(["git", "init", "-q"], cwd=where, check=True)
-    edit(where, "seeds: [0, 1, 2]", "seeds: [0]")
-    run(where, "roads.config", "set", "--scale", "tiny")
-    return where
-
-
-def make(where: Path, *args: str, code: int = 0) -> str:
-    """make, with the environment that runs the tests taken as set up."""
-    command = ["make", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.installed", *args]
-    done = subprocess.run(command, cwd=where, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert done.returncode == code, done.stdout[-3000:]
-    return done.stdout
-
-
-@pytest.fixture(scope="session")
-def checkout(tmp_path_factory):
-    where = clone(tmp_path_factory.mktemp("checkout"))
-    where.joinpath("log").write_text(run(where, "roads.repro", *FIGURES), encoding="utf-8")
-    return where
 
 
 @pytest.fixture
@@ -200,6 +153,7 @@ def test_every_stage_depends_on_the_modules_it_imports():
 # What goes wrong
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_with_the_same_bits(checkout, tmp_path):
     where = clone(tmp_path / "killed")
     command = [sys.executable, "-m", "roads.repro", "fig11@tiny"]
@@ -230,6 +184,7 @@ def children(pid: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_at_its_checkpoint(checkout, tmp_path):
     where = clone(tmp_path / "killed")
     edit(where, "batch_size: 64, epochs: 2}", "batch_size: 64, epochs: 20}")  # 640 steps, a checkpoint every 200
@@ -293,10 +248,12 @@ def test_a_full_disk_is_one_line(checkout, tmp_path):
 # Real posts
 
 
+@pytest.mark.slow
 def test_real_posts_run_the_same_graph(checkout):
     edit(checkout, "rouge: {n: 25, temperature: 0.7}\n    online: {n: 25, temperature: 0.7}",
          "rouge: {n: 3, temperature: 0.7}\n    online: {n: 3, temperature: 0.7}")
-    edit(checkout, "preferences: 500, valid: 1000, test: 1000", "preferences: 40, valid: 20, test: 20")
+    edit(checkout, "base: 100000, sft: 100000, preferences: 500, valid: 1000, test: 1000",
+         "base: 60, sft: 60, preferences: 40, valid: 20, test: 20")
     before = (checkout / "params.yaml").read_bytes()
     try:
         make(checkout, "fig11", "SCALE=real-cpu", "DATA=data/tldr_sample")

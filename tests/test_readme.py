@@ -7,9 +7,8 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, make, run
 from ruamel.yaml import YAML
-from test_pipeline import make, run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
