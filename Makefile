@@ -20,6 +20,7 @@ export PYTHONPATH := src
 export PYTHONHASHSEED := 0
 export MPLBACKEND := Agg
 # As many stages as cores run side by side: NumPy keeps to one core each, and torch to params.yaml's `threads`.
+# Numbers then do not depend on how many cores there are.
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export DVC_NO_ANALYTICS := 1
@@ -57,7 +58,6 @@ figures: setup  ## all three figures
 	@$(SET_SCALE)
 	@$(REPRO) fig3@$(SCALE_NOW) fig7@$(SCALE_NOW) fig11@$(SCALE_NOW)
 
-# One thread for each of its two processes: numbers then do not depend on how many cores there are.
 theory: setup  ## the paper's statements checked on tiny token trees, into reports/theory/ (two minutes)
 	@$(PY) -m roads.theory.run reports/theory
 

@@ -5,7 +5,6 @@ The mean probability, which the paper draws, grows with the scale of a reward; a
     python -m roads.figures.likelihood runs/mini/human reports/mini --scale mini
 """
 
-
 import numpy as np
 
 from roads import config, stage

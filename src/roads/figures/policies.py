@@ -4,7 +4,6 @@
     python -m roads.figures.policies runs/mini/rouge reports/mini --scale mini --figure fig11    # ROUGE-L, task rouge
 """
 
-
 from roads import config, stage
 from roads.figures import figure
 

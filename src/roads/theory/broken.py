@@ -31,7 +31,7 @@ def blind_policies(p: s.Problem) -> s.Problem:
 
 def kl_to_truth(p: s.Problem, log_p: torch.Tensor) -> float:
     """KL(pi || P*_r) for the problem's reward: the regret of the policy in Eq. 10."""
-    return float(t.reverse_kl(p.tree, p.rho, log_p, p.rho.log()[p.tree.prompt] + t.normalise(p.tree, p.reward)))
+    return float(t.reverse_kl(p.tree, p.rho, log_p, s.optimum(p)))
 
 
 # Lemma 2.1
@@ -39,7 +39,7 @@ def kl_to_truth(p: s.Problem, log_p: torch.Tensor) -> float:
 def forward_projection(seed: int) -> float:
     """Soft RL against the *forward* KL projection, over prefix-blind policies. Over all policies they agree."""
     p = s.problem(seed, blind=True)
-    target = (p.rho.log()[p.tree.prompt] + t.normalise(p.tree, p.reward)).exp()
+    target = s.optimum(p).exp()
     theta = t.minimise(lambda x: -(target @ t.trajectory_log_prob(p.tree, s.logits(p, x))),
                        s.starts(p, p.policies.shape[1], "right")[0])
     return s.apart(s.soft_optimal(p, p.reward, "left"), t.trajectory_log_prob(p.tree, s.logits(p, theta)))

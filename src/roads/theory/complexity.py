@@ -166,12 +166,18 @@ def estimators(horizon: int) -> dict[str, tuple[Model, np.ndarray]]:
     }
 
 
+def true_rewards(horizon: int, share: float, seeds: range) -> np.ndarray:
+    """The true reward [B, n] of every seed, the same for every N."""
+    return np.array([draw_reward(horizon, share, np.random.default_rng([seed, horizon, int(100 * share)]))
+                     for seed in seeds])
+
+
 def data(horizon: int, pairs: int, share: float, seeds: range) -> tuple[np.ndarray, np.ndarray]:
-    """True rewards [B, n] and wins [B, n, n]; a seed's reward is the same for every N."""
-    truths = [draw_reward(horizon, share, np.random.default_rng([seed, horizon, int(100 * share)])) for seed in seeds]
+    """True rewards [B, n] and wins [B, n, n]."""
+    truths = true_rewards(horizon, share, seeds)
     wins = [draw_wins(truth, pairs, np.random.default_rng([seed, horizon, int(100 * share), pairs]))
             for seed, truth in zip(seeds, truths)]
-    return np.array(truths), np.array(wins)
+    return truths, np.array(wins)
 
 
 def errors(horizon: int, pairs: int, share: float) -> dict[str, tuple[np.ndarray, float]]:
@@ -197,8 +203,7 @@ def asymptote(horizon: int, share: float, design: np.ndarray, seeds: range) -> n
     The delta method: tr(F^-1 G) / 2, with F the Fisher information of one pair and G the Hessian of the KL, which is
     the covariance of the features under pi*. By Theorem 2.2 it is the same for the policies isomorphic to the rewards.
     """
-    truth = np.array([draw_reward(horizon, share, np.random.default_rng([seed, horizon, int(100 * share)]))
-                      for seed in seeds])
+    truth = true_rewards(horizon, share, seeds)
     n = truth.shape[1]
     compared = (1 - np.eye(n))[None] * 2 / (n * (n - 1))
     p = np.exp(truth - logsumexp(truth, axis=1, keepdims=True))

@@ -9,16 +9,17 @@ import torch
 from scipy.stats import t as student
 
 from roads import stage
+from roads.figures.figure import BLUE, GREEN, GREY, ORANGE
 from roads.theory import complexity as c
 from roads.theory import tree as t
 
-BLUE, ORANGE, GREEN, GREY, PURPLE, LIGHT = "#4878a8", "#d1762c", "#5f9e6e", "#9a9a9a", "#8064a2", "#e0b088"
+PURPLE, SAND = "#8064a2", "#e0b088"
 LOOKS = {  # estimator -> colour, marker, line
     "MLE over Π": (BLUE, "o", "-"),
     "MLE over Π(R_sim)": (GREEN, "s", "none"),
     "two-stage, R_sim": (ORANGE, ".", "-"),
     "two-stage, all rewards": (PURPLE, "x", "--"),
-    "two-stage, all rewards, simple first": (LIGHT, "^", "-"),
+    "two-stage, all rewards, simple first": (SAND, "^", "-"),
     "MLE over policies of prefix features": (GREY, "v", "-"),
 }
 

@@ -120,6 +120,11 @@ def fit_policy(p: Problem, side: str, ref: Tensor | None = None) -> Tensor:
     return t.trajectory_log_prob(p.tree, logits(p, theta))
 
 
+def optimum(p: Problem) -> Tensor:
+    """log P*_r [n] of the problem's reward (Eq. 11), joint with the prompts."""
+    return p.rho.log()[p.tree.prompt] + t.normalise(p.tree, p.reward)
+
+
 def apart(log_p: Tensor, log_q: Tensor) -> float:
     return float((log_p.exp() - log_q.exp()).abs().max())
 
@@ -130,8 +135,7 @@ def lemma_2_1(p: Problem) -> float:
     Assumes: trajectories carry the prompts' distribution rho, unique optima. Nothing of Pi or r. Where a class has
     several equally good policies the statement is about the sets of them.
     """
-    target = p.rho.log()[p.tree.prompt] + t.normalise(p.tree, p.reward)
-    return apart(soft_optimal(p, p.reward, "left"), project(p, target, "right"))
+    return apart(soft_optimal(p, p.reward, "left"), project(p, optimum(p), "right"))
 
 
 def lemma_a_1(p: Problem) -> float:
