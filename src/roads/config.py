@@ -68,8 +68,11 @@ class Data(Strict):
     base: Count
     sft: Count
     preferences: Count  # prompts of the preference set
-    valid: Count  # prompts of its validation set
+    more: Annotated[int, Field(ge=0)]  # prompts beyond it (Fig 5), which the world's annotators can label too
+    online: Count  # prompts, of the two together, that online DPO samples
+    valid: Count  # prompts of the validation preference set
     test: Count  # prompts of the SFT test set, for winrates
+    best_of_n: Count  # how many of those are used for best-of-N
 
 
 class Model(Strict):
@@ -96,6 +99,7 @@ class Train(Strict):
 
 class Preference(Train):
     beta: Positive
+    shards: Count  # 1: every pair once an epoch. 8: what the authors' loader gives on 8 GPUs (train.batches)
 
 
 class Sampling(Strict):
@@ -107,17 +111,29 @@ class RankedSampling(Sampling):
     n: Annotated[int, Field(ge=2)]  # best and worst need two
 
 
+class Labelled(Sampling):
+    n: Literal[2]
+    labels: Literal["annotators", "judge"]  # noisy Bradley-Terry labels, or the judge that winrates have (Fig 6)
+
+
+class Online(RankedSampling):
+    logits_divided_by: Positive  # in training; the paper divides by the sampling temperature
+
+
 class Samples(Strict):
-    human: RankedSampling | None = None  # what the simulated annotators compare, where there are any
+    human: Labelled | None = None  # what preferences are about, where there is someone to have them
     rouge: RankedSampling  # what ROUGE-L ranks, Fig 11
-    online: RankedSampling  # what the global RM ranks
+    online: Online  # what the global RM ranks
     evaluate: Sampling
+    value: Sampling | None = None  # for the reverse KL of Eq. 2
+    best_of_n: Sampling | None = None  # Figs 8 and 9
 
 
 class Scale(Strict):
     """One block of params.yaml. Scales differ by numbers, never by code."""
 
     threads: Count
+    policies: list[Literal["dpo", "dpo_2x", "online_sft", "online"]]  # that cell.py trains, where the block is an arm
     source: World | Text = Field(discriminator="kind")
     data: Data
     model: Model
@@ -133,23 +149,44 @@ class Scale(Strict):
         return isinstance(self.source, World)
 
     @model_validator(mode="after")
-    def _annotators(self):
-        if self.synthetic and self.samples.human is None:
-            raise ValueError("samples.human: missing; the world's annotators need it")
+    def _complete(self):
+        for name in ("human", "value", "best_of_n") if self.synthetic else ():
+            if getattr(self.samples, name) is None:
+                raise ValueError(f"samples.{name}: missing; a world needs it")
+        if self.data.online > self.data.preferences + self.data.more:
+            raise ValueError(f"data.online: expected at most preferences + more, got {self.data.online}")
+        if self.data.best_of_n > self.data.test:
+            raise ValueError(f"data.best_of_n: expected at most test={self.data.test}, got {self.data.best_of_n}")
         return self
 
+    def made_from(self) -> dict:
+        """What the SFT checkpoint and the test prompts follow from: arms that agree in it share them."""
+        data = self.data.model_dump(exclude={"preferences", "more", "online"})
+        return used(self, "source", "model", "base", "sft") | {"data": data}
 
-TASK_OF = {"fig3": "human", "fig7": "human", "fig11": "rouge"}
+
+# A figure -> the task it needs. Figures of one scale alone; figures that compare it with arms on the same SFT
+# checkpoint; figures with arms that are worlds, or model sizes, of their own.
+FIGURES = {"fig3": "human", "fig4": "human", "fig7": "human", "fig8": "human", "fig11": "rouge"}
+SHARED = ("fig5", "fig6", "fig12", "more_data", "recipe", "budget")
+APART = ("fig9", "fig10", "horizon", "complexity", "verifier", "worlds")
+BORROWS = {"more_data": "fig12", "horizon": "fig10"}  # points that another figure has already
+ArmFigure = Literal[SHARED + APART]
+Figure = Literal[tuple(FIGURES) + SHARED + APART]
 
 
 class Params(Strict):
-    """params.yaml. `data_from`, `tasks` and `figures` follow from the scale: `switch` sets all of them."""
+    """params.yaml. What follows from the scale is written out in it, as DVC needs it: `switch` sets all of that."""
 
     scale: str
     data_from: str
     tasks: list[Literal["human", "rouge"]]
-    figures: dict[Literal["fig3", "fig7", "fig11"], list[str]]
+    sizes: list[str]  # blocks whose policies and reward models Fig 9 crosses
+    worlds: list[str]  # blocks with an SFT checkpoint of their own
+    arms: dict[ArmFigure, list[str]]  # blocks that a figure compares with the scale's
+    figures: dict[Figure, list[str]]
     seeds: Annotated[list[Seed], Field(min_length=1)]
+    studies: dict[str, dict[ArmFigure, list[str]]]  # scale -> arms
     scales: dict[str, Scale]
 
     @model_validator(mode="after")
@@ -157,26 +194,43 @@ class Params(Strict):
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: expected distinct values, got {self.seeds}")
         if self.scale not in self.scales:
-            raise ValueError(f"scale: no block named {self.scale!r}{_nearest(self.scale, self.scales)}")
-        synthetic = self.scales[self.scale].synthetic
-        expected = _active(self.scale, synthetic)
-        for key, value in expected.items():
+            raise ValueError(f"scale: no block named {self.scale!r}{nearest(self.scale, self.scales)}")
+        self._check_studies()
+        cfg = self.scales[self.scale]
+        for key, value in active(self.scale, cfg.synthetic, self.studies).items():
             if getattr(self, key) != value:
                 raise ValueError(f"{key}: expected {value} for scale {self.scale}, got {getattr(self, key)};"
                                  f" `make fig11 SCALE={self.scale}` sets it")
-        if synthetic != (self.data_from == WORLD_FILE):
-            wanted = WORLD_FILE if synthetic else "a folder of posts"
+        if cfg.synthetic != (self.data_from == WORLD_FILE):
+            wanted = WORLD_FILE if cfg.synthetic else "a folder of posts"
             raise ValueError(f"data_from: expected {wanted} for scale {self.scale}, got {self.data_from!r}")
         return self
 
+    def _check_studies(self):
+        for scale, figures in self.studies.items():
+            for figure, arms in figures.items():
+                for name in (scale, *arms):
+                    if name not in self.scales:
+                        raise ValueError(f"studies.{scale}.{figure}: no block named {name!r}{nearest(name, self.scales)}")
+                    same = self.scales[name].made_from() == self.scales[scale].made_from()
+                    if figure in SHARED and not same:
+                        raise ValueError(f"studies.{scale}.{figure}: {name} differs from {scale} in what SFT is made "
+                                         "from; expected the same source, model, base, sft and data")
 
-def _active(scale: str, synthetic: bool) -> dict:
-    """The tasks and figures that a scale's data allow: real posts come without preference labels."""
+
+def active(scale: str, synthetic: bool, studies: dict) -> dict:
+    """What of the graph a scale has: real posts come without preference labels, and not every scale has a study."""
     tasks = ["human", "rouge"] if synthetic else ["rouge"]
-    return {"tasks": tasks, "figures": {name: [scale] * (task in tasks) for name, task in TASK_OF.items()}}
+    study = studies.get(scale, {})
+    arms = {name: list(study.get(name, [])) for name in SHARED + APART}
+    apart = [arm for name in APART for arm in arms[name]]
+    figures = {name: [scale] * (task in tasks) for name, task in FIGURES.items()}
+    figures |= {name: [scale] * bool(arms[name]) for name in SHARED + APART}
+    return {"tasks": tasks, "sizes": [scale, *arms["fig9"]] if synthetic else [],
+            "worlds": list(dict.fromkeys([scale, *apart])), "arms": arms, "figures": figures}
 
 
-def _nearest(key: str, known) -> str:
+def nearest(key: str, known) -> str:
     close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; expected one of: {', '.join(known)}"
 
@@ -196,7 +250,7 @@ def _explain(error: dict) -> str:
             elif part != "source":
                 model = _model_of(model.model_fields[part].annotation)
         known = [name for name in model.model_fields if name != "scales"]
-        return f"{key}: unknown key{_nearest(location[-1], known)}"
+        return f"{key}: unknown key{nearest(location[-1], known)}"
     if error["type"] == "missing":
         return f"{key}: missing"
     if error["type"] == "value_error":
@@ -242,7 +296,7 @@ def load_scale(name: str) -> Scale:
     """The checked block of one scale."""
     params = load()
     if name not in params.scales:
-        raise UserError(f"{PARAMS}: no block named {name!r}{_nearest(name, params.scales)}")
+        raise UserError(f"{PARAMS}: no block named {name!r}{nearest(name, params.scales)}")
     return params.scales[name]
 
 
@@ -258,13 +312,13 @@ def switch(scale: str, data: str | None = None, path: Path = PARAMS) -> None:
         UserError: no such scale, a folder of posts for a scale that makes its own data, or no such folder.
     """
     yaml = YAML()
-    yaml.preserve_quotes, yaml.width = True, 200
+    yaml.preserve_quotes, yaml.width = True, 118
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     document = yaml.load(before) or {}
     block = document.get(scale)
     if not isinstance(block, dict) or scale in Params.model_fields:
         known = [key for key in document if isinstance(document[key], dict) and key not in Params.model_fields]
-        raise UserError(f"{path}: no block named {scale!r}{_nearest(scale, known)}")
+        raise UserError(f"{path}: no block named {scale!r}{nearest(scale, known)}")
     synthetic = block.get("source", {}).get("kind") == "world"
     if data is not None and synthetic:
         raise UserError(f"DATA={data}: scale {scale} makes its own data; use a scale of real posts")
@@ -274,11 +328,12 @@ def switch(scale: str, data: str | None = None, path: Path = PARAMS) -> None:
         data = WORLD_FILE
     elif data is None:
         data = document["data_from"] if document.get("scale") == scale else SAMPLE
-    active = _active(scale, synthetic)
     document["scale"], document["data_from"] = scale, data
-    document["tasks"][:] = active["tasks"]
-    for name, scales in active["figures"].items():
-        document["figures"][name][:] = scales
+    for key, value in active(scale, synthetic, document["studies"]).items():
+        for where, name, blocks in ([(document, key, value)] if isinstance(value, list)
+                                    else [(document[key], name, blocks) for name, blocks in value.items()]):
+            where[name][:] = blocks
+            where[name].fa.set_flow_style()
     scratch = path.with_suffix(".writing")
     with scratch.open("w", encoding="utf-8") as file:
         yaml.dump(document, file)

@@ -30,31 +30,30 @@ def dpo(pairs: Path, reference: Path, out: Path, cfg: config.Scale, seed: int, t
     """Train from `reference` on pairs.npz.
 
     Online DPO uses all the hyperparameters of offline DPO; only the data differ, and the logits of policy and
-    reference are divided by the temperature that the pairs were sampled at.
+    reference are divided by the temperature that the pairs were sampled at (samples.online.logits_divided_by).
     """
     torch.set_num_threads(cfg.threads)
     recipe = cfg.local if local else cfg.dpo
     recipe = recipe.model_copy(update={"epochs": times * recipe.epochs})
-    temperature = cfg.samples.online.temperature if online else 1.0
+    temperature = cfg.samples.online.logits_divided_by if online else 1.0
     used = {"local" if local else "dpo": recipe.model_dump(), "temperature": temperature, "seed": seed}
     with stage.output(out, used, [pairs, reference]) as folder:
         query, chosen, rejected = train.load_pairs(pairs)
         policy = model.load_policy(reference)
         name = "local" if local else "online" if online else "dpo"
         if local:
-            reference_logps = torch.zeros(2, len(query))
-        else:
-            sides = [model.all_logps(policy, query, side, temperature) for side in (chosen, rejected)]
-            reference_logps = torch.stack(sides)
+            reference_logps = torch.zeros(len(query), 2)
+        else:  # once for all epochs
+            both = torch.stack([chosen, rejected], 1)
+            reference_logps = model.in_batches(model.candidate_logps, policy, query, both, temperature, label="reference")
 
         def loss(i):
-            both = torch.cat([chosen[i], rejected[i]])
-            logps = model.response_logps(policy, query[i].repeat(2, 1), both, temperature)
-            losses = dpo_loss(*logps.chunk(2), *reference_logps[:, i], recipe.beta)
+            logps = model.pair_logps(policy, query[i], chosen[i], rejected[i], temperature)
+            losses = dpo_loss(*logps, *reference_logps[i].T, recipe.beta)
             return losses.mean(), {"accuracy": (losses < losses.new_tensor(2.0).log()).float().mean().item()}
 
         key = train.key_of(used, [pairs, reference], name)
-        log = train.fit(policy, loss, len(query), recipe, seed, key, label=f"{name} s{seed}")
+        log = train.fit(policy, loss, len(query), recipe, seed, key, f"{name} s{seed}", recipe.shards)
         policy.save_pretrained(folder)
         stage.write_json(folder / "metrics.json", train.summary(log))
     train.forget(key)

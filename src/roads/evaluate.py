@@ -2,7 +2,7 @@
 
     python -m roads.evaluate COMPLETIONS DATA OUT --scale mini --task human
 
-Task human: winrate against the reference summary, judged by the world's gold quality (a tie counts 1/2).
+Task human: winrate against the reference summary, by the judge (judge.py).
 Task rouge: ROUGE-L F1 against the preferred completion (Fig 11).
 """
 
@@ -15,29 +15,33 @@ from roads.tldr import PAD
 
 
 def evaluate(completions: Path, data: Path, out: Path, cfg: config.Scale, task: str) -> None:
-    """Write scores.npz: score [N], one per prompt of test_<task>."""
+    """Write scores.npz: score [N], one per prompt of test_<task>, and tokens [N, 2], ours and the reference's.
+
+    Task human has the judge's consistent [N] and failed [N] as well.
+    """
     used = config.used(cfg, "source") if task == "human" else {}
     with stage.output(out, {"task": task, **used}, [completions, data]) as folder:
         rows = np.load(completions / "completions.npz")
         query, sampled = rows["query"], rows["completions"][:, :1]
         references = np.load(data / f"test_{task}.npz")["response"]
-        metrics = {"prompts": len(query), "mean_tokens": float((sampled != PAD).sum(2).mean()),
-                   "mean_tokens_reference": float((references != PAD).sum(1).mean())}
+        tokens = np.stack([(sampled[:, 0] != PAD).sum(1), (references != PAD).sum(1)], 1)
+        metrics = {"prompts": len(query), "mean_tokens": float(tokens[:, 0].mean()),
+                   "mean_tokens_reference": float(tokens[:, 1].mean())}
         if task == "human":
+            from roads import judge
             from roads.world import World
 
             world = World(cfg.source)
-            ours, theirs = world.quality(query, sampled[:, 0]), world.quality(query, references)
-            score = np.where(ours == theirs, 0.5, (ours > theirs).astype(float))
-            metrics |= {"validity": float(world.validity(query, sampled[:, 0]).mean()),
-                        "mean_quality": float(ours.mean()), "ties": float((ours == theirs).mean())}
+            found = judge.compare(judge.gold(world, query), sampled[:, 0], references)
+            metrics |= judge.summary(found) | {"validity": float(world.validity(query, sampled[:, 0]).mean()),
+                                               "mean_quality": float(world.quality(query, sampled[:, 0]).mean())}
         else:
             from roads.rouge import rouge_scores
             from roads.tldr import load_tokenizer
 
-            score = rouge_scores(sampled, references, load_tokenizer(data / "tokenizer.json"))[:, 0]
-        np.savez(folder / "scores.npz", score=score)
-        stage.write_json(folder / "metrics.json", metrics | {"mean_score": float(score.mean())})
+            found = {"score": rouge_scores(sampled, references, load_tokenizer(data / "tokenizer.json"))[:, 0]}
+        np.savez(folder / "scores.npz", tokens=tokens, **found)
+        stage.write_json(folder / "metrics.json", metrics | {"mean_score": float(found["score"].mean())})
 
 
 def _command() -> None:

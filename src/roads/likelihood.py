@@ -17,20 +17,20 @@ def margins(path: Path, pairs: Path, reference: Path, cfg: config.Scale, kind: s
     reward: the global RM's scalar (Eq. 6). local: beta * log pi (Eq. 1). dpo: beta * log(pi / pi_ref).
     """
     query, *sides = train.load_pairs(pairs)
+    both = torch.stack(sides, 1)
     if kind == "reward":
         rm = model.RewardModel.load(path).eval()
-        with torch.inference_mode():
-            chosen, rejected = (torch.cat([rm(query[i], side[i]) for i in torch.arange(len(query)).split(512)])
-                                for side in sides)
-        return chosen - rejected
-    policy = model.load_policy(path).eval()
-    chosen, rejected = (model.all_logps(policy, query, side) for side in sides)
-    margin = chosen - rejected
-    if kind == "dpo":
-        policy = model.load_policy(reference).eval()
-        chosen, rejected = (model.all_logps(policy, query, side) for side in sides)
-        margin -= chosen - rejected
-    return margin * getattr(cfg, kind).beta
+        scores = model.in_batches(model.candidate_rewards, rm, query, both, label=kind)
+    else:
+        scores = getattr(cfg, kind).beta * implicit_rewards(path, reference if kind == "dpo" else None, query, both)
+    return scores[:, 0] - scores[:, 1]
+
+
+def implicit_rewards(path: Path, reference: Path | None, query, completions) -> torch.Tensor:
+    """log pi, or log(pi / pi_ref) where there is a reference, of completions [N, n, R]: [N, n]."""
+    logps = [model.in_batches(model.candidate_logps, model.load_policy(policy).eval(), query, completions, label="logps")
+             for policy in (path, reference) if policy]
+    return logps[0] - logps[1] if reference else logps[0]
 
 
 def likelihood(path: Path, pairs: Path, reference: Path, out: Path, cfg: config.Scale, kind: str) -> None:

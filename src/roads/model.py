@@ -71,41 +71,67 @@ def trim(query: Tensor, response: Tensor) -> tuple[Tensor, Tensor]:
     return query[:, query.shape[1] - longest_query :], response[:, :longest_response]
 
 
+def _positions(real: Tensor) -> Tensor:
+    """Positions [B, L] that count from the first real token."""
+    return (real.long().cumsum(1) - 1).clamp(min=0)
+
+
 def _inputs(query: Tensor, response: Tensor) -> dict[str, Tensor]:
-    """The trunk's inputs for query + response; positions count from the first real token."""
+    """The trunk's inputs for query + response."""
     tokens = torch.cat([query, response], dim=1).long()
     real = tokens != PAD
     # Padding on the right is never attended to by what comes before it: only the left needs a mask.
     if bool(real[:, 0].all()):
         return {"input_ids": tokens, "use_cache": False}
-    positions = (real.long().cumsum(1) - 1).clamp(min=0)
-    return {"input_ids": tokens, "attention_mask": real.long(), "position_ids": positions, "use_cache": False}
+    return {"input_ids": tokens, "attention_mask": real.long(), "position_ids": _positions(real), "use_cache": False}
 
 
 def prefill(trunk, query: Tensor) -> tuple[Tensor, DynamicCache]:
     """Run the prompts [B, Q], padded left, once: the last hidden states [B, d], and a cache to go on from."""
-    real = (query != PAD).long()
+    real = query != PAD
     cache = DynamicCache(config=trunk.config)
-    positions = (real.cumsum(1) - 1).clamp(min=0)
-    out = trunk(query.long(), attention_mask=real, position_ids=positions, past_key_values=cache)
+    out = trunk(query.long(), attention_mask=real.long(), position_ids=_positions(real), past_key_values=cache)
     return out.last_hidden_state[:, -1], cache
+
+
+def _candidates(trunk, query: Tensor, completions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Run completions [B, n, R] on their prompts [B, Q]: a prompt is run once, and so are equal completions of it.
+
+    Returns:
+        The u distinct completions [u, R]; the hidden states [u, 1 + R, d] of the prompt's last token and of theirs;
+        and which of the u each completion is, [B * n].
+    """
+    n_prompts, n, width = completions.shape
+    owner = torch.arange(n_prompts).repeat_interleave(n)[:, None]
+    rows, where = torch.unique(torch.cat([owner, completions.reshape(-1, width)], 1), dim=0, return_inverse=True)
+    owner, (query, response) = rows[:, 0], trim(query, rows[:, 1:])
+    before, cache = prefill(trunk, query)
+    cache.batch_select_indices(owner)
+    real = (query != PAD)[owner]
+    hidden = trunk(response, attention_mask=torch.cat([real, response != PAD], 1).long(), past_key_values=cache,
+                   position_ids=real.sum(1, keepdim=True) + torch.arange(response.shape[1])).last_hidden_state
+    return response, torch.cat([before[owner, None], hidden], 1), where
 
 
 @torch.inference_mode()
 def candidate_rewards(rm: RewardModel, query: Tensor, completions: Tensor) -> Tensor:
-    """Rewards [B, n] of completions [B, n, R]: a prompt is run once, and so are equal completions of it."""
-    n_prompts, n, width = completions.shape
-    owner = torch.arange(n_prompts).repeat_interleave(n)[:, None]
-    rows, where = torch.unique(torch.cat([owner, completions.view(-1, width)], 1), dim=0, return_inverse=True)
-    owner, (query, response) = rows[:, 0], trim(query, rows[:, 1:])
-    _, cache = prefill(rm.trunk, query)
-    cache.batch_select_indices(owner)
-    real = (query != PAD)[owner]
-    hidden = rm.trunk(
-        response, attention_mask=torch.cat([real, response != PAD], 1).long(), past_key_values=cache,
-        position_ids=real.sum(1, keepdim=True) + torch.arange(response.shape[1])).last_hidden_state
-    last = (response != PAD).sum(1) - 1
-    return rm.head(hidden[torch.arange(len(last)), last]).squeeze(1)[where].view(n_prompts, n)
+    """Rewards [B, n] of completions [B, n, R] to queries [B, Q]."""
+    response, hidden, where = _candidates(rm.trunk, query, completions)
+    last = (response != PAD).sum(1)
+    return rm.head(hidden[torch.arange(len(last)), last]).squeeze(1)[where].view(completions.shape[:2])
+
+
+@torch.inference_mode()
+def candidate_logps(policy, query: Tensor, completions: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities [B, n] of completions [B, n, R]: `response_logps` without gradients, each prompt run once."""
+    response, hidden, where = _candidates(policy.base_model, query, completions)
+    return _sum_logps(policy, hidden[:, :-1], response, temperature)[where].view(completions.shape[:2])
+
+
+def in_batches(function, model, query: Tensor, completions: Tensor, *args, label: str, batch_size: int = 64) -> Tensor:
+    """`candidate_rewards` or `candidate_logps` [N, n] of any number of prompts, `batch_size` at a time."""
+    parts = tqdm(torch.arange(len(query)).split(batch_size), desc=label, unit="batch")
+    return torch.cat([function(model, query[i], completions[i], *args) for i in parts]).clone()
 
 
 def response_logps(policy, query: Tensor, response: Tensor, temperature: float = 1.0) -> Tensor:
@@ -119,13 +145,44 @@ def response_logps(policy, query: Tensor, response: Tensor, temperature: float =
     """
     query, response = trim(query, response)
     hidden = policy.base_model(**_inputs(query, response)).last_hidden_state
-    logits = policy.get_output_embeddings()(hidden[:, query.shape[1] - 1 : -1]).float() / temperature
+    return _sum_logps(policy, hidden[:, query.shape[1] - 1 : -1], response, temperature)
+
+
+def _sum_logps(policy, hidden: Tensor, response: Tensor, temperature: float) -> Tensor:
+    """Log-probs [B] of responses [B, R] from the hidden states [B, R, d] that predict each of their tokens."""
+    logits = policy.get_output_embeddings()(hidden).float() / temperature
     token_logps = torch.log_softmax(logits, dim=-1).gather(2, response.long().unsqueeze(2)).squeeze(2)
     return (token_logps * (response != PAD)).sum(1)
 
 
-@torch.no_grad()
-def all_logps(policy, query, response, temperature: float = 1.0, batch_size: int = 256, label: str = "logps"):
-    """Log-probs [N] of every response, computed once, without gradients."""
-    parts = tqdm(torch.arange(len(query)).split(batch_size), desc=label, unit="batch")
-    return torch.cat([response_logps(policy, query[i], response[i], temperature) for i in parts])
+def _run_pair(trunk, query: Tensor, chosen: Tensor, rejected: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Run prompt + chosen + rejected as one sequence in which neither completion sees the other.
+
+    Returns, for each of the two: its tokens [B, R], and the hidden states [B, 1 + R, d] of the prompt's last token and
+    of its own. Gradients reach the prompt from both sides.
+    """
+    query, chosen = trim(query, chosen)
+    rejected = trim(query, rejected)[1]
+    tokens = torch.cat([query, chosen, rejected], dim=1).long()
+    real = tokens != PAD
+    part = torch.tensor([0] * query.shape[1] + [1] * chosen.shape[1] + [2] * rejected.shape[1])
+    sees = torch.ones(len(part), len(part), dtype=torch.bool).tril() & ((part == 0) | (part[:, None] == part))
+    mask = sees & real[:, None] | torch.eye(len(part), dtype=torch.bool)  # a softmax over nothing would be nan
+    positions = _positions(real) - (part == 2) * (chosen != PAD).sum(1, keepdim=True)
+    hidden = trunk(input_ids=tokens, attention_mask=mask[:, None], position_ids=positions.clamp(min=0),
+                   use_cache=False).last_hidden_state
+    before, *states = hidden.split([query.shape[1], chosen.shape[1], rejected.shape[1]], dim=1)
+    return [(side, torch.cat([before[:, -1:], own], 1)) for side, own in zip((chosen, rejected), states, strict=True)]
+
+
+def pair_logps(policy, query: Tensor, chosen: Tensor, rejected: Tensor, temperature: float = 1.0):
+    """`response_logps` [B] of chosen and of rejected; their prompt [B, Q] is run once for both."""
+    sides = _run_pair(policy.base_model, query, chosen, rejected)
+    return [_sum_logps(policy, hidden[:, :-1], side, temperature) for side, hidden in sides]
+
+
+def pair_rewards(rm: RewardModel, query: Tensor, chosen: Tensor, rejected: Tensor):
+    """Rewards [B] of chosen and of rejected; their prompt [B, Q] is run once for both."""
+    sides = _run_pair(rm.trunk, query, chosen, rejected)
+    rows = torch.arange(len(query))
+    return [rm.head(hidden[rows, (side != PAD).sum(1)]).squeeze(1) for side, hidden in sides]

@@ -1,6 +1,6 @@
 """Stage rank: completions -> chosen / rejected pairs.
 
-    python -m roads.rank COMPLETIONS OUT --scale mini --by human                  # simulated annotators, 2 samples
+    python -m roads.rank COMPLETIONS OUT --scale mini --by human                  # annotators or judge, 2 samples
     python -m roads.rank COMPLETIONS OUT --scale mini --by rouge --data DATA --split preferences
     python -m roads.rank COMPLETIONS OUT --scale mini --by reward --model RM      # online DPO
 
@@ -28,10 +28,15 @@ def annotate(quality: np.ndarray, tau: float, rng: np.random.Generator) -> np.nd
     return np.stack([first, ~first], axis=1).astype(float)
 
 
-def world_scores(query: np.ndarray, completions: np.ndarray, cfg: config.World) -> np.ndarray:
+def human_scores(query: np.ndarray, completions: np.ndarray, cfg: config.World, labels: str) -> np.ndarray:
+    """Scores [N, 2] of two completions each: by the world's annotators, or by the judge that winrates have (Fig 6)."""
+    from roads import judge
     from roads.world import World
 
     world = World(cfg)
+    if labels == "judge":
+        first = judge.compare(judge.gold(world, query), completions[:, 0], completions[:, 1])["score"]
+        return np.stack([first, 1 - first], axis=1)
     quality = np.stack([world.quality(query, completions[:, i]) for i in range(completions.shape[1])], axis=1)
     scores = annotate(quality, cfg.tau, np.random.default_rng([cfg.seed, 20, len(query)]))
     same = (completions[:, 0] == completions[:, 1]).all(1)
@@ -39,28 +44,26 @@ def world_scores(query: np.ndarray, completions: np.ndarray, cfg: config.World) 
     return scores
 
 
-def reward_scores(query: np.ndarray, completions: np.ndarray, path: Path, batch_size: int = 64) -> np.ndarray:
-    """Rewards [N, n], `batch_size` prompts at a time."""
+def reward_scores(query: np.ndarray, completions: np.ndarray, path: Path) -> np.ndarray:
+    """Rewards [N, n]."""
     import torch
 
-    from roads.model import RewardModel, candidate_rewards
+    from roads.model import RewardModel, candidate_rewards, in_batches
 
     rm = RewardModel.load(path).eval()
-    query, completions = torch.from_numpy(query), torch.from_numpy(completions)
-    parts = tqdm(torch.arange(len(query)).split(batch_size), desc="rewards", unit="batch")
-    return torch.cat([candidate_rewards(rm, query[i], completions[i]) for i in parts]).numpy()
+    return in_batches(candidate_rewards, rm, *map(torch.from_numpy, (query, completions)), label="rewards").numpy()
 
 
 def rank(completions: Path, out: Path, cfg: config.Scale, by: str, data: Path | None = None,
          split: str = "preferences", model: Path | None = None) -> None:
     """Score the completions and write the best and the worst of each prompt as a pair."""
-    used = config.used(cfg, "source") if by == "human" else {}
+    used = config.used(cfg, "source") | {"labels": cfg.samples.human.labels} if by == "human" else {}
     reads = [completions, *(path for path in (data, model) if path)]
     with stage.output(out, {"by": by, **used}, reads) as folder:
         rows = np.load(completions / "completions.npz")
         query, sampled = rows["query"], rows["completions"]
         if by == "human":
-            scores = world_scores(query, sampled, cfg.source)
+            scores = human_scores(query, sampled, cfg.source, cfg.samples.human.labels)
         elif by == "rouge":
             from roads.rouge import rouge_scores
             from roads.tldr import load_tokenizer

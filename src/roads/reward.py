@@ -25,7 +25,7 @@ def reward(pairs: Path, sft: Path, out: Path, cfg: config.Scale, seed: int) -> N
         rm = model.RewardModel.from_policy(sft, seed)
 
         def loss(i):
-            chosen_rewards, rejected_rewards = rm(query[i].repeat(2, 1), torch.cat([chosen[i], rejected[i]])).chunk(2)
+            chosen_rewards, rejected_rewards = model.pair_rewards(rm, query[i], chosen[i], rejected[i])
             accuracy = (chosen_rewards > rejected_rewards).float().mean().item()
             return reward_loss(chosen_rewards, rejected_rewards).mean(), {"accuracy": accuracy}
 

@@ -21,38 +21,49 @@ ROWS = 1600  # completions sampled at once
 def generate(policy, query: torch.Tensor, n: int, length: int, temperature: float, generator) -> torch.Tensor:
     """n completions per query, [B, n, length] int32.
 
-    The prompt is run once and its cache serves its n completions. A completion without an EOS after
-    length - 1 tokens is closed with one: the reward model reads there, and DPO learns to stop.
+    The prompt is run once and its cache serves its n completions, and so is every prefix that some of them share.
+    A completion without an EOS after length - 1 tokens is closed with one: the reward model reads there, and DPO
+    learns to stop.
     """
     query, _ = model.trim(query, query)
     hidden, cache = model.prefill(policy.base_model, query)
-    logits = policy.get_output_embeddings()(hidden).repeat_interleave(n, 0)
-    cache.batch_repeat_interleave(n)
-    mask = (query != PAD).long().repeat_interleave(n, 0)
-    position = mask.sum(1, keepdim=True)
-    tokens = torch.full((len(logits), length), PAD)
-    rows = torch.arange(len(logits))  # those that go on: finished rows leave the batch
+    mask = (query != PAD).long()
+    start = mask.sum(1, keepdim=True)
+    tokens = torch.full((len(query) * n, length), PAD)
+    rows = torch.arange(len(tokens))  # completions that go on, and the prefix each of them is at
+    prefix = torch.arange(len(query)).repeat_interleave(n)
     for step in range(length):
-        logits = logits.float() / temperature
+        logits = policy.get_output_embeddings()(hidden).float() / temperature
         logits[:, PAD] = -torch.inf
         # Inverse of the distribution function. Finished rows draw as well: what a row gets must not depend on others.
-        below = torch.softmax(logits, dim=-1).double().cumsum(1)
+        below = torch.softmax(logits, dim=-1).double().cumsum(1)[prefix]
         drawn = torch.rand(len(tokens), 1, dtype=torch.double, generator=generator)[rows] * below[:, -1:]
         token = torch.searchsorted(below, drawn, right=True).squeeze(1)
         if step == length - 1:
             token = torch.full_like(rows, EOS)
         tokens[rows, step] = token
-        going = (token != EOS).nonzero().squeeze(1)
-        if len(going) == 0:
+        going = token != EOS
+        if not going.any():
             break
-        if len(going) < len(rows):
-            rows, token, mask, position = rows[going], token[going], mask[going], position[going]
-            cache.batch_select_indices(going)
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        hidden = policy.base_model(token[:, None], attention_mask=mask, position_ids=position + step,
-                                   past_key_values=cache)
-        logits = policy.get_output_embeddings()(hidden.last_hidden_state[:, -1])
+        # Finished rows leave; those that agree so far go on as one.
+        width = logits.shape[1]
+        grown, prefix = torch.unique(prefix[going] * width + token[going], return_inverse=True)
+        rows, parent = rows[going], grown // width
+        cache.batch_select_indices(parent)
+        mask, start = torch.cat([mask[parent], torch.ones(len(parent), 1, dtype=torch.long)], 1), start[parent]
+        hidden = policy.base_model((grown % width)[:, None], attention_mask=mask, position_ids=start + step,
+                                   past_key_values=cache).last_hidden_state[:, -1]
     return tokens.view(len(query), n, length).int()
+
+
+def completions(policy, query: torch.Tensor, length: int, settings: config.Sampling, seed: int) -> torch.Tensor:
+    """Completions [N, n, length] of every query [N, Q]; the same whatever is sampled before or after."""
+    chunks = torch.arange(len(query)).split(max(1, ROWS // settings.n))
+    sampled = []
+    for number, i in enumerate(tqdm(chunks, desc=f"sample s{seed}", unit="batch")):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        sampled.append(generate(policy, query[i], settings.n, length, settings.temperature, generator))
+    return torch.cat(sampled)
 
 
 def sample(policy: Path, prompts: Path, out: Path, cfg: config.Scale, samples: str, seed: int) -> None:
@@ -63,15 +74,9 @@ def sample(policy: Path, prompts: Path, out: Path, cfg: config.Scale, samples: s
     with stage.output(out, used, [policy, prompts]) as folder:
         rows = np.load(prompts)
         query, length = torch.from_numpy(rows["query"]), rows["response"].shape[1]
-        net = model.load_policy(policy).eval()
-        chunks = torch.arange(len(query)).split(max(1, ROWS // settings.n))
-        completions = []
-        for number, i in enumerate(tqdm(chunks, desc=f"sample s{seed}", unit="batch")):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-            completions.append(generate(net, query[i], settings.n, length, settings.temperature, generator))
-        completions = torch.cat(completions).numpy()
-        np.savez(folder / "completions.npz", query=rows["query"], completions=completions)
-        lengths = (completions != PAD).sum(2)
+        sampled = completions(model.load_policy(policy).eval(), query, length, settings, seed).numpy()
+        np.savez(folder / "completions.npz", query=rows["query"], completions=sampled)
+        lengths = (sampled != PAD).sum(2)
         stage.write_json(folder / "metrics.json", {
             "prompts": len(query), "n": settings.n, "mean_tokens": float(lengths.mean()),
             "closed_by_force": float((lengths == length).mean())})

@@ -2,104 +2,262 @@
 
 import csv
 import hashlib
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from ruamel.yaml import YAML
 
 from roads import config, stage, stats
 
 SYNTHETIC = "synthetic world: evidence about the mechanism, not about TL;DR"
-GREY, BLUE, LIGHT, ORANGE, GREEN = "#9a9a9a", "#4878a8", "#a3bcd4", "#d1762c", "#5f9e6e"
+PAPER = Path("data/paper_numbers.json")
+COLOURS = {"SFT": "#9a9a9a", "DPO": "#4878a8", "DPO 2x": "#a3bcd4", "Online(SFT)": "#e9b44c", "Online(DPO)": "#d1762c",
+           "Global RM": "#d1762c", "Local RM": "#5f9e6e", "DPO RM": "#4878a8",
+           "small": "#a3bcd4", "medium": "#4878a8", "large": "#1f3d5c"}
+MARKERS = "osD^v"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One mean of a figure: a bar, or a point of a line."""
+
+    name: str
+    place: str  # folder under runs/, with {seed} where the run depends on it
+    key: str = "score"  # array of its scores.npz
+    series: str = ""  # the line that it is a point of; a bar is its own
+    x: float | None = None
 
 
 def note(scale: str) -> str:
     return SYNTHETIC if config.load_scale(scale).synthetic else f"real posts, scale {scale}"
 
 
-def read(runs: Path, places: dict[str, str], seeds: list[int]) -> tuple[dict[str, np.ndarray], list[Path]]:
-    """Scores [seeds, prompts] of every bar, and the files they come from.
+def policy(block: str, scale: str, name: str, folder: str) -> tuple[str, str]:
+    """Place and key of a policy's scores: from the graph for the scale itself, from a figure's cell for an arm of it."""
+    if block == scale:
+        return f"{scale}/human/scores/{name}" + ("" if name == "sft" else "/s{seed}"), "score"
+    return f"{scale}/{folder}/{block}/s{{seed}}", name
 
-    Args:
-        places: bar -> folder under `runs`, with {seed} where the run depends on it.
+
+def read(runs: Path, bars: list[Bar], seeds: list[int]) -> tuple[dict[str, np.ndarray], dict[str, list[Path]]]:
+    """Scores [seeds, prompts] of every bar, and the files they come from.
 
     Raises:
         UserError: a cell of the figure is missing.
     """
-    files = {bar: [runs / place.format(seed=seed) / "scores.npz" for seed in seeds] for bar, place in places.items()}
-    sources = sorted({path for paths in files.values() for path in paths})
-    for path in sources:
+    files = {bar.name: [runs / bar.place.format(seed=seed) / "scores.npz" for seed in seeds] for bar in bars}
+    for path in sorted({path for paths in files.values() for path in paths}):
         if not path.exists():
             raise stage.UserError(f"{path}: not found; the figure's make target (`make help`) makes it")
-    return {bar: np.stack([np.load(path)["score"] for path in paths]) for bar, paths in files.items()}, sources
+    return {bar.name: np.stack([np.load(path)[bar.key] for path in files[bar.name]]) for bar in bars}, files
 
 
-def bar_chart(title: str, content: dict, colours: list[str], floor: float):
-    """One bar per name, from `floor` up: mean over seeds and prompts, 95% interval, every seed's point."""
-    figure, axes = plt.subplots(figsize=(6.4, 4.2))
-    bars, seeds = content["bars"], content["seeds"]
-    for x, (bar, colour) in enumerate(zip(bars, colours, strict=True)):
-        axes.bar(x, bar["mean"] - floor, bottom=floor, color=colour, width=0.65, zorder=2)
-        axes.errorbar(x, bar["mean"], [[bar["mean"] - bar["low"]], [bar["high"] - bar["mean"]]],
-                      color="black", capsize=4, lw=1.2, zorder=4)
-        if len(set(bar["by_seed"])) > 1:
-            shift = np.linspace(-0.2, 0.2, len(seeds))
-            axes.scatter(x + shift, bar["by_seed"], s=18, color="white", edgecolor="black", lw=0.8, zorder=5)
-        top = max(bar["high"], *bar["by_seed"])
-        axes.annotate(f"{bar['mean']:.3f}", (x, top), (0, 5), textcoords="offset points", ha="center")
-    labels = ["\n".join([bar["bar"], *(f"{other} {found['bars'][bar['bar']]['mean']:.3f}"
-                                       for other, found in content["also"].items())]) for bar in bars]
-    axes.set_xticks(range(len(bars)), labels)
-    axes.set_title(title, pad=34)
-    gaps = [f"{name}: {gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
-            for name, gap in content["gaps"].items()]
-    axes.text(0.5, 1.02, "\n".join(gaps), transform=axes.transAxes, ha="center", fontsize=7.5)
+def judged(paths: list[Path], key: str) -> dict[str, float]:
+    """Position consistency, parse failures and lengths of a bar's winrates, mean over seeds; what there is of them."""
+    found = [stage.read_json(path.with_name("metrics.json")) for path in paths]
+    found = [metrics[key] if isinstance(metrics.get(key), dict) else metrics for metrics in found]
+    names = ("position_consistency", "parse_failures", "ties", "mean_tokens", "mean_tokens_reference")
+    return {name: float(np.mean([metrics[name] for metrics in found])) for name in names if name in found[0]}
+
+
+def provenance(files: list[Path]) -> dict:
+    """What the figure was drawn from: files, commit, and what dvc.lock has of the runs behind them, with their params."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
+    lock, params = Path("dvc.lock"), {}
+    digest = hashlib.sha256()
+    if lock.exists():
+        stages = YAML(typ="safe").load(lock.read_text(encoding="utf-8")).get("stages", {})
+        makers = {out["path"]: name for name, entry in stages.items() for out in entry.get("outs", [])}
+        seen, todo = set(), [path.as_posix() for path in files]
+        while todo:
+            path = Path(todo.pop())
+            name = next((makers[p.as_posix()] for p in (path, *path.parents) if p.as_posix() in makers), None)
+            if name and name not in seen:
+                seen.add(name)
+                todo += [dep["path"] for dep in stages[name].get("deps", [])]
+                params |= stages[name].get("params", {}).get("params.yaml", {})
+        for name in sorted(seen):
+            digest.update(f"{name} {stages[name]}".encode())
+    return {"files": {path.as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+            "commit": commit.stdout.strip() or None, "params": params, "lock": digest.hexdigest() if params else None}
+
+
+def gap_lines(content: dict) -> str:
+    return "\n".join(f"{name}: {gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
+                     for name, gap in content["gaps"].items())
+
+
+def paper_panel(axes, paper: dict, names: list[str]) -> None:
+    """The paper's own bars, hatched and on their own scale: another task, other models, another judge."""
+    series = paper["series"]
+    width = 0.8 / len(series)
+    values = [value for one in series for value in one["values"].values()]
+    for k, one in enumerate(series):
+        for x, name in enumerate(names):
+            if name in one["values"]:
+                place = x + (k - (len(series) - 1) / 2) * width
+                axes.bar(place, one["values"][name], width * 0.92, color="white", edgecolor="#777777", hatch=["//", ".."][k],
+                         lw=0.8, zorder=2)
+                axes.annotate(f"{one['values'][name]:g}", (place, one["values"][name]), (0, 3), ha="center", fontsize=6.5,
+                              textcoords="offset points", color="#555555")
+    axes.set_title("The paper's, on TL;DR: " + ", ".join(
+        f"{one['name']} {mark}" for one, mark in zip(series, ["///", "..."])), fontsize=8, color="#555555")
+    axes.set_xticks(range(len(names)), names, fontsize=6.5, rotation=20)
+    axes.set_ylabel(paper["unit"], fontsize=8, color="#555555")
+    axes.tick_params(axis="y", labelsize=7)
+    low = min(values)
+    axes.set_ylim(0 if low < 0.5 * max(values) else 0.9 * low, 1.08 * max(values))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def finish(figure, axes, content: dict, gaps_above: bool = True) -> None:
+    """Title, gaps in words, axes and the lines below."""
+    axes.set_title(content["title"], fontsize=11, pad=8 + 10 * len(content["gaps"]) * gaps_above)
+    if gaps_above:
+        axes.text(0.5, 1.015, gap_lines(content), transform=axes.transAxes, ha="center", fontsize=7.5)
     axes.set_ylabel(content["measure"])
     axes.grid(axis="y", alpha=0.3, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.12)
-    axes.set_ylim(bottom=floor)
-    how = (f"bars: mean; points: seeds {seeds}; n = {bars[0]['n']}\n"
-           "lines and brackets: 95% bootstrap over prompts and seeds; above: paired differences")
-    figure.text(0.5, 0.005, f"{content['note']}\n{how}", ha="center", fontsize=7.5)
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    how = (f"mean over seeds {', '.join(map(str, content['seeds']))} and n = {content['bars'][0]['n']} prompts; lines and brackets: 95% "
+           "bootstrap over both; differences are paired by prompt")
+    below = [content["note"], how] + ([content["paper"]["source"]] if content["paper"] else [])
+    figure.text(0.5, 0.008, "\n".join(below), ha="center", fontsize=7)
+    figure.tight_layout(rect=(0, 0.03 + 0.022 * len(below), 1, 1))
+
+
+def bar_chart(content: dict, floor: float):
+    """One bar per name, from `floor` on: mean over seeds and prompts, 95% interval, every seed's point."""
+    paper, bars, seeds = content["paper"], content["bars"], content["seeds"]
+    beside = bool(paper and paper["series"])
+    figure, panels = plt.subplots(1, 1 + beside, figsize=(6.6 + 3.2 * beside, 4.6), squeeze=False,
+                                  width_ratios=[2, 1.1][: 1 + beside])
+    axes = panels[0, 0]
+    for x, bar in enumerate(bars):
+        axes.bar(x, bar["mean"] - floor, bottom=floor, color=COLOURS.get(bar["series"], "#4878a8"), width=0.65, zorder=2)
+        axes.errorbar(x, bar["mean"], [[bar["mean"] - bar["low"]], [bar["high"] - bar["mean"]]],
+                      color="black", capsize=4, lw=1.2, zorder=4)
+        if len(set(bar["by_seed"])) > 1:
+            axes.scatter(x + np.linspace(-0.2, 0.2, len(seeds)), bar["by_seed"], s=16, color="white", edgecolor="black",
+                         lw=0.8, zorder=5)
+        up = bar["mean"] >= floor
+        end = max(bar["high"], *bar["by_seed"]) if up else min(bar["low"], *bar["by_seed"])
+        axes.annotate(f"{bar['mean']:.3f}", (x, end), (0, 5 if up else -13),
+                      textcoords="offset points", ha="center", fontsize=8)
+    labels = ["\n".join([bar["bar"], *(f"{other} {found['bars'][bar['bar']]['mean']:.3f}"
+                                       for other, found in content["also"].items())]) for bar in bars]
+    axes.set_xticks(range(len(bars)), labels, fontsize=8 if len(bars) < 7 else 6.5, rotation=0 if len(bars) < 7 else 30)
+    if beside:
+        paper_panel(panels[0, 1], paper, [bar["bar"] for bar in bars if any(bar["bar"] in one["values"]
+                                                                           for one in paper["series"])])
+    finish(figure, axes, content)
+    axes.set_ylim(**({"bottom": floor} if min(bar["mean"] for bar in bars) >= floor else {"top": floor + 0.02}))
     return figure
 
 
-def save(out: Path, name: str, runs: Path, places: dict[str, str], gaps: dict[str, tuple[str, str]], seeds: list[int],
-         note: str, title: str, measure: str, colours: list[str], floor: float = 0.0,
-         also: dict | None = None) -> None:
+def lines(content: dict, x_label: str, log: bool = False, gaps_at: dict | None = None, named: bool = False):
+    """One line per series over x, with 95% intervals and every seed's point.
+
+    Args:
+        named: x is measured, not set: every point has its name.
+        gaps_at: label of a gap -> (name of its line, x): they are drawn beside, instead of written above.
+    """
+    figure, panels = plt.subplots(1, 2 if gaps_at else 1, figsize=(10.2 if gaps_at else 6.8, 4.8), squeeze=False)
+    series = list(dict.fromkeys(bar["series"] for bar in content["bars"]))
+    for k, name in enumerate(series):
+        bars = sorted((bar for bar in content["bars"] if bar["series"] == name), key=lambda bar: bar["x"])
+        known = [key for key in sorted(COLOURS, key=len, reverse=True) if name.startswith(key) or f"RM {key}" in name]
+        _line(panels[0, 0], [bar["x"] for bar in bars], bars, name, COLOURS[known[0]] if known else f"C{k}",
+              MARKERS[k % len(MARKERS)], "--" if " on DPO" in name else "-")
+    for bar in content["bars"] if named else []:
+        panels[0, 0].annotate(bar["bar"].removeprefix(bar["series"] + " "), (bar["x"], bar["mean"]), (5, -9),
+                              textcoords="offset points", fontsize=7)
+    families: dict[str, list] = {}
+    for label, (name, x) in (gaps_at or {}).items():
+        families.setdefault(name, []).append((x, content["gaps"][label]))
+    for k, (name, points) in enumerate(families.items()):
+        x, gaps = zip(*sorted(points, key=lambda point: point[0]))
+        _line(panels[0, 1], list(x), list(gaps), name, ["#d1762c", "#777777"][k % 2], MARKERS[k], "-")
+    places = sorted({bar["x"] for bar in content["bars"]})
+    for axes in panels[0]:
+        if log:
+            axes.set_xscale("log")
+            axes.minorticks_off()
+        if not named:
+            axes.set_xticks(places, [f"{x:g}" for x in places])
+        axes.set_xlabel(x_label)
+        axes.legend(fontsize=7.5, frameon=False)
+    if gaps_at:
+        axes.axhline(0, color="black", lw=0.8, zorder=1)
+        axes.set_title("The gap", fontsize=11)
+        axes.set_ylabel("difference in " + content["measure"].split(" against")[0])
+        axes.grid(axis="y", alpha=0.3, zorder=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    finish(figure, panels[0, 0], content, gaps_above=not gaps_at)
+    return figure
+
+
+def _line(axes, x: list[float], points: list[dict], name: str, colour: str, marker: str, style: str) -> None:
+    mean = np.array([point["mean"] for point in points])
+    error = [mean - [point["low"] for point in points], [point["high"] for point in points] - mean]
+    axes.errorbar(x, mean, error, color=colour, marker=marker, ms=5, capsize=3, lw=1.6, ls=style, label=name, zorder=3)
+    for place, point in zip(x, points, strict=True):
+        axes.scatter([place] * len(point["by_seed"]), point["by_seed"], s=9, color=colour, alpha=0.45, zorder=2)
+
+
+def save(out: Path, name: str, runs: Path, bars: list[Bar], gaps: dict[str, dict[str, float]], scale: str, title: str,
+         caption: str, measure: str, draw: Callable[[dict], object], also: dict | None = None,
+         also_keys: dict[str, str] | None = None) -> None:
     """Write name.{png,csv,json} under `out`, each complete or not at all.
 
     Args:
-        places: as in `read`.
-        gaps: label -> (treated bar, control bar), paired by prompt and seed.
-        floor: where the bars start: what chance gives.
-        also: name -> function of scores, for measures that the .json has beside the one drawn.
+        gaps: label -> contrast, a weight for each bar in it; paired by prompt and seed.
+        caption: what is to be seen, for the report.
+        draw: what is written to the .json -> a matplotlib figure.
+        also: measure -> function of scores, for what stands beside the one drawn; also_keys: measure -> array of
+            scores.npz, for the same.
     """
-    bars, sources = read(runs, places, seeds)
-    table = [{"bar": bar, **stats.estimate(values), "n": values.shape[1]} for bar, values in bars.items()]
+    seeds = config.load().seeds
+    scores, files = read(runs, bars, seeds)
+    table = [{"bar": bar.name, "series": bar.series or bar.name, "x": bar.x, **stats.estimate(scores[bar.name]),
+              "n": scores[bar.name].shape[1], "scores": [path.as_posix() for path in files[bar.name]], "key": bar.key,
+              "judge": judged(files[bar.name], bar.key)} for bar in bars]
 
-    def differences(function=lambda scores: scores) -> dict:
-        return {label: stats.difference(function(bars[a]), function(bars[b])) for label, (a, b) in gaps.items()}
+    def contrasts(values: dict[str, np.ndarray]) -> dict:
+        found = {}
+        for label, weights in gaps.items():
+            treated, control = (sum(abs(w) * values[bar] for bar, w in weights.items() if (w > 0) == sign)
+                                for sign in (True, False))
+            found[label] = stats.difference(treated, control)
+        return found
 
+    others = {name: {bar: function(values) for bar, values in scores.items()} for name, function in (also or {}).items()}
+    for other, key in (also_keys or {}).items():
+        others[other] = {bar: np.stack([np.load(path)[key] for path in paths]) for bar, paths in files.items()}
+
+    paper = stage.read_json(PAPER).get(name) if PAPER.exists() else None
     content = {
-        "figure": name, "note": note, "measure": measure, "seeds": seeds, "bars": table, "gaps": differences(),
-        "also": {other: {"bars": {bar: stats.estimate(function(values)) for bar, values in bars.items()},
-                         "gaps": differences(function)} for other, function in (also or {}).items()},
-        # What was read; dvc.lock has the runs that wrote it.
-        "provenance": {path.as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in sources},
+        "figure": name, "title": title, "caption": caption, "note": note(scale), "measure": measure, "seeds": seeds,
+        "bars": table, "gaps": contrasts(scores), "paper": paper,
+        "also": {other: {"bars": {bar: stats.estimate(found) for bar, found in values.items()}, "gaps": contrasts(values)}
+                 for other, values in others.items()},
+        "provenance": provenance(sorted({path for paths in files.values() for path in paths})),
     }
     out.mkdir(parents=True, exist_ok=True)
     scratch = {kind: out / f".{name}.writing.{kind}" for kind in ("json", "csv", "png")}
     stage.write_json(scratch["json"], content)
     with scratch["csv"].open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["bar", "seed", "mean", "low", "high", "n"])
+        writer.writerow(["bar", "x", "seed", "mean", "low", "high", "n"])
         for row in table:
-            writer.writerow([row["bar"], "all", row["mean"], row["low"], row["high"], row["n"]])
-            writer.writerows([row["bar"], s, m, "", "", row["n"]] for s, m in zip(seeds, row["by_seed"], strict=True))
-    figure = bar_chart(title, content, colours, floor)
+            writer.writerow([row["bar"], row["x"], "all", row["mean"], row["low"], row["high"], row["n"]])
+            writer.writerows([row["bar"], row["x"], s, m, "", "", row["n"]]
+                             for s, m in zip(seeds, row["by_seed"], strict=True))
+    figure = draw(content)
     figure.savefig(scratch["png"], dpi=160, metadata={"Software": None})
     plt.close(figure)
     for kind, path in scratch.items():

@@ -2,28 +2,33 @@
 
 The mean probability, which the paper draws, grows with the scale of a reward; accuracy and log loss go with it.
 
-    python -m roads.figures.likelihood runs/mini/human reports/mini --scale mini
+    python -m roads.figures.likelihood runs reports/mini --scale mini --figure fig7
 """
+
+from functools import partial
 
 import numpy as np
 
-from roads import config, stage
+from roads import stage
 from roads.figures import figure
+from roads.figures.figure import Bar
 
-BARS = {"Global RM": "likelihood/reward/s{seed}", "Local RM": "likelihood/local/s{seed}",
-        "DPO RM": "likelihood/dpo/s{seed}"}
-COLOURS = [figure.ORANGE, figure.GREEN, figure.BLUE]
-GAPS = {"Global - Local": ("Global RM", "Local RM"), "Local - DPO": ("Local RM", "DPO RM"),
-        "Global - DPO": ("Global RM", "DPO RM")}
+KINDS = {"Global RM": "reward", "Local RM": "local", "DPO RM": "dpo"}
+GAPS = {"Global - Local": {"Global RM": 1, "Local RM": -1}, "Local - DPO": {"Local RM": 1, "DPO RM": -1},
+        "Global - DPO": {"Global RM": 1, "DPO RM": -1}}
 ALSO = {"accuracy": lambda p: (p > 0.5).astype(float), "log loss": lambda p: -np.log(p)}
+CAPTION = ("Bradley-Terry probability of the chosen completion of held-out pairs, from reward models trained from the same "
+           "checkpoint on the same pairs. Accuracy and log loss stand beside it because the mean probability also grows "
+           "with the mere scale of a reward.")
 
 
 def _command() -> None:
     parser = stage.arguments(__doc__, "runs", "out")
+    parser.add_argument("--figure", required=True, choices=["fig7"])
     a = parser.parse_args()
-    figure.save(a.out, "fig7", a.runs, BARS, GAPS, config.load().seeds, figure.note(a.scale),
-                "Fig. 7: validation likelihood of three reward models", "mean probability of the chosen completion",
-                COLOURS, floor=0.5, also=ALSO)
+    bars = [Bar(name, f"{a.scale}/human/likelihood/{kind}/s{{seed}}") for name, kind in KINDS.items()]
+    figure.save(a.out, a.figure, a.runs, bars, GAPS, a.scale, "Fig. 7: validation likelihood of three reward models",
+                CAPTION, "mean probability of the chosen completion", partial(figure.bar_chart, floor=0.5), also=ALSO)
 
 
 if __name__ == "__main__":

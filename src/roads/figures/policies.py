@@ -1,29 +1,91 @@
-"""Figures 3 and 11: SFT, offline DPO, DPO for twice the epochs and Online DPO on one task.
+"""Figures that compare policies: 3, 4, 5, 6, 10, 11 and the switches of the recipe.
 
-    python -m roads.figures.policies runs/mini/human reports/mini --scale mini --figure fig3     # winrate, task human
-    python -m roads.figures.policies runs/mini/rouge reports/mini --scale mini --figure fig11    # ROUGE-L, task rouge
+    python -m roads.figures.policies runs reports/mini --scale mini --figure fig3
 """
+
+from functools import partial
+
+import numpy as np
 
 from roads import config, stage
 from roads.figures import figure
+from roads.figures.figure import Bar
 
-BARS = {"SFT": "scores/sft", "DPO": "scores/dpo/s{seed}", "DPO 2x": "scores/dpo_2x/s{seed}",
-        "Online(DPO)": "scores/online/s{seed}"}
-COLOURS = [figure.GREY, figure.BLUE, figure.LIGHT, figure.ORANGE]
-GAPS = {"Online(DPO) - DPO": ("Online(DPO)", "DPO"), "Online(DPO) - DPO 2x": ("Online(DPO)", "DPO 2x"),
-        "DPO - SFT": ("DPO", "SFT")}
-FIGURES = {
-    "fig3": ("Fig. 3: online against offline preference fine-tuning", "winrate against the reference summary"),
-    "fig11": ("Fig. 11: the same where the reward is ROUGE-L", "ROUGE-L F1 against the preferred completion"),
+NAMES = {"sft": "SFT", "dpo": "DPO", "dpo_2x": "DPO 2x", "online_sft": "Online(SFT)", "online": "Online(DPO)"}
+WINRATE, ROUGE = "winrate against the reference summary", "ROUGE-L F1 against the preferred completion"
+VALUE = "value of Eq. 2, nats a pair; the SFT policy has -ln 2"
+FIGURES = {  # title, caption, measure, where the bars start
+    "fig3": ("Fig. 3: online against offline preference fine-tuning",
+             "Everything starts from the same SFT checkpoint and the same pairs, with the same learning rate, beta and "
+             "epochs. DPO and Online(SFT) take the same number of steps; so do DPO 2x and Online(DPO).", WINRATE, 0),
+    "fig4": ("Fig. 4: policies under Eq. 2",
+             "Bradley-Terry log-likelihood of the preference set under a policy, less beta times its reverse KL from the "
+             "SFT policy, which is estimated from samples of the policy. No judge is involved. The .json has the other "
+             "reading of the first term, the log-likelihood of the chosen completions.", VALUE, -np.log(2)),
+    "fig5": ("Fig. 5: more prompts for online DPO",
+             "Online DPO from the SFT policy on the prompts of the preference set, and on three times as many; the "
+             "reward model is the same, so no preference is added.", WINRATE, 0),
+    "fig6": ("Fig. 6: pairs of the SFT policy only, labelled by the judge",
+             "Two samples of the SFT policy at the sampling temperature of online DPO, and the judge says which is better. "
+             "Online(SFT) then only labels samples of the same kind again.", WINRATE, 0),
+    "fig10": ("Fig. 10: a short horizon",
+              "Two slots of six candidates each instead of eight of two: next to nothing to plan, as with two-word "
+              "summaries. The noise of the labels is scaled with the spread of quality.", WINRATE, 0),
+    "fig11": ("Fig. 11: the same where the reward is ROUGE-L",
+              "Pairs are the best and the worst of 25 samples by ROUGE-L against a summary that the policy cannot see: "
+              "the reward is no simpler than the policy.", ROUGE, 0),
+    "recipe": ("The authors' code against the paper, one switch at a time",
+               "schedule: DPO's learning rate falls as a cosine. rm-batch: twice the reward model's batch. loader: each of "
+               "eight GPUs shuffles for itself, so an epoch of DPO has 66% of the pairs. logits: online training does not "
+               "divide them by the temperature. author-code: the first three together, as in the released code.",
+               WINRATE, 0.5),
 }
+GAPS = {"Online(DPO) - DPO": ("online", "dpo"), "Online(DPO) - DPO 2x": ("online", "dpo_2x"),
+        "Online(SFT) - DPO": ("online_sft", "dpo"), "DPO - SFT": ("dpo", "sft")}
+
+
+def graph_bars(scale: str, name: str) -> list[Bar]:
+    """The bars of Figs 3, 4 and 11: the scale's own policies."""
+    task, folder = ("rouge" if name == "fig11" else "human"), ("value" if name == "fig4" else "scores")
+    shown = ["dpo", "dpo_2x", "online_sft", "online"]
+    seedless = [] if name == "fig4" else [Bar("SFT", f"{scale}/{task}/{folder}/sft")]
+    return seedless + [Bar(NAMES[policy], f"{scale}/{task}/{folder}/{policy}/s{{seed}}") for policy in shown]
+
+
+def arm_bars(scale: str, name: str, arms: list[str]) -> list[Bar]:
+    """The bars of Figs 5, 6 and 10 and of the recipe: an arm's policies, with the scale's own where they are compared."""
+    if name == "recipe":
+        blocks = {"paper": scale} | {arm.removeprefix(f"{scale}-"): arm for arm in arms}
+        return [Bar(f"{NAMES[policy]} {label}", *figure.policy(block, scale, policy, name), series=NAMES[policy])
+                for label, block in blocks.items() for policy in ("dpo", "online")]
+    place = f"{scale}/{name}/{arms[0]}/s{{seed}}"
+    if name == "fig5":
+        return [Bar("Online(SFT)", *figure.policy(scale, scale, "online_sft", name)),
+                Bar("Online(SFT) 3x prompts", place, "online_sft", series="Online(SFT)")]
+    shown = ["dpo", "online_sft", "online"] if name == "fig6" else ["dpo", "dpo_2x", "online"]
+    return [Bar(NAMES[policy], place, policy) for policy in ["sft", *shown]]
+
+
+def contrasts(name: str, bars: list[Bar]) -> dict[str, dict[str, float]]:
+    names = [bar.name for bar in bars]
+    if name == "recipe":
+        labels = [bar.removeprefix("DPO ") for bar in names if bar.startswith("DPO ")]
+        return {f"{label}: Online(DPO) - DPO": {f"Online(DPO) {label}": 1, f"DPO {label}": -1} for label in labels}
+    if name == "fig5":
+        return {"3x prompts - 1x": {names[1]: 1, names[0]: -1}}
+    return {label: {NAMES[a]: 1, NAMES[b]: -1} for label, (a, b) in GAPS.items() if {NAMES[a], NAMES[b]} <= set(names)}
 
 
 def _command() -> None:
     parser = stage.arguments(__doc__, "runs", "out")
     parser.add_argument("--figure", required=True, choices=list(FIGURES))
     a = parser.parse_args()
-    title, measure = FIGURES[a.figure]
-    figure.save(a.out, a.figure, a.runs, BARS, GAPS, config.load().seeds, figure.note(a.scale), title, measure, COLOURS)
+    title, caption, measure, floor = FIGURES[a.figure]
+    arms = config.load().arms
+    bars = arm_bars(a.scale, a.figure, arms[a.figure]) if a.figure in arms else graph_bars(a.scale, a.figure)
+    parts = {"log-likelihood": "log_likelihood", "KL": "kl", "log pi(chosen)": "chosen_logps"} if a.figure == "fig4" else {}
+    figure.save(a.out, a.figure, a.runs, bars, contrasts(a.figure, bars), a.scale, title, caption, measure,
+                partial(figure.bar_chart, floor=floor), also_keys=parts)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,50 @@
+"""Stage best_of_n: the winrate of the sample that a reward model ranks first among N (Figs 8 and 9).
+
+    python -m roads.best_of_n COMPLETIONS DATA MODEL SFT OUT --scale mini --kind reward|local|dpo
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from roads import config, judge, likelihood, model, stage
+from roads.world import World
+
+N = (1, 2, 5, 10, 25)
+
+
+def best_of(rewards: np.ndarray, n: int) -> np.ndarray:
+    """Index [B] of the best of the first n of rewards [B, >= n]; ties go to the first."""
+    return rewards[:, :n].argmax(1)
+
+
+def best_of_n(completions: Path, data: Path, path: Path, reference: Path, out: Path, cfg: config.Scale, kind: str) -> None:
+    """Write scores.npz: n<N> [B], the judge's score of the best of N against the reference summary, for each N."""
+    torch.set_num_threads(cfg.threads)
+    with stage.output(out, {"kind": kind, **config.used(cfg, "source")}, [completions, data, path]) as folder:
+        rows = np.load(completions / "completions.npz")
+        query, sampled = map(torch.from_numpy, (rows["query"], rows["completions"]))
+        if kind == "reward":
+            rm = model.RewardModel.load(path).eval()
+            rewards = model.in_batches(model.candidate_rewards, rm, query, sampled, label=kind)
+        else:
+            rewards = likelihood.implicit_rewards(path, reference if kind == "dpo" else None, query, sampled)
+        references = np.load(data / "test_human.npz")["response"][: len(query)]
+        ask = judge.gold(World(cfg.source), rows["query"])
+        every = np.arange(len(query))
+        chosen = {n: rows["completions"][every, best_of(rewards.numpy(), n)] for n in N if n <= sampled.shape[1]}
+        verdicts = {n: judge.compare(ask, summaries, references) for n, summaries in chosen.items()}
+        np.savez(folder / "scores.npz", **{f"n{n}": found["score"] for n, found in verdicts.items()})
+        stage.write_json(folder / "metrics.json", {f"n{n}": judge.summary(found) for n, found in verdicts.items()})
+
+
+def _command() -> None:
+    parser = stage.arguments(__doc__, "completions", "data", "model", "reference", "out")
+    parser.add_argument("--kind", required=True, choices=["reward", "local", "dpo"])
+    a = parser.parse_args()
+    best_of_n(a.completions, a.data, a.model, a.reference, a.out, config.load_scale(a.scale), a.kind)
+
+
+if __name__ == "__main__":
+    stage.main(_command)

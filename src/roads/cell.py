@@ -1,0 +1,110 @@
+"""Stage cell: one seed of the whole comparison from the SFT checkpoint on, in one process.
+
+    python -m roads.cell DATA SFT OUT --scale mini-k4 --seed 0
+
+The points of a dial are many and small: this calls the same stages as the graph in the same order, keeps scores and
+metrics, and throws the models away. For a block that the graph runs as well both give the same bits. What a killed
+run had finished lies in runs/.scratch and is taken from there.
+"""
+
+import contextlib
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from roads import config, data, dpo, evaluate, likelihood, model, rank, reward, sample, stage, train
+
+
+class Steps:
+    """Runs stages into folders under `where`, each once."""
+
+    def __init__(self, where: Path, total: int, label: str):
+        self.where, self.bar = where, tqdm(total=total, desc=label, unit="stage")
+
+    def __call__(self, out: str, function, *args) -> Path:
+        """function(*args) with the argument `...` standing for the folder that it writes; that folder."""
+        path = self.where / out
+        self.bar.set_postfix_str(out)
+        if not path.exists():
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                function(*(path if arg is ... else arg for arg in args))
+        self.bar.update()
+        return path
+
+
+def mean_kl(policy: Path, sft: Path, prompts: Path, settings: config.Sampling, seed: int) -> dict[str, float]:
+    """Reverse KL from the SFT policy in nats, by samples of the policy at T = 1, with its standard error."""
+    rows = np.load(prompts)
+    query, net = torch.from_numpy(rows["query"]), model.load_policy(policy).eval()
+    sampled = sample.completions(net, query, rows["response"].shape[1], settings, seed)
+    ratios = likelihood.implicit_rewards(policy, sft, query, sampled).double().mean(1)
+    return {"kl": float(ratios.mean()), "kl_standard_error": float(ratios.std() / len(ratios) ** 0.5)}
+
+
+def cell(where: Path, sft: Path, out: Path, cfg: config.Scale, seed: int) -> None:
+    """Write scores.npz: <policy> [N], a score per prompt of test_human, for SFT and every policy of the block;
+    metrics.json: each one's metrics and KL from SFT, and how well the reward models tell held-out pairs apart."""
+    torch.set_num_threads(cfg.threads)
+    used = cfg.model_dump() | {"seed": seed}
+    key = train.key_of(used, [where, sft], "cell")
+    with stage.output(out, used, [where, sft]) as folder:
+        run = Steps(train.SCRATCH / key, 5 + bool({"online", "online_sft"} & set(cfg.policies)) + sum(
+            {"dpo": 3, "dpo_2x": 3, "online_sft": 5, "online": 5}[name] for name in cfg.policies), out.as_posix())
+        arrays = [np.load(where / f"{split}.npz") for split in ("preferences", "more")]
+        for name, n in (("preferences", cfg.data.preferences), ("online", cfg.data.online)):
+            run.where.mkdir(parents=True, exist_ok=True)
+            np.savez(run.where / f"{name}.npz", **data.first(n, *arrays))
+        pairs, reward_model, policies, metrics = {}, None, {"sft": sft}, {}
+        for name, prompts in (("preferences", run.where / "preferences.npz"), ("valid", where / "valid.npz")):
+            drawn = run(f"candidates/{name}", sample.sample, sft, prompts, ..., cfg, "human", 0)
+            pairs[name] = run(f"pairs/{name}", rank.rank, drawn, ..., cfg, "human")
+        if {"online", "online_sft"} & set(cfg.policies):
+            reward_model = run("reward", reward.reward, pairs["preferences"], sft, ..., cfg, seed)
+            metrics["global"] = held_out(reward_model, pairs["valid"], sft, cfg, "reward")
+        for name in cfg.policies:
+            if name in ("dpo", "dpo_2x"):
+                times = 2 if name == "dpo_2x" else 1
+                policies[name] = run(name, dpo.dpo, pairs["preferences"], sft, ..., cfg, seed, times)
+            else:
+                start = policies["dpo"] if name == "online" else sft
+                drawn = run(f"{name}_candidates", sample.sample, start, run.where / "online.npz", ..., cfg, "online",
+                            seed if name == "online" else 0)
+                ranked = run(f"{name}_pairs", rank.rank, drawn, ..., cfg, "reward", None, "", reward_model)
+                policies[name] = run(name, dpo.dpo, ranked, start, ..., cfg, seed, 1, True)
+        if "dpo" in policies:
+            metrics["dpo_rm"] = held_out(policies["dpo"], pairs["valid"], sft, cfg, "dpo")
+        scores = {}
+        for name, policy in policies.items():
+            drawn = run(f"completions/{name}", sample.sample, policy, where / "test_human.npz", ..., cfg, "evaluate",
+                        seed if name != "sft" else 0)
+            done = run(f"scores/{name}", evaluate.evaluate, drawn, where, ..., cfg, "human")
+            scores[name] = np.load(done / "scores.npz")["score"]
+            metrics[name] = stage.read_json(done / "metrics.json")
+            if name != "sft":
+                with contextlib.redirect_stderr(io.StringIO()):
+                    metrics[name] |= mean_kl(policy, sft, where / "test_best_of_n.npz", cfg.samples.value, seed)
+        np.savez(folder / "scores.npz", **scores)
+        stage.write_json(folder / "metrics.json", metrics)
+    shutil.rmtree(run.where)
+
+
+def held_out(path: Path, pairs: Path, sft: Path, cfg: config.Scale, kind: str) -> dict[str, float]:
+    """Mean probability and accuracy on held-out pairs (Fig 7)."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        margin = likelihood.margins(path, pairs, sft, cfg, kind).double()
+    return {"likelihood": float(torch.sigmoid(margin).mean()), "accuracy": float((margin > 0).double().mean())}
+
+
+def _command() -> None:
+    parser = stage.arguments(__doc__, "data", "sft", "out")
+    parser.add_argument("--seed", type=int, required=True)
+    a = parser.parse_args()
+    cell(a.data, a.sft, a.out, config.load_scale(a.scale), a.seed)
+
+
+if __name__ == "__main__":
+    stage.main(_command)
