@@ -1,35 +1,73 @@
-"""Statistics of the claims: means over prompts and seeds, with bootstrap intervals that resample both."""
+"""Statistics of the claims: intervals that resample prompts and seeds, tests, and what a verdict takes.
+
+A claim is a contrast of bars (weights that sum to 0), computed per prompt and seed, and one of two tests. `margin` is
+the smallest effect of interest, in the figure's unit, fixed before results; both tests use it.
+
+`greater`, the contrast is above 0: p is the larger of a sign test over prompts and of the bootstrap's.
+    not supported   the interval's upper end is below the margin: the effect, if any, is smaller than what matters
+    supported       the interval is above 0 and the adjusted p below alpha
+    undecided       otherwise
+`equivalent`, the contrast is within +-margin: p is the larger of two one-sided tests' (TOST).
+    supported       the adjusted p is below alpha
+    not supported   the interval lies outside [-margin, margin]
+    undecided       otherwise
+So a large p is never evidence of no difference, and one contrast is never both greater than 0 and equivalent to 0 at
+one margin. Intervals are 95%, two-sided, not adjusted; p-values are one-sided, adjusted by Holm over all claims of a
+report that were run. A bootstrap p is at least 1 / (RESAMPLES + 1).
+
+The sign test asks whether most of the prompts that move go up, not whether their mean does: where few prompts move far
+and many a little the other way, a claim stays undecided. It is for paired prompts; across worlds the bootstrap alone
+decides.
+
+Three seeds are few. Resampling 3 understates their spread (it sees 2/3 of the variance, and 1 draw in 9 repeats one
+seed), so where seeds differ much an interval is too short and a verdict too sure: with a spread of seeds four times
+the standard error that prompts give, `greater` is supported in about 8% of cases without an effect, against 1% where
+seeds agree. Every estimate therefore has `by_seed`, and a claim whose seeds differ in sign says so.
+"""
 
 from functools import lru_cache
 
 import numpy as np
+from scipy.stats import binomtest
 
 RESAMPLES = 4000
+TIE = 1e-12  # sums of winrates that cancel leave rounding errors; they are ties
 
 
 @lru_cache(maxsize=1)
-def _resamples(n_seeds: int, n_prompts: int) -> tuple[np.ndarray, np.ndarray]:
+def _resamples(n_seeds: int, n_prompts: int, stream: int) -> tuple[np.ndarray, np.ndarray]:
     """Weights of the prompts [RESAMPLES, prompts] and draws of seeds [RESAMPLES, seeds]; the same for every bar."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(stream)
     weights = rng.multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), size=RESAMPLES) / n_prompts
     return weights, rng.integers(n_seeds, size=(RESAMPLES, n_seeds))
 
 
-def bootstrap(scores: np.ndarray) -> np.ndarray:
+def bootstrap(scores: np.ndarray, stream: int = 0) -> np.ndarray:
     """Means [RESAMPLES] of scores [seeds, prompts], seeds and prompts resampled independently (two-way).
 
     Three seeds give few distinct draws: the interval is honest about prompts and only indicative about seeds,
     which is why every figure shows each seed's point as well.
     """
-    weights, rows = _resamples(*scores.shape)
+    weights, rows = _resamples(*scores.shape, stream)
     return np.take_along_axis(weights @ scores.T, rows, axis=1).mean(axis=1)
+
+
+def total(parts: list[np.ndarray]) -> tuple[dict, np.ndarray]:
+    """Estimate of a sum of means, and its resampled values [RESAMPLES].
+
+    Args:
+        parts: arrays [seeds, prompts], each of a world of its own: their prompts and seeds are resampled apart.
+    """
+    resampled = sum(bootstrap(part, stream) for stream, part in enumerate(parts))
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    found = {"mean": float(sum(part.mean() for part in parts)), "low": float(low), "high": float(high),
+             "by_seed": [float(x) for x in sum(part.mean(axis=1) for part in parts)]}
+    return found, resampled
 
 
 def estimate(scores: np.ndarray) -> dict:
     """Mean of scores [seeds, prompts], its 95% interval and every seed's own mean."""
-    low, high = np.quantile(bootstrap(scores), [0.025, 0.975])
-    return {"mean": float(scores.mean()), "low": float(low), "high": float(high),
-            "by_seed": [float(x) for x in scores.mean(axis=1)]}
+    return total([scores])[0]
 
 
 def difference(treated: np.ndarray, control: np.ndarray) -> dict:
@@ -43,3 +81,54 @@ def difference(treated: np.ndarray, control: np.ndarray) -> dict:
     found = estimate(paired)
     scale = 1 / spread if spread > 0 else float("nan")
     return found | {"standardised": {key: found[key] * scale for key in ("mean", "low", "high")}}
+
+
+def sign_test(paired: np.ndarray, alternative: str = "greater") -> float:
+    """Exact sign test of paired differences [seeds, prompts]: one vote per prompt, its mean over seeds; ties drop out.
+
+    For 0/1 scores of one seed it is McNemar's exact test: prompts that only one of two policies wins are the
+    discordant ones.
+    """
+    votes = paired.mean(axis=0)
+    up, down = int((votes > TIE).sum()), int((votes < -TIE).sum())
+    return float(binomtest(up, up + down, alternative=alternative).pvalue) if up + down else 1.0
+
+
+def p_above(resampled: np.ndarray, bound: float = 0.0) -> float:
+    """One-sided bootstrap p of 'the mean is above `bound`': the share of resampled means that are not."""
+    return float((1 + (resampled <= bound + TIE).sum()) / (len(resampled) + 1))
+
+
+def p_equivalent(resampled: np.ndarray, margin: float) -> float:
+    """Two one-sided tests, above -margin and below margin; the p of both is the larger one."""
+    return max(p_above(resampled, -margin), p_above(-resampled, -margin))
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Holm's adjusted p-values, in the order given: they keep the chance of any false claim below alpha."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(np.argsort(p_values, kind="stable")):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def verdict(test: str, found: dict, p_adjusted: float, margin: float, alpha: float) -> tuple[str, str]:
+    """What the rules above say about an estimate, and why, in a few words."""
+    low, high = found["low"], found["high"]
+    sure = p_adjusted < alpha
+    p = f"adjusted p {p_adjusted:.2g}"
+    if test == "greater":
+        if high < 0:
+            return "not supported", "the interval is below 0"
+        if high < margin:
+            small = "above 0, but " if low > 0 else ""
+            return "not supported", f"{small}the upper end {high:+.4f} is below the margin {margin:g}"
+        if low > 0 and sure:
+            return "supported", f"the interval is above 0, {p}"
+        return "undecided", f"{'the interval is above 0' if low > 0 else 'the interval has 0 in it'}, {p}"
+    if sure:
+        return "supported", f"within +-{margin:g}, {p}"
+    if low > margin or high < -margin:
+        return "not supported", f"the interval is {f'above {margin:g}' if low > 0 else f'below {-margin:g}'}"
+    return "undecided", f"not shown to be within +-{margin:g}, nor outside, {p}"

@@ -1,0 +1,280 @@
+"""Decide the claims of claims.yaml from the figures' per-prompt scores; stats.py has the tests and their rules.
+
+    python -m roads.claims claims.yaml reports/mini     # writes reports/mini/claims.{json,csv} and prints them
+"""
+
+import argparse
+import csv
+import hashlib
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from roads import stage, stats
+from roads.config import Positive, Strict, _nearest
+from roads.stage import UserError
+
+Weight = Annotated[float, Field(allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
+VERDICTS = ("supported", "not supported", "undecided", "not run")
+
+
+class Claim(Strict):
+    id: Annotated[str, Field(pattern="^[a-z0-9-]{1,40}$")]  # the table's first column
+    sentence: Text
+    source: Text  # a place in the paper, or 'ours'
+    figure: Text
+    contrast: dict[str, Weight]  # bar -> weight, per prompt and seed
+    test: Literal["greater", "equivalent"]
+    margin: Positive  # the smallest effect of interest, in the figure's unit
+    paired: bool = True  # false: bars of different x are of different worlds, whose prompts have no order in common
+
+    @field_validator("contrast")
+    @classmethod
+    def _contrast(cls, weights):
+        if not weights or not all(weights.values()) or abs(sum(weights.values())) > 1e-9:
+            raise ValueError(f"expected weights other than 0 that sum to 0, got {weights}")
+        return weights
+
+
+class Hypothesis(Strict):
+    id: Text
+    says: Text
+    predicts: Text
+    claims: list[str]  # ids of the claims that bear on it
+
+
+class Claims(Strict):
+    alpha: Annotated[float, Field(gt=0, lt=1)]
+    hypotheses: list[Hypothesis]
+    claims: Annotated[list[Claim], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _ids(self):
+        ids = [claim.id for claim in self.claims]
+        for name, found in (("claims", ids), ("hypotheses", [each.id for each in self.hypotheses])):
+            twice = [key for key, count in Counter(found).items() if count > 1]
+            if twice:
+                raise ValueError(f"{name}: expected distinct ids, got {twice[0]!r} twice")
+        for hypothesis in self.hypotheses:
+            for key in hypothesis.claims:
+                if key not in ids:
+                    raise ValueError(f"hypotheses.{hypothesis.id}.claims: no claim {key!r}{_nearest(key, ids)}")
+        return self
+
+
+class Bar(BaseModel):
+    """What a claim reads of a bar; the file has more."""
+
+    bar: str
+    x: float | None = None
+    scores: list[str]  # a file per seed
+    key: str
+
+
+class Provenance(BaseModel):
+    files: dict[str, str]  # path -> sha256
+
+
+class Figure(BaseModel):
+    """What a claim reads of reports/<scale>/<figure>.json."""
+
+    seeds: list[int]
+    bars: list[Bar]
+    provenance: Provenance
+
+
+def _explain(raw: dict, error: ValidationError) -> str:
+    """The first of pydantic's errors as 'key: what was expected', entries of a list by their id."""
+    # An unknown key explains the missing one beside it: name it first.
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    where, value = [], raw
+    for part in first["loc"]:
+        value = value[part] if isinstance(value, list) or isinstance(value, dict) and part in value else None
+        where.append(str(value.get("id", part) if isinstance(part, int) and isinstance(value, dict) else part))
+    key = ".".join(where)
+    if first["type"] == "extra_forbidden":
+        model = {"claims": Claim, "hypotheses": Hypothesis}[where[0]] if len(where) > 1 else Claims
+        return f"{key}: unknown key{_nearest(where[-1], model.model_fields)}"
+    if first["type"] == "missing":
+        return f"{key}: missing"
+    if first["type"] == "value_error":
+        return ": ".join(filter(None, [key, str(first["ctx"]["error"])]))
+    return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
+
+
+def load(path: Path) -> Claims:
+    """Read and check the claims.
+
+    Raises:
+        UserError: one line with the file, the claim, the key and what was expected.
+    """
+    try:
+        raw = YAML(typ="safe").load(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{path}: no such file; expected the claims") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        raise UserError(f"{path}{f':{mark.line + 1}' if mark else ''}: not YAML: "
+                        f"{getattr(error, 'problem', error)}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a mapping with the keys {', '.join(Claims.model_fields)}")
+    try:
+        return Claims.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(raw, error)}") from None
+
+
+def read_figure(path: Path) -> Figure | None:
+    """A figure's bars and where their scores are; None where the figure was never made.
+
+    Raises:
+        UserError: the file is not one that a figure writes.
+    """
+    if not path.exists():
+        return None
+    try:
+        return Figure.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "JSON"
+        raise UserError(f"{path}: {where}: {first['msg']}; `make {path.stem}` writes it anew") from None
+
+
+def read_scores(figure: Figure, bar: Bar, path: Path) -> np.ndarray:
+    """Scores [seeds, prompts] of a bar, from the very files that the figure was made from.
+
+    Raises:
+        UserError: a file is missing, has changed since, or holds something else.
+    """
+    rows, make = [], f"`make {path.stem}`"
+    for name in bar.scores:
+        if not Path(name).exists():
+            raise UserError(f"{name}: not found; claims need every prompt's score: {make} makes it")
+        if hashlib.sha256(Path(name).read_bytes()).hexdigest() != figure.provenance.files.get(name):
+            raise UserError(f"{name}: not the file that {path} was made from (sha256 differs); {make} makes both anew")
+        with np.load(name) as arrays:
+            if bar.key not in arrays:
+                raise UserError(f"{name}: no array {bar.key!r}{_nearest(bar.key, arrays.files)}")
+            rows.append(arrays[bar.key].astype(float))
+    if len(rows) != len(figure.seeds) or len({row.shape for row in rows}) != 1 or rows[0].ndim != 1:
+        raise UserError(f"{path}: {bar.bar}: expected as many prompts for each of the seeds {figure.seeds}, "
+                        f"got arrays of shape {[row.shape for row in rows]}")
+    scores = np.stack(rows)
+    if not np.isfinite(scores).all():
+        raise UserError(f"{path}: {bar.bar}: a score is not a finite number")
+    return scores
+
+
+def contrast(claim: Claim, figure: Figure, path: Path) -> list[np.ndarray]:
+    """The claim's contrast [seeds, prompts]; where prompts are not paired, one part for each world.
+
+    Raises:
+        UserError: a bar that the figure lacks, or bars whose prompts cannot be paired.
+    """
+    bars = {bar.bar: bar for bar in figure.bars}
+    parts = {}
+    for name, weight in claim.contrast.items():
+        if name not in bars:
+            raise UserError(f"claim {claim.id}: {path} has no bar {name!r}; it has: {', '.join(bars)}")
+        world = None if claim.paired else bars[name].x
+        if not claim.paired and world is None:
+            raise UserError(f"claim {claim.id}: {path}: {name} has no x; `paired: false` tells worlds apart by it")
+        term = weight * read_scores(figure, bars[name], path)
+        if world in parts and parts[world].shape != term.shape:
+            raise UserError(f"claim {claim.id}: {path}: {name} has {term.shape[1]} prompts, expected "
+                            f"{parts[world].shape[1]}; `paired: false` is for bars of different worlds")
+        parts[world] = parts.get(world, 0) + term
+    return list(parts.values())
+
+
+def measure(claim: Claim, figure: Figure, path: Path) -> dict:
+    """Estimate and unadjusted p of a claim."""
+    parts = contrast(claim, figure, path)
+    found, resampled = stats.total(parts)
+    if claim.test == "equivalent":
+        p = stats.p_equivalent(resampled, claim.margin)
+    else:
+        p = max(stats.p_above(resampled), stats.sign_test(parts[0]) if claim.paired else 0.0)
+    return {"estimate": found, "p": p, "n": min(part.shape[1] for part in parts), "seeds": figure.seeds}
+
+
+def decide(claims: Claims, reports: Path) -> list[dict]:
+    """Every claim with its verdict, in the order of claims.yaml; Holm over those whose figure was made."""
+    figures = {name: read_figure(reports / f"{name}.json") for name in {claim.figure for claim in claims.claims}}
+    rows = []
+    for claim in claims.claims:
+        row = claim.model_dump(exclude={"paired"} if claim.paired else None)
+        figure, path = figures[claim.figure], reports / f"{claim.figure}.json"
+        if figure:
+            row |= measure(claim, figure, path)
+        else:
+            row |= {"estimate": None, "p": None, "p_adjusted": None, "n": None, "seeds": [], "verdict": "not run",
+                    "why": f"{path} is not there; `make {claim.figure}` makes it"}
+        rows.append(row)
+    run = [row for row in rows if row["estimate"]]
+    for row, adjusted in zip(run, stats.holm([row["p"] for row in run])):
+        row["p_adjusted"] = adjusted
+        row["verdict"], row["why"] = stats.verdict(row["test"], row["estimate"], adjusted, row["margin"], claims.alpha)
+        seeds = row["estimate"]["by_seed"]
+        if min(seeds) < 0 < max(seeds):
+            row["why"] += f"; seeds of both signs: {', '.join(f'{x:+.4f}' for x in seeds)}"
+    return rows
+
+
+def save(claims: Claims, rows: list[dict], reports: Path) -> None:
+    """Write claims.json and claims.csv under `reports`, each complete or not at all."""
+    scratch = {kind: reports / f".claims.writing.{kind}" for kind in ("json", "csv")}
+    stage.write_json(scratch["json"], {
+        "scale": reports.resolve().name, "alpha": claims.alpha, "claims": rows,
+        "hypotheses": [hypothesis.model_dump() for hypothesis in claims.hypotheses]})
+    columns = ["id", "verdict", "mean", "low", "high", "test", "margin", "p", "p_adjusted", "n", "figure", "source",
+               "sentence", "why"]
+    with scratch["csv"].open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(row | (row["estimate"] or {}) for row in rows)
+    for kind, path in scratch.items():
+        path.replace(reports / f"claims.{kind}")
+
+
+def table(rows: list[dict]) -> str:
+    """The verdicts as text, at most 120 columns wide."""
+    wide = max(5, *(len(row["id"]) for row in rows))
+    lines = [f"{'claim':{wide}}  {'verdict':13}  {'effect':>7}  {'95% interval':18}  {'adjusted p':10}  test"]
+    for row in rows:
+        found = row["estimate"]
+        numbers = f"{'':39}"
+        if found:
+            interval = f"[{found['low']:+.4f}, {found['high']:+.4f}]"
+            numbers = f"{found['mean']:+.4f}  {interval:18}  {row['p_adjusted']:<10.4f}"
+        sign = {"greater": "> 0, margin ", "equivalent": "within +-"}[row["test"]]
+        lines.append(f"{row['id']:{wide}}  {row['verdict']:13}  {numbers}  {sign}{row['margin']:g}")
+    missing = sorted({row["figure"] for row in rows if row["verdict"] == "not run"})
+    counts = Counter(row["verdict"] for row in rows)
+    lines.append(f"{len(rows)} claims: " + ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS))
+    if missing:
+        lines.append(f"not run: `make {' '.join(missing)}` makes the figures")
+    return "\n".join(lines)
+
+
+def _command() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("claims", type=Path, help="claims.yaml")
+    parser.add_argument("reports", type=Path, help="the folder of a scale's figures, such as reports/mini")
+    args = parser.parse_args()
+    claims = load(args.claims)
+    if not args.reports.is_dir():
+        raise UserError(f"{args.reports}: no such folder; expected the figures of a scale, such as reports/mini")
+    rows = decide(claims, args.reports)
+    save(claims, rows, args.reports)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    stage.main(_command)

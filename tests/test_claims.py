@@ -1,0 +1,331 @@
+"""Claims: claims.yaml itself, every verdict from made-up figures, and every mistake as one line."""
+
+import csv
+import hashlib
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from roads import claims, stage
+from roads.stage import UserError
+
+SIZES, COUNTS = ("small", "medium", "large"), (1, 2, 5, 10, 25)
+OFFLINE, ALL = ["SFT", "DPO", "DPO 2x"], ["SFT", "DPO", "DPO 2x", "Online(SFT)", "Online(DPO)"]
+
+
+def _dial(name, values):
+    return {f"{method} {name}={value}": value for value in values for method in ("DPO", "DPO 2x", "Online(DPO)")}
+
+
+def _pairs(values):
+    return {f"{method} n={value}": value for value in values for method in ("DPO", "Online(SFT)")}
+
+
+# Every figure's bars, with their x.
+BARS = {
+    "fig3": ALL, "fig4": ["DPO", "Online(SFT)", "Online(DPO)"], "fig5": ["Online(SFT)", "Online(SFT) 3x prompts"],
+    "fig6": ["DPO", "Online(SFT)", "Online(DPO)"], "fig7": ["Global RM", "Local RM", "DPO RM"],
+    "fig8": {f"{rm} RM on {policy} N={n}": n for rm in ("Global", "Local", "DPO") for policy in ("SFT", "DPO")
+             for n in COUNTS},
+    "fig9": {f"Policy {p}, RM {r} N={n}": n for p in SIZES for r in SIZES for n in COUNTS},
+    "fig10": [*OFFLINE, "Online(DPO)"], "fig11": [*OFFLINE, "Online(DPO)"], "fig12": _pairs([750, 1500, 3000, 6000]),
+    "horizon": _dial("K", [2, 4, 8, 12]), "complexity": _dial("interaction", [0, 0.5, 4]),
+    "verifier": _dial("karma", [0, 2, 8]), "worlds": _dial("world", [0, 1, 2]), "data": _pairs([6000, 12000, 24000]),
+    "recipe": [f"{method} {switch}" for switch in ("paper", "schedule", "rm_batch", "loader", "logits", "author-code")
+               for method in ("DPO", "Online(DPO)")],
+}  # fmt: skip
+
+
+@pytest.fixture
+def reports(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "reports/mini"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def draw(reports, name, bars, x=None):
+    """A figure's json and the scores [seeds, prompts] of its bars, as the figures write them."""
+    entries, files = [], {}
+    for bar, scores in bars.items():
+        paths = [f"runs/mini/{name}/{bar}/s{seed}/scores.npz" for seed in range(len(scores))]
+        for path, row in zip(paths, scores, strict=True):
+            target = reports.parents[1] / path
+            target.parent.mkdir(parents=True)
+            np.savez(target, score=row)
+            files[path] = hashlib.sha256(target.read_bytes()).hexdigest()
+        entries.append({"bar": bar, "series": bar, "x": (x or {}).get(bar), "mean": float(np.mean(scores)),
+                        "n": len(scores[0]), "scores": paths, "key": "score"})
+    stage.write_json(reports / f"{name}.json", {
+        "figure": name, "title": "", "measure": "winrate", "seeds": list(range(len(scores))), "bars": entries,
+        "paper": None, "gaps": {"a - b": {"mean": 0.1, "standardised": {"mean": float("nan")}}},
+        "provenance": {"files": files, "commit": None, "lock": None, "params": {}}})
+
+
+def claim(id="a", contrast="{DPO 2x: 1, DPO: -1}", test="greater", margin="0.02", figure="fig3", more=""):
+    return (f"  - id: {id}\n    sentence: S.\n    source: ours\n    figure: {figure}\n    contrast: {contrast}\n"
+            f"    test: {test}\n    margin: {margin}\n{more}")
+
+
+def document(*entries, hypotheses="[]", alpha="0.05"):
+    return f"alpha: {alpha}\nhypotheses: {hypotheses}\nclaims:\n" + "".join(entries or [claim()])
+
+
+def decide(reports, *entries):
+    path = reports.parents[1] / "claims.yaml"
+    path.write_text(document(*entries), encoding="utf-8")
+    return claims.decide(claims.load(path), reports)
+
+
+def policies(shift=0.0, noise=0.5, seeds=(0.0, 0.0, 0.0), n=400):
+    """DPO, and DPO 2x that is ahead by `shift`, with noise per prompt and an offset per seed."""
+    rng = np.random.default_rng(0)
+    control = rng.normal(size=(3, n))
+    return {"DPO": control, "DPO 2x": control + shift + rng.normal(0, noise, size=(3, n)) + np.array(seeds)[:, None]}
+
+
+# claims.yaml itself
+
+
+def test_the_claims_of_the_repository_name_bars_that_the_figures_have():
+    loaded = claims.load(ROOT / "claims.yaml")
+    for each in loaded.claims:
+        assert set(each.contrast) <= set(BARS[each.figure]), each.id
+        assert each.source.startswith("ours") or re.search(r"^Sec\. 3.*, Fig\. \d+$", each.source), each.id
+    assert {each.figure for each in loaded.claims} == set(BARS)
+    assert [each.id for each in loaded.hypotheses] == ["H1", "H2", "H3", "H4", "H5", "H6"]
+    assert all(each.claims for each in loaded.hypotheses)
+    # One margin for each unit, but for the one claim that says why not.
+    units = {"fig4": 0.01, "fig7": 0.005, "fig11": 0.01}
+    odd = [each.id for each in loaded.claims if each.margin != units.get(each.figure, 0.02)]
+    assert odd == ["rouge-second-epoch-adds"]
+
+
+def test_the_claims_of_the_repository_run_on_figures_of_their_kind(reports, capsys, monkeypatch):
+    rng = np.random.default_rng(0)
+    for name, bars in BARS.items():
+        draw(reports, name, {bar: rng.integers(0, 3, size=(3, 40)) / 2 for bar in bars},
+             bars if isinstance(bars, dict) else None)
+    monkeypatch.setattr("sys.argv", ["claims", str(ROOT / "claims.yaml"), "reports/mini"])
+    claims._command()
+    printed = capsys.readouterr().out.splitlines()
+    assert max(map(len, printed)) <= 120 and printed[-1].endswith(" 0 not run")
+    first = {path.name: path.read_bytes() for path in reports.glob("claims.*")}
+    claims._command()
+    assert first == {path.name: path.read_bytes() for path in reports.glob("claims.*")} and len(first) == 2
+    saved = json.loads(first["claims.json"])
+    assert saved["scale"] == "mini" and saved["alpha"] == 0.05 and len(saved["hypotheses"]) == 6
+    assert {"id", "sentence", "source", "figure", "contrast", "test", "margin", "verdict", "estimate", "p",
+            "p_adjusted", "n", "seeds", "why"} <= set(saved["claims"][0])
+    rows = list(csv.DictReader(first["claims.csv"].decode().splitlines()))
+    assert [row["id"] for row in rows] == [row["id"] for row in saved["claims"]]
+    assert [float(row["mean"]) for row in rows] == [row["estimate"]["mean"] for row in saved["claims"]]
+
+
+# Verdicts
+
+
+@pytest.mark.parametrize("test, margin, figure, verdict, why", [
+    ("greater", 0.02, policies(0.5), "supported", "the interval is above 0"),
+    ("greater", 0.02, policies(0.0, noise=2), "undecided", "the interval has 0 in it"),
+    ("greater", 0.2, policies(0.0), "not supported", "is below the margin 0.2"),
+    ("greater", 0.02, policies(-0.5), "not supported", "the interval is below 0"),
+    ("equivalent", 0.2, policies(0.0), "supported", "within +-0.2"),
+    ("equivalent", 0.2, policies(0.2), "undecided", "not shown to be within +-0.2"),
+    ("equivalent", 0.2, policies(0.5), "not supported", "the interval is above 0.2"),
+    ("equivalent", 0.2, policies(-0.5), "not supported", "the interval is below -0.2"),
+])
+def test_every_verdict(reports, test, margin, figure, verdict, why):
+    draw(reports, "fig3", figure)
+    (row,) = decide(reports, claim(test=test, margin=margin))
+    assert row["verdict"] == verdict and why in row["why"]
+    assert row["estimate"]["mean"] == pytest.approx((figure["DPO 2x"] - figure["DPO"]).mean())
+    assert row["n"] == 400 and row["seeds"] == [0, 1, 2] and row["p"] == row["p_adjusted"]
+
+
+def test_a_figure_that_was_not_made_is_not_run_and_does_not_count_for_holm(reports):
+    draw(reports, "fig3", policies(0.15, noise=1))
+    (alone,) = decide(reports, claim())
+    first, missing, twin = decide(reports, claim(), claim("b", figure="fig4"), claim("c"))
+    assert missing["verdict"] == "not run" and "`make fig4`" in missing["why"]
+    assert missing["estimate"] is None and missing["p"] is None and missing["seeds"] == []
+    assert 0 < first["p"] == alone["p"] == alone["p_adjusted"] < 0.05
+    assert first["p_adjusted"] == twin["p_adjusted"] == pytest.approx(2 * first["p"])
+
+
+def test_a_mean_that_few_prompts_carry_is_undecided(reports):
+    """Nine prompts in ten lose a little, one wins a lot: the mean is above 0, the sign test says that most lose."""
+    moves = np.where(np.arange(400) % 10, -0.1, 5.0)
+    draw(reports, "fig3", {"DPO": np.zeros((3, 400)), "DPO 2x": np.tile(moves, (3, 1))})
+    (row,) = decide(reports, claim())
+    assert row["estimate"]["low"] > 0 and row["p"] == pytest.approx(1) and row["verdict"] == "undecided"
+
+
+def test_seeds_of_both_signs_are_said(reports):
+    draw(reports, "fig3", policies(0.3, noise=0.1, seeds=(0.5, 0.5, -0.4)))
+    (row,) = decide(reports, claim())
+    assert re.search(r"; seeds of both signs: \+0\.\d+, \+0\.\d+, -0\.\d+$", row["why"])
+
+
+def test_a_difference_of_two_gaps(reports):
+    base = np.random.default_rng(0).normal(size=(3, 300))
+    gaps = {"DPO n=1": base, "Online n=1": base + 0.3, "DPO n=2": 2 * base, "Online n=2": 2 * base + 0.1}
+    draw(reports, "fig12", gaps)
+    contrast = "{Online n=1: 1, DPO n=1: -1, Online n=2: -1, DPO n=2: 1}"
+    (row,) = decide(reports, claim(figure="fig12", contrast=contrast))
+    assert row["estimate"]["mean"] == pytest.approx(0.2) and row["estimate"]["by_seed"] == pytest.approx([0.2] * 3)
+    assert row["estimate"]["high"] - row["estimate"]["low"] < 1e-9  # what prompts have in common cancels
+
+
+def test_worlds_with_prompts_of_their_own_are_not_paired(reports):
+    rng = np.random.default_rng(0)
+    sizes = {"DPO K=2": 300, "Online K=2": 300, "DPO K=8": 200, "Online K=8": 200}
+    bars = {bar: rng.normal(size=(3, n)) + 5 * (bar == "Online K=8") for bar, n in sizes.items()}
+    draw(reports, "horizon", bars, {bar: int(bar[-1]) for bar in bars})
+    contrast = "{Online K=8: 1, DPO K=8: -1, Online K=2: -1, DPO K=2: 1}"
+    (row,) = decide(reports, claim(figure="horizon", contrast=contrast, more="    paired: false\n"))
+    assert row["verdict"] == "supported" and row["n"] == 200 and row["paired"] is False
+    assert row["p"] == pytest.approx(1 / 4001)  # no sign test: the bootstrap alone
+    with pytest.raises(UserError, match="claim a: .*has 300 prompts, expected 200; `paired: false` is for bars of"):
+        decide(reports, claim(figure="horizon", contrast=contrast))
+
+
+def test_one_seed_will_do(reports):
+    draw(reports, "fig3", {"DPO": np.zeros((1, 50)), "DPO 2x": np.ones((1, 50))})
+    (row,) = decide(reports, claim())
+    assert row["verdict"] == "supported" and row["estimate"]["by_seed"] == [1.0]
+
+
+# Mistakes in claims.yaml
+
+
+@pytest.mark.parametrize("text, message", [
+    (document(claim(more="    margn: 1\n")), "claims.a.margn: unknown key; did you mean 'margin'?"),
+    (document(claim().replace("margin", "margn")), "claims.a.margn: unknown key; did you mean 'margin'?"),
+    (document() + "alhpa: 1\n", "alhpa: unknown key; did you mean 'alpha'?"),
+    (document(claim().replace("    source: ours\n", "")), "claims.a.source: missing"),
+    (document(claim(test="grater")), "claims.a.test: input should be 'greater' or 'equivalent', got 'grater'"),
+    (document(claim(margin="0")), "claims.a.margin: input should be greater than 0, got 0"),
+    (document(claim(margin="'1'")), "claims.a.margin: input should be a valid number, got '1'"),
+    (document(claim(contrast="{DPO: 1}")), "claims.a.contrast: expected weights other than 0 that sum to 0, got {"),
+    (document(claim(contrast="{DPO: 0, SFT: 0}")), "claims.a.contrast: expected weights other than 0 that sum to 0"),
+    (document(claim(contrast="{}")), "claims.a.contrast: expected weights other than 0 that sum to 0, got {}"),
+    (document(claim(contrast="{DPO: .nan}")), "claims.a.contrast.DPO: input should be a finite number, got nan"),
+    (document(claim(contrast="{DPO: 1, DPO: -1}")), "not YAML"),
+    (document(claim(id="A b")), "claims.A b.id: string should match pattern"),
+    (document(claim(), claim()), "claims: expected distinct ids, got 'a' twice"),
+    (document(alpha="1.5"), "alpha: input should be less than 1, got 1.5"),
+    (document(hypotheses="[{id: H1, says: s, predicts: p, claims: [aa]}]"),
+     "hypotheses.H1.claims: no claim 'aa'; did you mean 'a'?"),
+    (document(hypotheses="[{id: H1, says: s, predict: p, claims: [a]}]"),
+     "hypotheses.H1.predict: unknown key; did you mean 'predicts'?"),
+    (document(hypotheses="[{id: H, says: s, predicts: p, claims: []}, {id: H, says: s, predicts: p, claims: []}]"),
+     "hypotheses: expected distinct ids, got 'H' twice"),
+    ("alpha: 0.05\nhypotheses: []\nclaims: []\n", "claims: list should have at least 1 item"),
+    ("alpha: 0.05\nhypotheses: []\nclaims: [7]\n", "claims.0: input should be a valid dictionary"),
+    ("[1]", "expected a mapping with the keys alpha, hypotheses, claims"),
+    ("alpha: [", "not YAML"),
+    ("", "expected a mapping"),
+])  # fmt: skip
+def test_a_mistake_is_named(tmp_path, text, message):
+    path = tmp_path / "claims.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        claims.load(path)
+    assert str(error.value).startswith(str(path)) and message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_no_file_of_claims(tmp_path):
+    with pytest.raises(UserError, match="no such file; expected the claims"):
+        claims.load(tmp_path / "claims.yaml")
+
+
+# Figures and scores that are not as they should be
+
+
+def change(reports, **fields):
+    path = reports / "fig3.json"
+    stage.write_json(path, stage.read_json(path) | fields)
+
+
+def test_a_bar_that_the_figure_lacks_is_named_with_those_it_has(reports):
+    draw(reports, "fig3", policies())
+    with pytest.raises(UserError, match="claim a: .*fig3.json has no bar 'DPO2'; it has: DPO, DPO 2x"):
+        decide(reports, claim(contrast="{DPO2: 1, DPO: -1}"))
+
+
+def test_a_clone_without_runs_is_told_how_to_get_them(reports):
+    draw(reports, "fig3", policies())
+    (reports.parents[1] / "runs/mini/fig3/DPO/s1/scores.npz").unlink()
+    with pytest.raises(UserError, match="runs/mini/fig3/DPO/s1/scores.npz: not found; .*`make fig3` makes it"):
+        decide(reports, claim())
+
+
+def test_scores_that_changed_since_the_figure_are_refused(reports):
+    draw(reports, "fig3", policies())
+    np.savez(reports.parents[1] / "runs/mini/fig3/DPO/s1/scores.npz", score=np.zeros(400))
+    with pytest.raises(UserError, match="DPO/s1/scores.npz: not the file that .*fig3.json was made from"):
+        decide(reports, claim())
+
+
+def test_scores_that_are_not_numbers_are_refused(reports):
+    draw(reports, "fig3", {"DPO": np.full((3, 9), np.nan), "DPO 2x": np.ones((3, 9))})
+    with pytest.raises(UserError, match="fig3.json: DPO: a score is not a finite number"):
+        decide(reports, claim())
+
+
+def test_an_array_that_a_file_lacks_is_named(reports):
+    draw(reports, "fig3", policies())
+    bars = stage.read_json(reports / "fig3.json")["bars"]
+    change(reports, bars=[bar | {"key": "scores"} for bar in bars])
+    with pytest.raises(UserError, match="scores.npz: no array 'scores'; did you mean 'score'?"):
+        decide(reports, claim())
+
+
+def test_as_many_files_as_seeds(reports):
+    draw(reports, "fig3", policies())
+    change(reports, seeds=[0, 1])
+    with pytest.raises(UserError, match=r"fig3.json: DPO 2x: expected as many prompts for each of the seeds \[0, 1\]"):
+        decide(reports, claim())
+
+
+def test_worlds_are_told_apart_by_x(reports):
+    draw(reports, "fig3", policies())
+    with pytest.raises(UserError, match="claim a: .*DPO 2x has no x; `paired: false` tells worlds apart by it"):
+        decide(reports, claim(more="    paired: false\n"))
+
+
+@pytest.mark.parametrize("text, message", [
+    ("{", "JSON: Invalid JSON"), ("[]", "JSON: Input should be an object"),
+    ('{"seeds": [0], "bars": [{"bar": "DPO", "mean": 0.5}], "provenance": {}}', "bars.0.scores: Field required"),
+])  # fmt: skip
+def test_a_json_that_no_figure_wrote_is_refused(reports, text, message):
+    (reports / "fig3.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        decide(reports, claim())
+    assert message in str(error.value) and "`make fig3` writes it anew" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_command_line_stops_in_one_line_and_leaves_nothing(reports, capsys, monkeypatch):
+    (reports.parents[1] / "claims.yaml").write_text(document(), encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["claims", "claims.yaml", "reports/mni"])
+    with pytest.raises(SystemExit, match="2"):
+        stage.main(claims._command)
+    assert capsys.readouterr().err == ("error: reports/mni: no such folder; expected the figures of a scale, "
+                                       "such as reports/mini\n")
+    draw(reports, "fig3", policies())
+    change(reports, seeds=[0])
+    monkeypatch.setattr("sys.argv", ["claims", "claims.yaml", "reports/mini"])
+    with pytest.raises(SystemExit, match="2"):
+        stage.main(claims._command)
+    assert sorted(path.name for path in reports.iterdir()) == ["fig3.json"]
+
+
+def test_without_figures_the_table_says_what_to_make(reports):
+    assert claims.table(decide(reports, claim(), claim("b", figure="fig4"))).splitlines()[-2:] == [
+        "2 claims: 0 supported, 0 not supported, 0 undecided, 2 not run", "not run: `make fig3 fig4` makes the figures"]
