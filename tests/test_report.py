@@ -1,0 +1,258 @@
+"""The report: what it says, that nothing gets out of its place, and how a real browser shows it."""
+
+import json
+import os
+import re
+import shutil
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from conftest import ROOT, run
+
+from roads import report, stage
+
+COMMIT = "c0ffee" * 6 + "beef"
+HOSTILE = "<script>window.hacked = 1</script>\"'><img src=x onerror=alert(1)> & {{ 7 * 7 }}"
+
+
+def estimate(mean: float, half: float = 0.01) -> dict:
+    return {"mean": mean, "low": mean - half, "high": mean + half, "by_seed": [mean - 0.004, mean, mean + 0.004]}
+
+
+def figure_json(name: str, title: str, **changes) -> dict:
+    bars = {"SFT": 0.505, "DPO": 0.737, "Online(DPO)": 0.762}
+    return {
+        "figure": name, "title": title, "caption": f"What {name} shows.", "measure": "winrate against the reference",
+        "note": "synthetic world: evidence about the mechanism, not about TL;DR", "seeds": [0, 1, 2],
+        "bars": [{"bar": bar, "series": bar, "x": None, "n": 5000, "key": "score", **estimate(mean)}
+                 for bar, mean in bars.items()],
+        "gaps": {"Online(DPO) - DPO": estimate(0.025) | {"standardised": {"mean": 0.058, "low": 0.02, "high": 0.1}}},
+        "also": {"accuracy": {"bars": {bar: estimate(mean) for bar, mean in bars.items()}, "gaps": {}}},
+        "paper": None, "provenance": {"files": {"runs/x.npz": "0" * 64}, "commit": COMMIT, "lock": "1" * 64,
+                                      "params": {"mini": {"dpo": {"lr": 1e-4, "beta": 0.05}}}},
+    } | changes
+
+
+def claim(name: str, figure: str, verdict: str, found: dict | None, **changes) -> dict:
+    return {"id": name, "sentence": f"Claim {name}.", "source": "Sec. 3", "figure": figure,
+            "contrast": {"DPO": -1, "Online(DPO)": 1}, "test": "greater", "margin": 0.02, "verdict": verdict,
+            "estimate": found, "p": 0.0002, "p_adjusted": 0.0004, "n": 5000, "seeds": [0, 1, 2],
+            "why": "adjusted p 0.0004"} | changes
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """reports/mini with three figures, claims, hypotheses, and reports/theory beside it."""
+    mini, theory = tmp_path / "reports/mini", tmp_path / "reports/theory"
+    mini.mkdir(parents=True)
+    shutil.copytree(ROOT / "reports/theory", theory)
+    paper = {"source": "Fig. 3", "unit": "winrate, %", "series": [
+        {"name": "Pythia 1.4B", "values": {"DPO": 49.7, "DPO 2x": 52.2}},
+        {"name": "Pythia 2.8B", "values": {"DPO": 54.9}}]}
+    many = [{"bar": f"Global RM on SFT N={n}", "n": 4000, **estimate(0.5 + n / 100)} for n in range(12)]
+    for content in (figure_json("fig11", "Fig. 11: the same with ROUGE-L"),
+                    figure_json("fig3", "Fig. 3: online against offline", paper=paper),
+                    figure_json("horizon", "The gap as the horizon grows", bars=many)):
+        name = content["figure"]
+        stage.write_json(mini / f"{name}.json", content)
+        (mini / f"{name}.csv").write_text("bar,seed,mean\n")
+        plt.imsave(mini / f"{name}.png", np.ones((40, 60, 3)))
+    stage.write_json(mini / "claims.json", {
+        "scale": "mini", "alpha": 0.05,
+        "claims": [claim("wins", "fig3", "supported", estimate(0.025)),
+                   claim("null", "fig11", "not supported", estimate(0.03), test="equivalent", p_adjusted=0.7),
+                   claim("2x", "fig3", "undecided", estimate(-0.004)),
+                   claim("later", "fig12", "not run", None, p=None, p_adjusted=None, n=None, seeds=[],
+                         why="fig12.json is not there; `make fig12` makes it")],
+        "hypotheses": [{"id": "H1", "says": "On-policy samples.", "predicts": "A gain.", "claims": ["wins", "later"]},
+                       {"id": "H2", "says": "Regularisation.", "predicts": "No gain.", "claims": []}]})
+    return mini
+
+
+def edit(path, **changes) -> None:
+    stage.write_json(path, stage.read_json(path) | changes)
+
+
+def test_what_is_on_the_page(folder):
+    text = report.write(folder).read_text(encoding="utf-8")
+    where = [text.index(f'<h3 id="figure-{name}"') for name in ("fig3", "fig11", "horizon")]
+    assert where == sorted(where), "the paper's figures in their order, the others behind"
+    assert "Synthetic world: evidence about the mechanism, not about TL;DR" in text
+    for found in ("4,000 to 5,000", "c0ffeec0ffee", "mini.dpo.beta", "+0.025", "&lt; 0.001", "0.700",
+                  "Online(DPO) − DPO &gt;\u00a00", "|Online(DPO) − DPO| &lt;\u00a00.02", "· adjusted p 0.0004",
+                  "On-policy samples.", "<code>make fig12</code> makes it", "15 of 15 checks", "1, 3.1, 12, 33, 87"):
+        assert found in text, found
+    for verdict in ("supported", "not supported", "undecided", "not run"):
+        assert f"<li class=\"chip {verdict.replace(' ', '-')}\">1 {verdict}</li>" in text
+    # Figures that are there are not named as missing; the others come with their command.
+    assert "make fig12 SCALE=mini" in text and "make fig3 SCALE=mini" not in text
+    assert re.search(r"paper's own numbers</strong>, not from this run: Fig. 3; winrate, %", text)
+    assert text.count('src="data:image/png;base64,') == 6 and 'src="http' not in text
+    assert ">52.2<" in text and "SFT 0.505; DPO 0.737" in text
+    assert "12 points, from Global RM on SFT N=0 0.500 to Global RM on SFT N=11 0.610" in text
+
+
+def test_without_claims_theory_picture_or_csv(folder):
+    (folder / "claims.json").unlink()
+    (folder / "fig3.png").unlink()
+    (folder / "fig3.csv").unlink()
+    shutil.rmtree(folder.parent / "theory")
+    text = report.page(folder)
+    for command in ("make claims SCALE=mini", "make fig3 SCALE=mini", "make theory"):
+        assert command in text
+    assert 'href="fig3.csv"' not in text and 'href="fig11.csv"' in text
+
+
+def hostile(folder) -> None:
+    """The hostile string wherever a file has a string or a key of its own."""
+    content = stage.read_json(folder / "fig3.json")
+    content |= {"title": HOSTILE, "caption": HOSTILE, "note": HOSTILE, "measure": HOSTILE,
+                "gaps": {HOSTILE: content["gaps"]["Online(DPO) - DPO"]}, "also": {HOSTILE: content["also"]["accuracy"]},
+                "paper": {"source": HOSTILE, "unit": HOSTILE, "series": [{"name": HOSTILE, "values": {HOSTILE: 1.0}}]}}
+    content["bars"][0]["bar"] = HOSTILE
+    content["provenance"] |= {"commit": HOSTILE, "lock": HOSTILE, "params": {HOSTILE: {HOSTILE: HOSTILE}}}
+    stage.write_json(folder / "fig3.json", content)
+    strange = figure_json("x", "A title")
+    stage.write_json(folder / "a \"b\" <i>&#?.json", strange)
+    found = stage.read_json(folder / "claims.json")
+    for key in ("id", "sentence", "source", "figure", "why"):
+        found["claims"][0][key] = HOSTILE
+    found["claims"][0]["contrast"] = {HOSTILE: 1}
+    found["hypotheses"][0] = {"id": HOSTILE, "says": HOSTILE, "predicts": HOSTILE, "claims": [HOSTILE]}
+    stage.write_json(folder / "claims.json", found)
+
+
+def test_nothing_from_a_file_becomes_markup(folder):
+    hostile(folder)
+    text = report.page(folder)
+    assert text.count("&lt;script&gt;window.hacked") > 20
+    assert "<script" not in text and "<img src=x" not in text and "<i>" not in text
+    assert "{{ 7 * 7 }}" in text and 'href="a%20%22b%22%20%3Ci%3E%26%23%3F.csv"' not in text
+    assert 'href="a%20%22b%22%20%3Ci%3E%26%23%3F.json"' in text
+
+
+def test_same_inputs_same_bytes(folder, tmp_path):
+    first = report.write(folder).read_bytes()
+    assert report.write(folder).read_bytes() == first
+    shutil.copytree(folder.parent, tmp_path / "elsewhere/reports")
+    assert report.write(tmp_path / "elsewhere/reports/mini").read_bytes() == first
+    assert str(tmp_path).encode() not in first
+
+
+def test_figures_that_disagree_are_told_apart(folder):
+    other = stage.read_json(folder / "fig11.json")["provenance"] | {
+        "commit": None, "params": {"mini": {"dpo": {"lr": 0.5, "beta": 0.05}}}}
+    edit(folder / "fig11.json", provenance=other, seeds=[7])
+    run_ = report.provenance({name: report.read(folder / f"{name}.json", report.Figure, "make")
+                              for name in ("fig3", "fig11")})
+    assert run_["commit"] == [(COMMIT, "fig3"), (None, "fig11")]
+    assert run_["seeds"] == [("0, 1, 2", "fig3"), ("7", "fig11")]
+    assert run_["params"] == {"mini.dpo.beta": [("0.05", None)], "mini.dpo.lr": [("0.0001", "fig3"), ("0.5", "fig11")]}
+    assert "not recorded" in report.page(folder)
+
+
+@pytest.mark.parametrize("name, content, told", [
+    ("fig3.json", "{", r"fig3.json: not JSON .*`make fig3 SCALE=mini`"),
+    ("fig3.json", json.dumps(figure_json("fig3", "t", bars=[{"bar": "DPO"}])), r"fig3.json: bars.0.mean: field req"),
+    ("claims.json", '{"alpha": 0.05, "claims": []}', r"claims.json: hypotheses: .*`make claims SCALE=mini`"),
+    ("fig3.png", "no picture", r"fig3.png: expected a PNG"),
+    ("../theory/statements.json", "[]", r"statements.json: top level: .*`make theory`"),
+])
+def test_bad_input_names_file_and_key_and_leaves_the_old_page(folder, name, content, told):
+    report.write(folder)
+    before = (folder / "index.html").read_bytes()
+    (folder / name).write_text(content)
+    with pytest.raises(stage.UserError, match=told):
+        report.write(folder)
+    assert (folder / "index.html").read_bytes() == before
+    assert not list(folder.glob(".*"))
+
+
+def test_command(folder, tmp_path):
+    assert "index.html (" in run(ROOT, "roads.report", str(folder))
+    (tmp_path / "reports/empty").mkdir()
+    assert run(ROOT, "roads.report", str(tmp_path / "reports/empty"), code=2).startswith("error: ")
+
+
+def test_numbers():
+    assert [report.number(x, True) for x in (0.0254, -0.0004, -12.34, None, float("nan"))] == [
+        "+0.025", "−0.000", "−12.3", "–", "–"]
+    middle = report.forest(report.Estimate(mean=0, low=-1, high=1), far=2, margin=1)
+    assert middle == {"low": "26.00%", "mean": "50.00%", "high": "74.00%", "from": "26.00%", "width": "48.00%"}
+    assert report.reach([]) == 1.0 and report.reach([report.Estimate(mean=0, low=-3, high=1)], [2.0]) == 3.0
+    with_weights = report.Claim.model_validate(
+        claim("a", "fig3", "undecided", None, contrast={"A K=2": -1, "A K=8": 1, "B K=2": 1, "B K=8": -1, "C": -0.5}))
+    assert report.contrast(with_weights) == "− 0.5 × C + B K=2 − A K=2 + A K=8 − B K=8 >\u00a00"
+
+
+CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, (
+    "chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+
+# Contrast of every piece of text with the nearest background behind it (WCAG 2.2, 1.4.3): those below AA.
+LOW_CONTRAST = """() => {
+  const channels = colour => colour.match(/[\\d.]+/g).map(Number);
+  const light = colour => channels(colour).slice(0, 3).map(c => c / 255)
+    .map(c => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
+    .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
+  const behind = e => { for (; e; e = e.parentElement) {
+    const colour = getComputedStyle(e).backgroundColor; if (channels(colour)[3] !== 0) return colour; } };
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), low = [];
+  for (let node; node = texts.nextNode();) {
+    const e = node.parentElement, style = getComputedStyle(e);
+    if (!node.textContent.trim() || !e.checkVisibility() || e.matches('style')) continue;
+    const [a, b] = [light(style.color), light(behind(e))].sort((x, y) => y - x);
+    const needed = parseFloat(style.fontSize) >= 24 ? 3 : 4.5;
+    if ((a + .05) / (b + .05) < needed) low.push([node.textContent, style.color, behind(e)]);
+  }
+  return low;
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not CHROMIUM:
+        pytest.skip("no Chromium: install Debian's package chromium, or name one in $CHROMIUM")
+    with pytest.importorskip("playwright.sync_api").sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width, height", [(380, 800), (1280, 900)])
+@pytest.mark.parametrize("kind", ["plain", "hostile"])
+def test_in_a_browser(folder, browser, scheme, width, height, kind):
+    if kind == "hostile":
+        hostile(folder)
+    path = report.write(folder)
+    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+    said, asked, failed = [], [], []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("requestfailed", lambda request: failed.append(request.url))
+    page.goto(path.as_uri())
+    assert page.evaluate("[...document.images].map(i => i.naturalWidth > 0 && i.alt.length > 20)") == [True] * 6
+    for opened in (False, True):
+        page.evaluate("open => document.querySelectorAll('details').forEach(d => d.open = open)", opened)
+        assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+    assert page.evaluate(LOW_CONTRAST) == []
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert background == {"light": "rgb(251, 250, 247)", "dark": "rgb(21, 23, 26)"}[scheme]
+    anchors, ids = page.evaluate("""[[...document.querySelectorAll('a[href^="#"]')].map(a => a.hash.slice(1)),
+                                     [...document.querySelectorAll('[id]')].map(e => e.id)]""")
+    assert set(anchors) <= set(ids) and len(set(ids)) == len(ids)
+    links = page.evaluate("""[...document.querySelectorAll('a:not([href^="#"])')].map(a => a.getAttribute('href'))""")
+    assert len(links) > 12
+    for link in links:
+        assert (folder / re.sub(r"%(..)", lambda m: chr(int(m[1], 16)), link)).exists(), link
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    assert page.evaluate("location.hash") == "#main", "the first thing that the keyboard reaches skips to the report"
+    assert page.evaluate("window.hacked") is None
+    assert said == [] and failed == [] and asked[0] == path.as_uri()
+    assert all(url.startswith("data:") for url in asked[1:]), "nothing from outside"
+    page.close()
