@@ -27,8 +27,28 @@ def params(tmp_path):
 
 def test_the_file_in_the_repository_is_good(params):
     loaded = config.load(params())
-    assert loaded.scale == "mini" and set(loaded.scales) == {"mini", "tiny", "real-cpu"}
-    assert loaded.figures == {"fig3": ["mini"], "fig7": ["mini"], "fig11": ["mini"]}
+    assert loaded.scale == "mini" and {"mini", "tiny", "real-cpu"} < set(loaded.scales)
+    assert all(scales == ["mini"] for scales in loaded.figures.values())
+    assert set(loaded.figures) == set(config.FIGURES) | set(config.SHARED) | set(config.APART)
+
+
+def test_an_arm_is_its_scale_with_one_thing_changed():
+    """mini and each of mini's arms: what differs is named in the arm's own lines, and nothing else does."""
+    loaded = config.load(ROOT / "params.yaml")
+    arms = {arm for arms in loaded.studies["mini"].values() for arm in arms}
+
+    def differ(a: dict, b: dict, prefix="") -> set[str]:
+        return {path for key in a for path in (differ(a[key], b[key], f"{prefix}{key}.") if isinstance(a[key], dict)
+                                               else {prefix + key} if a[key] != b[key] else ())}
+
+    changed = {arm: differ(loaded.scales["mini"].model_dump(), loaded.scales[arm].model_dump()) - {"policies"}
+               for arm in arms}
+    assert changed["mini-k2"] == {"source.slots", "source.candidates", "source.tau"}
+    assert changed["mini-750"] == {"data.preferences", "data.online"}
+    assert changed["mini-loader"] == {"dpo.shards"} and changed["mini-prompts"] == {"data.online"}
+    assert changed["mini-author-code"] == (
+        changed["mini-schedule"] | changed["mini-rm-batch"] | changed["mini-loader"])
+    assert all(changed.values()), "an arm that changes nothing"
 
 
 @pytest.mark.parametrize("old, new, message", [
@@ -46,7 +66,14 @@ def test_the_file_in_the_repository_is_good(params):
     ("    karma_noise: 0.5\n", "", "mini.source.karma_noise: missing"),
     ("    kind: world", "    kind: wrold", "mini.source: input tag 'wrold'"),
     ("rouge: {n: 25", "rouge: {n: 1", "mini.samples.rouge.n: input should be greater than or equal to 2, got 1"),
-    ("    human: {n: 2, temperature: 1.0}\n", "", "mini.samples.human: missing"),
+    ("    human: {n: 2, temperature: 1.0, labels: annotators}\n", "", "mini.samples.human: missing"),
+    ("    value: {n: 2, temperature: 1.0}\n", "", "mini.samples.value: missing"),
+    ("labels: annotators", "labels: crowd", "mini.samples.human.labels: input should be 'annotators' or 'judge'"),
+    ("more: 18000, online: 6000", "more: 0, online: 6001", "data.online: expected at most preferences + more"),
+    ("best_of_n: 2000", "best_of_n: 5001", "data.best_of_n: expected at most test=5000, got 5001"),
+    ("fig6: [mini-judge]", "fig6: [mini-juge]", "studies.mini.fig6: no block named 'mini-juge'; did you mean"),
+    ("fig6: [mini-judge]", "fig6: [mini-k2]", "studies.mini.fig6: mini-k2 differs from mini in what SFT is made from"),
+    ("fig6: [mini-judge]", "fig3: [mini-judge]", "studies.mini.fig3"),
     ("candidates: 2", "candidates: 13", "mini.source.candidates: expected 2 to words=12, got 13"),
     ("heads: 2", "heads: 3", "mini.model.heads: expected a divisor of hidden_size=64, got 3"),
     ("schedule: linear", "schedule: liner", "mini.local.schedule: input should be 'linear' or 'cosine', got 'liner'"),
@@ -54,6 +81,7 @@ def test_the_file_in_the_repository_is_good(params):
     ("data_from: src/roads/world.py", "data_from: data/tldr_sample", "data_from: expected src/roads/world.py"),
     ("tasks: [human, rouge]", "tasks: [rouge]", "tasks: expected ['human', 'rouge'] for scale mini"),
     ("fig3: [mini]", "fig3: [tiny]", "figures: expected {'fig3': ['mini']"),
+    ("worlds: [mini, mini-small", "worlds: [mini-small", "worlds: expected ['mini', 'mini-small'"),
     ("scale: mini", "scale: [", "params.yaml:"),
 ])  # fmt: skip
 def test_a_mistake_is_named(params, old, new, message):
@@ -77,11 +105,14 @@ def test_switching_the_scale_keeps_comments_and_comes_back(params):
     config.switch("real-cpu", str(ROOT / "data/tldr_sample"), path)
     there = config.load(path)
     assert (there.scale, there.tasks, there.data_from) == ("real-cpu", ["rouge"], str(ROOT / "data/tldr_sample"))
-    assert there.figures == {"fig3": [], "fig7": [], "fig11": ["real-cpu"]}
+    assert {name for name, scales in there.figures.items() if scales} == {"fig11"} and there.worlds == ["real-cpu"]
+    assert not there.sizes and not any(there.arms.values())
     config.switch("real-cpu", None, path)
     assert config.load(path) == there  # its folder of posts stays while the scale does
     config.switch("mini", None, path)
     assert config.load(path) == config.load(ROOT / "params.yaml")
+    config.switch("mini-k4", None, path)  # every arm is a scale
+    assert {name for name, scales in config.load(path).figures.items() if scales} == set(config.FIGURES)
     comments = [line.split("#", 1)[1] for line in TEXT.splitlines() if "#" in line]
     assert all(comment in path.read_text(encoding="utf-8") for comment in comments)
 

@@ -49,10 +49,11 @@ def test_dpo_gradient_by_hand():
 @pytest.mark.parametrize("temperature", [1.0, 0.1])
 def test_dpo_starts_at_ln_2(policy, rows, temperature):
     query, response = rows
-    reference = model.all_logps(policy, query, response, temperature)
-    logps = model.response_logps(policy, query, response, temperature)
-    losses = dpo_loss(logps[:2], logps[2:], reference[:2], reference[2:], beta=0.05)
-    assert losses.tolist() == pytest.approx([LN2, LN2], abs=1e-6)
+    chosen, rejected = response[:2].repeat(2, 1), response[2:].repeat(2, 1)
+    both = torch.stack([chosen, rejected], 1)
+    reference = model.in_batches(model.candidate_logps, policy, query, both, temperature, label="", batch_size=3)
+    losses = dpo_loss(*model.pair_logps(policy, query, chosen, rejected, temperature), *reference.T, beta=0.05)
+    assert losses.tolist() == pytest.approx([LN2] * 4, abs=1e-6)
 
 
 def test_online_logps_divide_the_logits(policy, rows):
@@ -90,6 +91,14 @@ def test_an_epoch_sees_every_row_exactly_once(n, batch_size):
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
     if n == 64:
         assert epochs[0] != epochs[1] and epochs[0] != torch.cat(train.batches(n, 1, 1, seed=2)).tolist()
+
+
+def test_the_authors_loader_misses_a_third_of_the_rows():
+    """8 GPUs that shuffle for themselves: 1 - (7/8)^8 = 66% of the rows in an epoch, as many steps as otherwise."""
+    plan = train.batches(8000, 40, 1, seed=0, shards=8)
+    seen = torch.cat(plan)
+    assert len(plan) == 200 and len(seen) == 8000
+    assert len(seen.unique()) / 8000 == pytest.approx(1 - (7 / 8) ** 8, abs=0.01)
 
 
 def test_learning_rates(tiny):

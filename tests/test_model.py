@@ -62,6 +62,41 @@ def test_candidate_scores_equal_one_forward_each(tmp_path, reward_model, rows):
             assert scores[i, j] == pytest.approx(single, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_candidate_logps_equal_one_forward_each(policy, rows, temperature):
+    order = torch.tensor([[0, 1, 0], [2, 2, 3], [1, 3, 2], [3, 0, 3]])
+    found = model.in_batches(model.candidate_logps, policy, rows[0], rows[1][order], temperature, label="",
+                             batch_size=3)
+    for i in range(4):
+        for j in range(3):
+            single = model.response_logps(policy, *alone(rows[0][i], rows[1][order[i, j]]), temperature).item()
+            assert found[i, j].item() == pytest.approx(single, rel=1e-5)
+
+
+def test_a_prompt_run_once_for_a_pair_changes_no_number_and_no_gradient(policy, reward_model, rows):
+    """Against chosen and rejected run one by one; gradients too, through the shared prompt."""
+    query, chosen = rows
+    rejected = chosen[[2, 3, 0, 1]]
+
+    def gradients(net, values):
+        net.zero_grad()
+        (values[0] - 0.5 * values[1]).sum().backward()
+        return {name: part.grad.clone() for name, part in net.named_parameters() if part.grad is not None}
+
+    for net, fast, plain in (
+        (policy, lambda: model.pair_logps(policy, query, chosen, rejected, 0.7),
+         lambda: [model.response_logps(policy, query, side, 0.7) for side in (chosen, rejected)]),
+        (reward_model, lambda: model.pair_rewards(reward_model, query, chosen, rejected),
+         lambda: [reward_model(query, side) for side in (chosen, rejected)]),
+    ):
+        for a, b in zip(fast(), plain(), strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+        ours, theirs = gradients(net, fast()), gradients(net, plain())
+        assert set(ours) == set(theirs)
+        for name in ours:
+            assert torch.allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5 * theirs[name].abs().max()), name
+
+
 # Sampling
 
 

@@ -19,7 +19,8 @@ def best_of(rewards: np.ndarray, n: int) -> np.ndarray:
     return rewards[:, :n].argmax(1)
 
 
-def best_of_n(completions: Path, data: Path, path: Path, reference: Path, out: Path, cfg: config.Scale, kind: str) -> None:
+def best_of_n(completions: Path, data: Path, path: Path, reference: Path, out: Path, cfg: config.Scale,
+              kind: str) -> None:
     """Write scores.npz: n<N> [B], the judge's score of the best of N against the reference summary, for each N."""
     torch.set_num_threads(cfg.threads)
     with stage.output(out, {"kind": kind, **config.used(cfg, "source")}, [completions, data, path]) as folder:

@@ -52,7 +52,7 @@ def cell(where: Path, sft: Path, out: Path, cfg: config.Scale, seed: int) -> Non
     used = cfg.model_dump() | {"seed": seed}
     key = train.key_of(used, [where, sft], "cell")
     with stage.output(out, used, [where, sft]) as folder:
-        run = Steps(train.SCRATCH / key, 5 + bool({"online", "online_sft"} & set(cfg.policies)) + sum(
+        run = Steps(train.SCRATCH / key, 6 + bool({"online", "online_sft"} & set(cfg.policies)) + sum(
             {"dpo": 3, "dpo_2x": 3, "online_sft": 5, "online": 5}[name] for name in cfg.policies), out.as_posix())
         arrays = [np.load(where / f"{split}.npz") for split in ("preferences", "more")]
         for name, n in (("preferences", cfg.data.preferences), ("online", cfg.data.online)):

@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from roads import stage, stats
-from roads.config import Positive, Strict, _nearest
+from roads.config import Positive, Strict, nearest
 from roads.stage import UserError
 
 Weight = Annotated[float, Field(allow_inf_nan=False)]
@@ -64,7 +64,7 @@ class Claims(Strict):
         for hypothesis in self.hypotheses:
             for key in hypothesis.claims:
                 if key not in ids:
-                    raise ValueError(f"hypotheses.{hypothesis.id}.claims: no claim {key!r}{_nearest(key, ids)}")
+                    raise ValueError(f"hypotheses.{hypothesis.id}.claims: no claim {key!r}{nearest(key, ids)}")
         return self
 
 
@@ -100,7 +100,7 @@ def _explain(raw: dict, error: ValidationError) -> str:
     key = ".".join(where)
     if first["type"] == "extra_forbidden":
         model = {"claims": Claim, "hypotheses": Hypothesis}[where[0]] if len(where) > 1 else Claims
-        return f"{key}: unknown key{_nearest(where[-1], model.model_fields)}"
+        return f"{key}: unknown key{nearest(where[-1], model.model_fields)}"
     if first["type"] == "missing":
         return f"{key}: missing"
     if first["type"] == "value_error":
@@ -160,7 +160,7 @@ def read_scores(figure: Figure, bar: Bar, path: Path) -> np.ndarray:
             raise UserError(f"{name}: not the file that {path} was made from (sha256 differs); {make} makes both anew")
         with np.load(name) as arrays:
             if bar.key not in arrays:
-                raise UserError(f"{name}: no array {bar.key!r}{_nearest(bar.key, arrays.files)}")
+                raise UserError(f"{name}: no array {bar.key!r}{nearest(bar.key, arrays.files)}")
             rows.append(arrays[bar.key].astype(float))
     if len(rows) != len(figure.seeds) or len({row.shape for row in rows}) != 1 or rows[0].ndim != 1:
         raise UserError(f"{path}: {bar.bar}: expected as many prompts for each of the seeds {figure.seeds}, "

@@ -211,7 +211,8 @@ class Params(Strict):
             for figure, arms in figures.items():
                 for name in (scale, *arms):
                     if name not in self.scales:
-                        raise ValueError(f"studies.{scale}.{figure}: no block named {name!r}{nearest(name, self.scales)}")
+                        raise ValueError(f"studies.{scale}.{figure}: no block named {name!r}"
+                                         f"{nearest(name, self.scales)}")
                     same = self.scales[name].made_from() == self.scales[scale].made_from()
                     if figure in SHARED and not same:
                         raise ValueError(f"studies.{scale}.{figure}: {name} differs from {scale} in what SFT is made "

@@ -45,7 +45,8 @@ def dpo(pairs: Path, reference: Path, out: Path, cfg: config.Scale, seed: int, t
             reference_logps = torch.zeros(len(query), 2)
         else:  # once for all epochs
             both = torch.stack([chosen, rejected], 1)
-            reference_logps = model.in_batches(model.candidate_logps, policy, query, both, temperature, label="reference")
+            reference_logps = model.in_batches(model.candidate_logps, policy, query, both, temperature,
+                                               label="reference")
 
         def loss(i):
             logps = model.pair_logps(policy, query[i], chosen[i], rejected[i], temperature)

@@ -28,8 +28,8 @@ def margins(path: Path, pairs: Path, reference: Path, cfg: config.Scale, kind: s
 
 def implicit_rewards(path: Path, reference: Path | None, query, completions) -> torch.Tensor:
     """log pi, or log(pi / pi_ref) where there is a reference, of completions [N, n, R]: [N, n]."""
-    logps = [model.in_batches(model.candidate_logps, model.load_policy(policy).eval(), query, completions, label="logps")
-             for policy in (path, reference) if policy]
+    policies = [model.load_policy(policy).eval() for policy in (path, reference) if policy]
+    logps = [model.in_batches(model.candidate_logps, policy, query, completions, label="logps") for policy in policies]
     return logps[0] - logps[1] if reference else logps[0]
 
 

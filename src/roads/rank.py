@@ -10,7 +10,6 @@ Writes pairs.npz: query [N, Q], chosen [N, R], rejected [N, R]. A prompt whose c
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from roads import config, stage
 

@@ -6,35 +6,28 @@
 from functools import partial
 
 from roads import config, stage
-from roads.best_of_n import N
 from roads.figures import figure
 from roads.figures.figure import Bar
 
 FIGURES = {
     "fig8": ("Fig. 8: best of N by three kinds of reward model",
-             "Samples of the SFT policy (solid) and of the DPO policy (dashed), ranked by reward models trained on the same "
-             "pairs; the judge compares the one ranked first with the reference summary."),
+             "Samples of the SFT policy (solid) and of the DPO policy (dashed), ranked by reward models trained on the "
+             "same pairs; the judge compares the one ranked first with the reference summary."),
     "fig9": ("Fig. 9: best of N, policy size by size of the global reward model",
-             "Samples of SFT policies of three sizes, each ranked by global reward models of three sizes. Every size has a "
-             "base, an SFT policy and pairs of its own, drawn from the same world."),
+             "Samples of SFT policies of three sizes, each ranked by global reward models of three sizes. Every size "
+             "has a base, an SFT policy and pairs of its own, drawn from the same world."),
 }
 KINDS = {"Global RM": "reward", "Local RM": "local", "DPO RM": "dpo"}
 
 
-def bars(scale: str, name: str, sizes: list[str], counts: list[int]) -> list[Bar]:
-    found = []
-    if name == "fig8":
-        for policy, (rm, kind) in ((p, k) for p in ("sft", "dpo") for k in KINDS.items()):
-            place = f"{scale}/fig9/{scale}/{scale}" if (policy, kind) == ("sft", "reward") else \
-                f"{scale}/human/best_of_n/{policy}/{kind}"
-            series = f"{rm} on {policy.upper()}"
-            found += [Bar(f"{series} N={n}", place + "/s{seed}", f"n{n}", series, n) for n in counts]
-        return found
-    for policy in sizes:
-        for rm in sizes:
-            series = f"Policy {size_of(policy, scale)}, RM {size_of(rm, scale)}"
-            found += [Bar(f"{series} N={n}", f"{scale}/fig9/{policy}/{rm}/s{{seed}}", f"n{n}", series, n) for n in counts]
-    return found
+def lines(scale: str, name: str, sizes: list[str]) -> dict[str, str]:
+    """Name of a line -> place of its scores."""
+    if name == "fig8":  # Fig 9 has ranked SFT samples by the global reward model already
+        return {f"{rm} on {policy.upper()}": f"{scale}/fig9/{scale}/{scale}/s{{seed}}" if kind + policy == "rewardsft"
+                else f"{scale}/human/best_of_n/{policy}/{kind}/s{{seed}}"
+                for policy in ("sft", "dpo") for rm, kind in KINDS.items()}
+    return {f"Policy {size_of(policy, scale)}, RM {size_of(rm, scale)}": f"{scale}/fig9/{policy}/{rm}/s{{seed}}"
+            for policy in sizes for rm in sizes}
 
 
 def size_of(block: str, scale: str) -> str:
@@ -42,6 +35,7 @@ def size_of(block: str, scale: str) -> str:
 
 
 def gaps(name: str, sizes: list[str], scale: str, most: int) -> dict[str, dict[str, float]]:
+    """At the largest N: global - local - DPO (Fig 8); other sizes of the reward model - medium (Fig 9)."""
     if name == "fig8":
         return {f"{a} - {b}, on {policy}, N={most}": {f"{a} on {policy} N={most}": 1, f"{b} on {policy} N={most}": -1}
                 for policy in ("SFT", "DPO") for a, b in (("Global RM", "Local RM"), ("Local RM", "DPO RM"))}
@@ -56,11 +50,12 @@ def _command() -> None:
     parser.add_argument("--figure", required=True, choices=list(FIGURES))
     a = parser.parse_args()
     sizes, most = config.load().sizes, config.load_scale(a.scale).samples.best_of_n.n
-    counts = [n for n in N if n <= most]
+    counts = [n for n in (1, 2, 5, 10, 25) if n <= most]
+    bars = [Bar(f"{line} N={n}", place, f"n{n}", line, n) for line, place in lines(a.scale, a.figure, sizes).items()
+            for n in counts]
     title, caption = FIGURES[a.figure]
-    figure.save(a.out, a.figure, a.runs, bars(a.scale, a.figure, sizes, counts), gaps(a.figure, sizes, a.scale, counts[-1]),
-                a.scale, title, caption, "winrate against the reference summary",
-                partial(figure.lines, x_label="N", log=True))
+    figure.save(a.out, a.figure, a.runs, bars, gaps(a.figure, sizes, a.scale, counts[-1]), a.scale, title, caption,
+                "winrate against the reference summary", partial(figure.lines, x_label="N", log=True))
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ from roads.figures import figure
 from roads.figures.figure import Bar
 from roads.figures.policies import NAMES
 
-CAPTION = ("Each point is one setting of learning rate, beta, epochs or sampling temperature (params.yaml names them); x is the "
-           "reverse KL from the SFT policy, estimated from samples. Best-vs-worst of 25 moves a policy further per step than "
-           "a human pair does, so equal steps are not equal distances. At matched KL: Online(DPO) less the DPO line at "
-           "Online(DPO)'s KL, or its farthest point where DPO never goes as far.")
+CAPTION = ("Each point is one setting of learning rate, beta, epochs or sampling temperature (params.yaml names them); "
+           "x is the reverse KL from the SFT policy, estimated from samples. Best against worst of 25 moves a policy "
+           "further per step than a human pair does, so equal steps are not equal distances. At matched KL: Online(DPO) "
+           "less the DPO line at Online(DPO)'s KL, or DPO's farthest point where it never goes as far.")
 
 
 def mean_kl(runs: Path, bar: Bar, seeds: list[int]) -> float:
@@ -48,8 +48,8 @@ def _command() -> None:
             bars.append(Bar(bar.name, bar.place, bar.key, bar.series, mean_kl(a.runs, bar, params.seeds)))
     online = [bar for bar in bars if bar.series == "Online(DPO)"]
     gaps = {f"{bar.name} - DPO at its KL ({bar.x:.1f})": matched(bars, bar) for bar in online}
-    figure.save(a.out, a.figure, a.runs, bars, gaps, a.scale, "Matched budgets: winrate against distance from SFT", CAPTION,
-                "winrate against the reference summary",
+    figure.save(a.out, a.figure, a.runs, bars, gaps, a.scale, "Matched budgets: winrate against distance from SFT",
+                CAPTION, "winrate against the reference summary",
                 partial(figure.lines, x_label="reverse KL from the SFT policy, nats", named=True))
 
 

@@ -12,24 +12,25 @@ from roads.figures.policies import NAMES
 
 FIGURES = {  # title, caption, x of a block, its axis, its label in a bar's name, policies, log axis
     "fig12": ("Fig. 12: fractions of the preference set",
-              "DPO and Online(SFT) trained on the first pairs of the same set; reward model and prompts shrink with it.",
+              "DPO and Online(SFT) trained on the first pairs of the set; reward model and prompts shrink with it.",
               lambda cfg: cfg.data.preferences, "pairs of the preference set", "n", ["dpo", "online_sft"], True),
     "more_data": ("Far more pairs than Fig. 12",
-             "Fig. 12 carried on to four times the preference set. In the limit H6 predicts no gap.",
-             lambda cfg: cfg.data.preferences, "pairs of the preference set", "n", ["dpo", "online_sft"], True),
+                  "Fig. 12 carried on to four times the preference set. In the limit H6 predicts no gap.",
+                  lambda cfg: cfg.data.preferences, "pairs of the preference set", "n", ["dpo", "online_sft"], True),
     "horizon": ("The gap against the horizon",
-                "K slots, a word each: two of six candidates, four of four, eight and twelve of two. The noise of the labels "
-                "is scaled with the spread of quality.",
+                "K slots, a word each: two of six candidates, four of four, eight and twelve of two. The noise of "
+                "the labels is scaled with the spread of quality.",
                 lambda cfg: cfg.source.slots, "slots K (horizon K + 1)", "K", ["dpo", "dpo_2x", "online"], False),
     "complexity": ("The gap against the complexity of the reward",
-                   "Weight of coherence, a property of the whole summary, in the quality; at 0 quality is a sum over words.",
+                   "Weight of coherence, a property of the whole summary, in its quality; at 0 that is a sum over words.",
                    lambda cfg: cfg.source.interaction, "weight of the interaction", "interaction",
                    ["dpo", "dpo_2x", "online"], False),
     "verifier": ("The gap against what the base knows about judging",
                  "Weight of the karma token in pretraining, the only sign of quality that the base ever sees.",
-                 lambda cfg: cfg.source.karma_weight, "weight of the karma token", "karma", ["dpo", "dpo_2x", "online"], False),
+                 lambda cfg: cfg.source.karma_weight, "weight of the karma token", "karma", ["dpo", "dpo_2x", "online"],
+                 False),
     "worlds": ("The gap in other worlds",
-               "Worlds drawn with other seeds (salience, clusters, every data set), with the hyperparameters of the first.",
+               "Worlds drawn with other seeds (salience, clusters, all data), with the hyperparameters of the first.",
                lambda cfg: cfg.source.seed, "seed of the world", "world", ["dpo", "dpo_2x", "online"], False),
 }
 
@@ -50,8 +51,9 @@ def _command() -> None:
                  for policy in policies]
         for control in policies[:-1]:
             gap = f"{NAMES[policies[-1]]} - {NAMES[control]}"
-            gaps[f"{gap}, {short}={x:g}"] = {f"{NAMES[policies[-1]]} {short}={x:g}": 1, f"{NAMES[control]} {short}={x:g}": -1}
-            gaps_at[f"{gap}, {short}={x:g}"] = gap, x
+            label, at = f"{gap}, {short}={x:g}", f"{short}={x:g}"
+            gaps[label] = {f"{NAMES[policies[-1]]} {at}": 1, f"{NAMES[control]} {at}": -1}
+            gaps_at[label] = gap, x
     figure.save(a.out, a.figure, a.runs, bars, gaps, a.scale, title, caption, "winrate against the reference summary",
                 partial(figure.lines, x_label=x_label, log=log, gaps_at=gaps_at))
 

@@ -37,7 +37,7 @@ def note(scale: str) -> str:
 
 
 def policy(block: str, scale: str, name: str, folder: str) -> tuple[str, str]:
-    """Place and key of a policy's scores: from the graph for the scale itself, from a figure's cell for an arm of it."""
+    """Place and key of a policy's scores: the graph's for the scale itself, a cell's in `folder` for an arm of it."""
     if block == scale:
         return f"{scale}/human/scores/{name}" + ("" if name == "sft" else "/s{seed}"), "score"
     return f"{scale}/{folder}/{block}/s{{seed}}", name
@@ -65,7 +65,7 @@ def judged(paths: list[Path], key: str) -> dict[str, float]:
 
 
 def provenance(files: list[Path]) -> dict:
-    """What the figure was drawn from: files, commit, and what dvc.lock has of the runs behind them, with their params."""
+    """What the figure was drawn from: files, commit, what dvc.lock has of the runs behind them, and their params."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
     lock, params = Path("dvc.lock"), {}
     digest = hashlib.sha256()
@@ -100,9 +100,9 @@ def paper_panel(axes, paper: dict, names: list[str]) -> None:
         for x, name in enumerate(names):
             if name in one["values"]:
                 place = x + (k - (len(series) - 1) / 2) * width
-                axes.bar(place, one["values"][name], width * 0.92, color="white", edgecolor="#777777", hatch=["//", ".."][k],
-                         lw=0.8, zorder=2)
-                axes.annotate(f"{one['values'][name]:g}", (place, one["values"][name]), (0, 3), ha="center", fontsize=6.5,
+                value = one["values"][name]
+                axes.bar(place, value, width * 0.92, color="white", edgecolor="#777777", hatch=["//", ".."][k], lw=0.8)
+                axes.annotate(f"{value:g}", (place, value), (0, 3), ha="center", fontsize=6.5,
                               textcoords="offset points", color="#555555")
     axes.set_title("The paper's, on TL;DR: " + ", ".join(
         f"{one['name']} {mark}" for one, mark in zip(series, ["///", "..."])), fontsize=8, color="#555555")
@@ -123,8 +123,8 @@ def finish(figure, axes, content: dict, gaps_above: bool = True) -> None:
     axes.grid(axis="y", alpha=0.3, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.12)
-    how = (f"mean over seeds {', '.join(map(str, content['seeds']))} and n = {content['bars'][0]['n']} prompts; lines and brackets: 95% "
-           "bootstrap over both; differences are paired by prompt")
+    how = (f"mean over seeds {', '.join(map(str, content['seeds']))} and n = {content['bars'][0]['n']} prompts; "
+           "lines and brackets: 95% bootstrap over both; differences are paired by prompt")
     below = [content["note"], how] + ([content["paper"]["source"]] if content["paper"] else [])
     figure.text(0.5, 0.008, "\n".join(below), ha="center", fontsize=7)
     figure.tight_layout(rect=(0, 0.03 + 0.022 * len(below), 1, 1))
@@ -138,7 +138,8 @@ def bar_chart(content: dict, floor: float):
                                   width_ratios=[2, 1.1][: 1 + beside])
     axes = panels[0, 0]
     for x, bar in enumerate(bars):
-        axes.bar(x, bar["mean"] - floor, bottom=floor, color=COLOURS.get(bar["series"], "#4878a8"), width=0.65, zorder=2)
+        colour = COLOURS.get(bar["series"], "#4878a8")
+        axes.bar(x, bar["mean"] - floor, bottom=floor, color=colour, width=0.65, zorder=2)
         axes.errorbar(x, bar["mean"], [[bar["mean"] - bar["low"]], [bar["high"] - bar["mean"]]],
                       color="black", capsize=4, lw=1.2, zorder=4)
         if len(set(bar["by_seed"])) > 1:
@@ -235,7 +236,8 @@ def save(out: Path, name: str, runs: Path, bars: list[Bar], gaps: dict[str, dict
             found[label] = stats.difference(treated, control)
         return found
 
-    others = {name: {bar: function(values) for bar, values in scores.items()} for name, function in (also or {}).items()}
+    others = {other: {bar: function(values) for bar, values in scores.items()}
+              for other, function in (also or {}).items()}
     for other, key in (also_keys or {}).items():
         others[other] = {bar: np.stack([np.load(path)[key] for path in paths]) for bar, paths in files.items()}
 
@@ -243,8 +245,8 @@ def save(out: Path, name: str, runs: Path, bars: list[Bar], gaps: dict[str, dict
     content = {
         "figure": name, "title": title, "caption": caption, "note": note(scale), "measure": measure, "seeds": seeds,
         "bars": table, "gaps": contrasts(scores), "paper": paper,
-        "also": {other: {"bars": {bar: stats.estimate(found) for bar, found in values.items()}, "gaps": contrasts(values)}
-                 for other, values in others.items()},
+        "also": {other: {"bars": {bar: stats.estimate(found) for bar, found in values.items()},
+                         "gaps": contrasts(values)} for other, values in others.items()},
         "provenance": provenance(sorted({path for paths in files.values() for path in paths})),
     }
     out.mkdir(parents=True, exist_ok=True)

@@ -17,9 +17,9 @@ KINDS = {"Global RM": "reward", "Local RM": "local", "DPO RM": "dpo"}
 GAPS = {"Global - Local": {"Global RM": 1, "Local RM": -1}, "Local - DPO": {"Local RM": 1, "DPO RM": -1},
         "Global - DPO": {"Global RM": 1, "DPO RM": -1}}
 ALSO = {"accuracy": lambda p: (p > 0.5).astype(float), "log loss": lambda p: -np.log(p)}
-CAPTION = ("Bradley-Terry probability of the chosen completion of held-out pairs, from reward models trained from the same "
-           "checkpoint on the same pairs. Accuracy and log loss stand beside it because the mean probability also grows "
-           "with the mere scale of a reward.")
+CAPTION = ("Bradley-Terry probability of the chosen completion of held-out pairs, from reward models trained from the "
+           "same checkpoint on the same pairs. Accuracy and log loss stand beside it because the mean probability also "
+           "grows with the mere scale of a reward.")
 
 
 def _command() -> None:

@@ -16,18 +16,18 @@ WINRATE, ROUGE = "winrate against the reference summary", "ROUGE-L F1 against th
 VALUE = "value of Eq. 2, nats a pair; the SFT policy has -ln 2"
 FIGURES = {  # title, caption, measure, where the bars start
     "fig3": ("Fig. 3: online against offline preference fine-tuning",
-             "Everything starts from the same SFT checkpoint and the same pairs, with the same learning rate, beta and "
-             "epochs. DPO and Online(SFT) take the same number of steps; so do DPO 2x and Online(DPO).", WINRATE, 0),
+             "Everything starts from the same SFT checkpoint and the same pairs, with the same learning rate, "
+             "beta and epochs. DPO and Online(SFT) take the same number of steps; so do DPO 2x and Online(DPO).", WINRATE, 0),
     "fig4": ("Fig. 4: policies under Eq. 2",
-             "Bradley-Terry log-likelihood of the preference set under a policy, less beta times its reverse KL from the "
-             "SFT policy, which is estimated from samples of the policy. No judge is involved. The .json has the other "
+             "Bradley-Terry log-likelihood of the preference set under a policy, less beta times its reverse KL from "
+             "the SFT policy, which is estimated from samples of the policy. No judge is involved. The .json has the other "
              "reading of the first term, the log-likelihood of the chosen completions.", VALUE, -np.log(2)),
     "fig5": ("Fig. 5: more prompts for online DPO",
              "Online DPO from the SFT policy on the prompts of the preference set, and on three times as many; the "
              "reward model is the same, so no preference is added.", WINRATE, 0),
     "fig6": ("Fig. 6: pairs of the SFT policy only, labelled by the judge",
-             "Two samples of the SFT policy at the sampling temperature of online DPO, and the judge says which is better. "
-             "Online(SFT) then only labels samples of the same kind again.", WINRATE, 0),
+             "Two samples of the SFT policy at the sampling temperature of online DPO, and the judge says which is "
+             "better. Online(SFT) then only labels samples of the same kind again.", WINRATE, 0),
     "fig10": ("Fig. 10: a short horizon",
               "Two slots of six candidates each instead of eight of two: next to nothing to plan, as with two-word "
               "summaries. The noise of the labels is scaled with the spread of quality.", WINRATE, 0),
@@ -35,9 +35,9 @@ FIGURES = {  # title, caption, measure, where the bars start
               "Pairs are the best and the worst of 25 samples by ROUGE-L against a summary that the policy cannot see: "
               "the reward is no simpler than the policy.", ROUGE, 0),
     "recipe": ("The authors' code against the paper, one switch at a time",
-               "schedule: DPO's learning rate falls as a cosine. rm-batch: twice the reward model's batch. loader: each of "
-               "eight GPUs shuffles for itself, so an epoch of DPO has 66% of the pairs. logits: online training does not "
-               "divide them by the temperature. author-code: the first three together, as in the released code.",
+               "schedule: DPO's learning rate falls as a cosine. rm-batch: twice the reward model's batch. loader: "
+               "each of eight GPUs shuffles for itself, so an epoch of DPO has 66% of the pairs. logits: online training "
+               "does not divide them by the temperature. author-code: the first three together, as in the released code.",
                WINRATE, 0.5),
 }
 GAPS = {"Online(DPO) - DPO": ("online", "dpo"), "Online(DPO) - DPO 2x": ("online", "dpo_2x"),
@@ -53,7 +53,7 @@ def graph_bars(scale: str, name: str) -> list[Bar]:
 
 
 def arm_bars(scale: str, name: str, arms: list[str]) -> list[Bar]:
-    """The bars of Figs 5, 6 and 10 and of the recipe: an arm's policies, with the scale's own where they are compared."""
+    """The bars of Figs 5, 6, 10 and of the recipe: an arm's policies, with the scale's own where they are compared."""
     if name == "recipe":
         blocks = {"paper": scale} | {arm.removeprefix(f"{scale}-"): arm for arm in arms}
         return [Bar(f"{NAMES[policy]} {label}", *figure.policy(block, scale, policy, name), series=NAMES[policy])
@@ -83,9 +83,9 @@ def _command() -> None:
     title, caption, measure, floor = FIGURES[a.figure]
     arms = config.load().arms
     bars = arm_bars(a.scale, a.figure, arms[a.figure]) if a.figure in arms else graph_bars(a.scale, a.figure)
-    parts = {"log-likelihood": "log_likelihood", "KL": "kl", "log pi(chosen)": "chosen_logps"} if a.figure == "fig4" else {}
+    parts = {"log-likelihood": "log_likelihood", "KL": "kl", "log pi(chosen)": "chosen_logps"}
     figure.save(a.out, a.figure, a.runs, bars, contrasts(a.figure, bars), a.scale, title, caption, measure,
-                partial(figure.bar_chart, floor=floor), also_keys=parts)
+                partial(figure.bar_chart, floor=floor), also_keys=parts if a.figure == "fig4" else {})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,101 @@
+"""The judge's protocol, the value of Eq. 2 by hand, and best-of-N."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from roads import best_of_n, dpo, judge, model, rank, value
+from roads.tldr import EOS
+from roads.world import World
+
+
+@pytest.mark.parametrize("answer, expected", [
+    ("Comparison: A is shorter.\nPreferred: A", "A"),
+    ('Comparison: B says more.\nPreferred: "B"', "B"),
+    ("Preferred: <B>\n", "B"),
+    ("Preferred: B.", "B"),
+    ("I prefer A", ""),
+    ("Preferred: both", ""),
+    ("Preferred: Appealing", ""),
+    ("Preferred: A\nPreferred: B", ""),
+    ("", ""),
+])  # fmt: skip
+def test_an_answer_is_read(answer, expected):
+    assert judge.parse(answer) == expected
+
+
+def test_both_orders_a_tie_where_they_disagree_and_failures_counted():
+    ours, theirs = np.arange(5)[:, None], np.arange(5)[:, None] + 10
+    # Row: 0 ours wins in both orders; 1 theirs does; 2 always the first shown; 3 always the second; 4 garbage once.
+    says = {True: ["A", "B", "A", "B", "A"], False: ["B", "A", "A", "B", ""]}
+    found = judge.compare(lambda first, second: [f"Preferred: {x}" for x in says[bool(first[0] < 10)]], ours, theirs)
+    assert found["score"].tolist() == [1, 0, 0.5, 0.5, 0.5]
+    assert found["consistent"].tolist() == [True, True, False, False, False]
+    assert found["failed"].tolist() == [False] * 4 + [True]
+    assert judge.summary(found) == {"winrate": 0.5, "ties": 0.6, "position_consistency": 0.4, "parse_failures": 0.2}
+
+
+def test_the_gold_judge_is_the_worlds_quality(tiny):
+    world, rng = World(tiny.source), np.random.default_rng(0)
+    query = world.prompts(300, rng)
+    ours, theirs = world.summaries(query, rng), world.summaries(query, rng)
+    theirs[:20] = ours[:20]
+    found = judge.compare(judge.gold(world, query), ours, theirs)
+    a, b = world.quality(query, ours), world.quality(query, theirs)
+    assert (found["score"] == np.where(a == b, 0.5, a > b)).all() and (found["consistent"] == (a != b)).all()
+    assert (found["score"][:20] == 0.5).all() and not found["failed"].any()
+
+
+def test_judges_labels_are_the_judges_and_annotators_are_noisy(tiny):
+    world, rng = World(tiny.source), np.random.default_rng(0)
+    query = world.prompts(2000, rng)
+    both = np.stack([world.summaries(query, rng) for _ in range(2)], 1)
+    better = np.sign(world.quality(query, both[:, 0]) - world.quality(query, both[:, 1]))
+    scores = {labels: rank.human_scores(query, both, tiny.source, labels) for labels in ("judge", "annotators")}
+    chosen = {labels: np.sign(found[:, 0] - found[:, 1]) for labels, found in scores.items()}
+    assert (chosen["judge"] == better).all()
+    apart = better != 0
+    assert 0.55 < (chosen["annotators"] == better)[apart].mean() < 0.95
+
+
+def test_the_value_of_eq_2_by_hand(tmp_path, policy, rows, tiny):
+    """log sigma(beta * margin) - beta * KL, with the KL of a policy from itself 0 and of another above it."""
+    query, response = rows
+    torch.manual_seed(1)
+    other = model.new_policy(model.config.Model(hidden_size=32, layers=2, heads=2, max_positions=64), 20, seed=4)
+    with torch.no_grad():
+        other.get_output_embeddings().weight[EOS] *= 3  # so that samples end
+    policy.save_pretrained(tmp_path / "reference")
+    other.save_pretrained(tmp_path / "other")
+    (tmp_path / "pairs").mkdir()
+    chosen, rejected = response, response[[1, 2, 3, 0]]
+    np.savez(tmp_path / "pairs/pairs.npz", query=query, chosen=chosen, rejected=rejected)
+    tiny = tiny.model_copy(update={"samples": tiny.samples.model_copy(update={
+        "value": tiny.samples.value.model_copy(update={"n": 400})})})
+    for name in ("reference", "other"):
+        value.value(tmp_path / name, tmp_path / "pairs", tmp_path / "reference", tmp_path / f"out-{name}", tiny, 0)
+    same, found = (dict(np.load(tmp_path / f"out-{name}/scores.npz")) for name in ("reference", "other"))
+    assert same["kl"] == pytest.approx(0, abs=1e-5) and same["log_likelihood"] == pytest.approx(np.log(0.5), abs=1e-5)
+
+    def logps(net, side):
+        return model.response_logps(net, query, side).detach().double()
+
+    margin = logps(other, chosen) - logps(policy, chosen) - logps(other, rejected) + logps(policy, rejected)
+    loss = dpo.dpo_loss(*(logps(net, side) for net in (other, policy) for side in (chosen, rejected)), tiny.dpo.beta)
+    by_hand = 1 / (1 + torch.exp(-tiny.dpo.beta * margin))
+    assert found["log_likelihood"] == pytest.approx(-loss.numpy(), abs=1e-5)
+    assert found["log_likelihood"] == pytest.approx(by_hand.log().numpy(), abs=1e-5)
+    assert found["chosen_logps"] == pytest.approx(logps(other, chosen).numpy(), rel=1e-5)
+    assert found["score"] == pytest.approx(found["log_likelihood"] - tiny.dpo.beta * found["kl"])
+    # KL of the first token alone, exactly, is at most that of the whole completion.
+    first = [torch.log_softmax(net(query[1:2]).logits[0, -1].double(), -1).detach() for net in (other, policy)]
+    exact = (first[0].exp() * (first[0] - first[1])).sum().item()
+    metrics = json.loads((tmp_path / "out-other/metrics.json").read_text())
+    assert found["kl"][1] > exact - 0.1 and found["kl"].min() > 0 and metrics["kl_standard_error"] > 0
+
+
+def test_best_of_n_takes_the_first_of_the_best_among_the_first_n():
+    rewards = np.array([[0.0, 2.0, 1.0, 2.0], [3.0, 1.0, 5.0, 9.0]])
+    assert [best_of_n.best_of(rewards, n).tolist() for n in (1, 2, 3, 4)] == [[0, 0], [1, 0], [1, 2], [1, 3]]
