@@ -2,7 +2,9 @@
 # date, writes reports/. DVC decides what is out of date; params.yaml and dvc.yaml are the experiment.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test fig3 fig7 fig11 figures theory status dag times search lint lock clean
+PAPER := fig3 fig4 fig5 fig6 fig7 fig8 fig9 fig10 fig11 fig12
+EXTRA := horizon complexity verifier worlds more_data recipe budget
+.PHONY: help setup test $(PAPER) $(EXTRA) figures extras claims report theory status plan graph dag times search lint lock clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -29,7 +31,9 @@ help:  ## this list
 	@echo "make TARGET [SCALE=name] [DATA=path] [JOBS=n] [PYTHON=python3.12]"
 	@echo "  SCALE and DATA are written to params.yaml first; without them its scale, '$(SCALE_NOW)', is used."
 	@echo "  JOBS stages run at the same time: one per core unless you say otherwise, one at all with a GPU."
-	@awk -F ':.*##' '/^[a-z0-9 ]+:.*##/ { printf "  %-18s %s\n", $$1, $$2 }' Makefile
+	@printf '  %-12s %s\n' 'fig3 … fig12' 'one figure of the paper, into reports/'
+	@printf '  %-12s %s\n' '' 'or one more: $(EXTRA)'
+	@awk -F ':.*##' '/^[a-z0-9 ]+:.*##/ { printf "  %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: $(VENV)/.installed  ## the environment in .venv, from requirements/dev.txt (every target does it first)
 	@[ -e .git ] || grep -qs no_scm .dvc/config.local || $(PY) -m dvc config --local core.no_scm true
@@ -50,13 +54,24 @@ $(VENV)/.installed: requirements/dev.txt
 test: setup  ## the test suite
 	$(PY) -m pytest -q
 
-fig3 fig7 fig11: setup  ## one figure, into reports/
+$(PAPER) $(EXTRA): setup
 	@$(SET_SCALE)
-	@$(REPRO) $@@$(SCALE_NOW)
+	@$(REPRO) $@
 
-figures: setup  ## all three figures
+figures: setup  ## the paper's figures, 3 to 12, that the scale allows
 	@$(SET_SCALE)
-	@$(REPRO) fig3@$(SCALE_NOW) fig7@$(SCALE_NOW) fig11@$(SCALE_NOW)
+	@$(REPRO) $(PAPER)
+
+extras: setup  ## what the paper could not do: seven more figures
+	@$(SET_SCALE)
+	@$(REPRO) $(EXTRA)
+
+claims: setup  ## decide the claims of claims.yaml from the figures that are there
+	@$(SET_SCALE)
+	@$(PY) -m roads.claims claims.yaml reports/$(SCALE_NOW)
+
+report: setup  ## claims, figures and theory on one page: reports/<scale>/index.html
+	@$(PY) -m roads.report reports/$(or $(SCALE),$(SCALE_NOW))
 
 theory: setup  ## the paper's statements checked on tiny token trees, into reports/theory/ (two minutes)
 	@$(PY) -m roads.theory.run reports/theory

@@ -103,7 +103,8 @@ def online(cfg: config.Scale, task: str, seed: int, values: dict) -> dict:
     twice = train(cfg, "dpo", task, seed, same | {"epochs": 2 * same["epochs"]})
     rm = train(cfg, "reward", task, seed, {key: getattr(cfg.reward, key) for key in REWARD})
     cfg = changed(cfg, "dpo", **same)
-    cfg = cfg.model_copy(update={"samples": changed(cfg.samples, "online", temperature=values["temperature"])})
+    cfg = cfg.model_copy(update={"samples": changed(
+        cfg.samples, "online", temperature=values["temperature"], logits_divided_by=values["temperature"])})
     out = place(task, "online", seed, values)
     drawn, pairs, policy = out / "candidates", out / "pairs", out / "policy"
     once(drawn, sample.sample, offline, RUNS / "data/preferences.npz", drawn, cfg, "online", seed)

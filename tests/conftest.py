@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)
 ENV = os.environ | {"PYTHONPATH": "src", "PYTHONHASHSEED": "0", "MPLBACKEND": "Agg", "DVC_NO_ANALYTICS": "1",
                     "TOKENIZERS_PARALLELISM": "false", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-FIGURES = ["fig3@tiny", "fig7@tiny", "fig11@tiny"]
+FIGURES = ["fig3@tiny", "fig7@tiny", "fig11@tiny", "fig12@tiny"]
 
 
 def run(where: Path, *args: str, code: int = 0) -> str:
@@ -37,8 +37,8 @@ def edit(where: Path, old: str, new: str, file: str = "params.yaml") -> None:
 
 def clone(where: Path) -> Path:
     """A checkout of what is in the work tree, with one seed and the scale `tiny`."""
-    for name in ("src", "scripts", "data", ".dvc/config", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml",
-                 "Makefile"):
+    for name in ("src", "scripts", "data", "docs", "reports/theory", ".dvc/config", ".dvcignore", ".gitignore",
+                 "dvc.yaml", "params.yaml", "claims.yaml", "Makefile"):
         (where / name).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, where / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ENV, FIGURES, ROOT, clone, edit, make, run
 from ruamel.yaml import YAML
@@ -33,10 +34,12 @@ def scratchpad(checkout):
 # What a run leaves
 
 
+ALL = ["SFT", "DPO", "DPO 2x", "Online(SFT)", "Online(DPO)"]
+
+
 @pytest.mark.parametrize("figure, bars", [
-    ("fig3", ["SFT", "DPO", "DPO 2x", "Online(DPO)"]),
-    ("fig7", ["Global RM", "Local RM", "DPO RM"]),
-    ("fig11", ["SFT", "DPO", "DPO 2x", "Online(DPO)"]),
+    ("fig3", ALL), ("fig7", ["Global RM", "Local RM", "DPO RM"]), ("fig11", ALL),
+    ("fig12", ["DPO n=60", "Online(SFT) n=60", "DPO n=120", "Online(SFT) n=120"]),
 ])  # fmt: skip
 def test_a_figure_is_png_csv_and_json(checkout, figure, bars):
     reports = checkout / "reports/tiny"
@@ -44,7 +47,9 @@ def test_a_figure_is_png_csv_and_json(checkout, figure, bars):
     assert [bar["bar"] for bar in content["bars"]] == bars and content["seeds"] == [0]
     assert content["note"] == "synthetic world: evidence about the mechanism, not about TL;DR"
     assert all(bar["low"] <= bar["mean"] <= bar["high"] and bar["n"] > 50 for bar in content["bars"])
-    for path, digest in content["provenance"].items():
+    assert content["provenance"]["files"].keys() == {path for bar in content["bars"] for path in bar["scores"]}
+    assert content["provenance"]["params"]["tiny.base"]["lr"] == 3e-3 and content["provenance"]["lock"]
+    for path, digest in content["provenance"]["files"].items():
         assert hashlib.sha256((checkout / path).read_bytes()).hexdigest() == digest
     rows = list(csv.DictReader((reports / f"{figure}.csv").open(encoding="utf-8")))
     assert [row["bar"] for row in rows if row["seed"] == "all"] == bars
@@ -86,15 +91,18 @@ def test_nothing_runs_twice(scratchpad):
 
 
 @pytest.mark.parametrize("old, new, file, expected", [
-    ("dpo: {lr: 3.0e-4, schedule: linear, batch_size: 32, epochs: 1, beta: 0.1}",
-     "dpo: {lr: 3.0e-4, schedule: linear, batch_size: 32, epochs: 1, beta: 0.3}", "params.yaml",
-     ["dpo", "dpo_2x", "online", "likelihood@human-dpo-0"]),
+    ("dpo: &tiny-dpo {lr: 3.0e-4, schedule: linear, batch_size: 32, epochs: 1, beta: 0.1,",
+     "dpo: &tiny-dpo {lr: 3.0e-4, schedule: linear, batch_size: 32, epochs: 1, beta: 0.3,", "params.yaml",
+     ["dpo", "dpo_2x", "online", "online_sft", "likelihood@human-dpo-0", "fig12_arms"]),
     ("seeds: [0]", "seeds: [0, 1]", "params.yaml",
-     ["fig3", "fig7", "fig11", "reward@1", "local@human-1", "dpo@1", "dpo_2x@1", "online_candidates@1",
-      "online_pairs@1", "online@1", "completions@1", "scores@1", "likelihood@human-1"]),
+     ["fig3", "fig7", "fig11", "fig12", "reward@1", "local@human-1", "dpo@1", "dpo_2x@1", "online_candidates@1",
+      "online_pairs@1", "online@1", "online_sft_pairs@1", "online_sft@1", "completions@1", "scores@1",
+      "likelihood@human-1", "fig12_arms@1"]),
+    ("preferences: 60, online: 60", "preferences: 60, online: 50", "params.yaml", ["fig12_arms"]),
     ("    seed: 0\n    subreddits: 2", "    seed: 7\n    subreddits: 2", "params.yaml",
-     ["data", "pairs", "scores_sft", "scores"]),
-    ("Stage reward:", "Stage reward, edited:", "src/roads/reward.py", ["reward"]),
+     ["data", "pairs", "scores_sft", "scores", "fig12_arms"]),
+    ("Stage reward:", "Stage reward, edited:", "src/roads/reward.py", ["reward", "fig12_arms"]),
+    ("Stage cell:", "Stage cell, edited:", "src/roads/cell.py", ["fig12_arms"]),
     ("Fig. 7:", "Figure 7:", "src/roads/figures/likelihood.py", ["fig7"]),
 ])  # fmt: skip
 def test_a_change_reruns_what_depends_on_it(scratchpad, old, new, file, expected):
@@ -114,11 +122,11 @@ def test_a_change_reruns_what_depends_on_it(scratchpad, old, new, file, expected
 
 
 def test_repro_runs_just_that(scratchpad):
-    edit(scratchpad, "batch_size: 32, epochs: 1, beta: 0.5}", "batch_size: 32, epochs: 1, beta: 0.4}")
+    edit(scratchpad, "batch_size: 32, epochs: 1, beta: 0.5,", "batch_size: 32, epochs: 1, beta: 0.4,")
     log = run(scratchpad, "roads.repro", *FIGURES)
     started = set(re.findall(r"^start (\S+)$", log, re.M))
     assert started == {"local@tiny-human-0", "likelihood@tiny-human-local-0", "fig7@tiny"}
-    edit(scratchpad, "batch_size: 32, epochs: 1, beta: 0.4}", "batch_size: 32, epochs: 1, beta: 0.5}")
+    edit(scratchpad, "batch_size: 32, epochs: 1, beta: 0.4,", "batch_size: 32, epochs: 1, beta: 0.5,")
     run(scratchpad, "dvc", "repro", "-q", "fig7@tiny")  # and back, by DVC alone, from its run cache
     assert stale(scratchpad) == set()
 
@@ -145,8 +153,10 @@ def imports(module: Path) -> set[Path]:
 def test_every_stage_depends_on_the_modules_it_imports():
     stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     for name, stage in stages.items():
-        module = re.match(r"python -m (\S+)", stage["cmd"])[1].replace(".", "/")
-        expected = {path.relative_to(ROOT).as_posix() for path in imports(ROOT / "src" / f"{module}.py")}
+        commands = stage["cmd"] if isinstance(stage["cmd"], list) else [stage["cmd"]]
+        modules = [re.match(r"python -m (\S+)", command)[1].replace(".", "/") for command in commands]
+        expected = {path.relative_to(ROOT).as_posix() for module in modules
+                    for path in imports(ROOT / "src" / f"{module}.py")}
         assert {dep for dep in stage["deps"] if dep.startswith("src/")} == expected, name
 
 
@@ -228,11 +238,49 @@ def test_a_bad_row_leaves_nothing_half_written(scratchpad, tmp_path, line, messa
 
 
 def test_a_missing_cell_of_a_figure_is_named(checkout, tmp_path):
-    shutil.copytree(checkout / "runs/tiny/rouge/scores", tmp_path / "scores")
-    (tmp_path / "scores/online/s0/scores.npz").unlink()
+    shutil.copytree(checkout / "runs/tiny/rouge/scores", tmp_path / "tiny/rouge/scores")
+    (tmp_path / "tiny/rouge/scores/online/s0/scores.npz").unlink()
     said = run(checkout, "roads.figures.policies", str(tmp_path), str(tmp_path / "reports"), "--scale", "tiny",
                "--figure", "fig11", code=2)
-    assert "scores/online/s0/scores.npz: not found" in said and not (tmp_path / "reports").exists()
+    assert "scores/online/s0/scores.npz: not found; `make fig11` makes it" in said
+    assert not (tmp_path / "reports").exists()
+
+
+def test_a_cell_gives_the_very_scores_of_the_graph(checkout, tmp_path):
+    out = tmp_path / "cell"
+    run(checkout, "roads.cell", "runs/tiny/data", "runs/tiny/sft", str(out), "--scale", "tiny", "--seed", "0")
+    found, metrics = np.load(out / "scores.npz"), json.loads((out / "metrics.json").read_text())
+    for policy in ("sft", "dpo", "dpo_2x", "online_sft", "online"):
+        place = checkout / "runs/tiny/human/scores" / policy / ("" if policy == "sft" else "s0")
+        assert (found[policy] == np.load(place / "scores.npz")["score"]).all(), policy
+    graph = json.loads((checkout / "runs/tiny/human/likelihood/dpo/s0/metrics.json").read_text())
+    assert metrics["dpo_rm"]["accuracy"] == graph["accuracy"]
+    assert not list(checkout.glob("runs/.scratch/*"))
+
+
+@pytest.mark.slow
+def test_a_killed_cell_takes_up_what_it_had_finished(checkout, tmp_path):
+    where = clone(tmp_path / "killed")
+    data, sft = (str(checkout / f"runs/tiny/{name}") for name in ("data", "sft"))
+    command = [sys.executable, "-m", "roads.cell", data, sft, "out", "--scale", "tiny", "--seed", "0"]
+    process = subprocess.Popen(command, cwd=where, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(where.glob("runs/.scratch/*/dpo")):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    reward = next(where.glob("runs/.scratch/*/reward/model.safetensors"))
+    before = reward.stat().st_mtime_ns
+    assert not (where / "out").exists()
+    (reward.parent.parent / "dpo/model.safetensors").stat()  # done, so not done again
+    again = subprocess.Popen(command, cwd=where, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while again.poll() is None:
+        assert not reward.exists() or reward.stat().st_mtime_ns == before
+        time.sleep(0.005)
+    assert again.returncode == 0 and not list(where.glob("runs/.scratch/*"))
+    run(checkout, *command[1:4], sft, str(tmp_path / "whole"), *command[6:])
+    for name in ("scores.npz", "metrics.json", "params.json"):
+        assert (where / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 def test_a_full_disk_is_one_line(checkout, tmp_path):

@@ -49,7 +49,8 @@ def cell(where: Path, sft: Path, out: Path, cfg: config.Scale, seed: int) -> Non
     """Write scores.npz: <policy> [N], a score per prompt of test_human, for SFT and every policy of the block;
     metrics.json: each one's metrics and KL from SFT, and how well the reward models tell held-out pairs apart."""
     torch.set_num_threads(cfg.threads)
-    used = cfg.model_dump() | {"seed": seed}
+    used = config.used(cfg, "policies", "source", "data", "reward", "dpo", "samples") | {"seed": seed}
+    del used["samples"]["rouge"], used["samples"]["best_of_n"]
     key = train.key_of(used, [where, sft], "cell")
     with stage.output(out, used, [where, sft]) as folder:
         run = Steps(train.SCRATCH / key, 6 + bool({"online", "online_sft"} & set(cfg.policies)) + sum(

@@ -57,6 +57,22 @@ def out_of_date(targets: list[str]) -> dict[str, set[str]]:
         return {s.addressing: {n.addressing for n in needs[s] & todo} for s in todo}
 
 
+def resolve(targets: list[str], params: config.Params) -> list[str]:
+    """Figures by their name alone are those of the active scale; of several, those that it has.
+
+    Raises:
+        UserError: the scale has none of them.
+    """
+    without = [name for name in targets if not params.figures.get(name.split("@")[0], [params.scale])]
+    if without:
+        message = (f"{', '.join(without)}: not at scale {params.scale}: real posts come without preference labels, and "
+                   f"arms are in `studies`; `make {without[0]} SCALE=mini` has it")
+        if len(without) == len(targets):
+            raise UserError(message)
+        print(message, file=sys.stderr)
+    return [f"{name}@{params.scale}" if name in params.figures else name for name in targets if name not in without]
+
+
 def single_item(stage: str) -> int:
     """`dvc repro --single-item STAGE`, with dvc.lock replaced as a whole.
 
@@ -149,18 +165,16 @@ def command() -> int:
     if args.single_item:
         return single_item(args.single_item)
 
-    figures = config.load().figures  # a bad params.yaml stops everything before anything runs
-    for name in {target.split("@")[0] for target in args.targets} & {name for name in figures if not figures[name]}:
-        raise UserError(f"{name}: real posts come without preference labels; `make {name} SCALE=mini` has them")
+    targets = resolve(args.targets, config.load())  # a bad params.yaml stops everything before anything runs
     for sig in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
         signal.signal(sig, stop)
     lock = alone()
     try:
-        todo = out_of_date(args.targets)
+        todo = out_of_date(targets)
     except DvcException as error:
         sys.exit(f"dvc: {error}")
     if not todo:
-        print("Up to date:", *args.targets or ["every stage"])
+        print("Up to date:", *targets or ["every stage"])
         return 0
     print(f"{len(todo)} stages to bring up to date, {args.jobs} at once", flush=True)
     return bring_up_to_date(todo, args.jobs, lock)

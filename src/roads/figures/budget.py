@@ -13,10 +13,10 @@ from roads.figures import figure
 from roads.figures.figure import Bar
 from roads.figures.policies import NAMES
 
-CAPTION = ("Each point is one setting of learning rate, beta, epochs or sampling temperature (params.yaml names them); "
-           "x is the reverse KL from the SFT policy, estimated from samples. Best against worst of 25 moves a policy "
-           "further per step than a human pair does, so equal steps are not equal distances. At matched KL: Online(DPO) "
-           "less the DPO line at Online(DPO)'s KL, or DPO's farthest point where it never goes as far.")
+CAPTION = ("Each point is one setting of learning rate, beta, epochs or sampling temperature (params.yaml names "
+           "them); x is the reverse KL from the SFT policy, estimated from samples. Best against worst of 25 moves a "
+           "policy further per step than a human pair does, so equal steps are not equal distances. At matched KL: "
+           "Online(DPO) less the DPO line at Online(DPO)'s KL, or DPO's farthest point where it never goes as far.")
 
 
 def mean_kl(runs: Path, bar: Bar, seeds: list[int]) -> float:

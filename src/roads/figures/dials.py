@@ -18,11 +18,11 @@ FIGURES = {  # title, caption, x of a block, its axis, its label in a bar's name
                   "Fig. 12 carried on to four times the preference set. In the limit H6 predicts no gap.",
                   lambda cfg: cfg.data.preferences, "pairs of the preference set", "n", ["dpo", "online_sft"], True),
     "horizon": ("The gap against the horizon",
-                "K slots, a word each: two of six candidates, four of four, eight and twelve of two. The noise of "
-                "the labels is scaled with the spread of quality.",
+                "K slots, a word each: two of six candidates, four of four, eight and twelve of two. The noise of the"
+                " labels is scaled with the spread of quality.",
                 lambda cfg: cfg.source.slots, "slots K (horizon K + 1)", "K", ["dpo", "dpo_2x", "online"], False),
     "complexity": ("The gap against the complexity of the reward",
-                   "Weight of coherence, a property of the whole summary, in its quality; at 0 that is a sum over words.",
+                   "Weight of coherence, a property of the whole summary, in its quality; at 0 that is a sum of words.",
                    lambda cfg: cfg.source.interaction, "weight of the interaction", "interaction",
                    ["dpo", "dpo_2x", "online"], False),
     "verifier": ("The gap against what the base knows about judging",

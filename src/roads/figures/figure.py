@@ -43,7 +43,8 @@ def policy(block: str, scale: str, name: str, folder: str) -> tuple[str, str]:
     return f"{scale}/{folder}/{block}/s{{seed}}", name
 
 
-def read(runs: Path, bars: list[Bar], seeds: list[int]) -> tuple[dict[str, np.ndarray], dict[str, list[Path]]]:
+def read(name: str, runs: Path, bars: list[Bar],
+         seeds: list[int]) -> tuple[dict[str, np.ndarray], dict[str, list[Path]]]:
     """Scores [seeds, prompts] of every bar, and the files they come from.
 
     Raises:
@@ -52,7 +53,7 @@ def read(runs: Path, bars: list[Bar], seeds: list[int]) -> tuple[dict[str, np.nd
     files = {bar.name: [runs / bar.place.format(seed=seed) / "scores.npz" for seed in seeds] for bar in bars}
     for path in sorted({path for paths in files.values() for path in paths}):
         if not path.exists():
-            raise stage.UserError(f"{path}: not found; the figure's make target (`make help`) makes it")
+            raise stage.UserError(f"{path}: not found; `make {name}` makes it")
     return {bar.name: np.stack([np.load(path)[bar.key] for path in files[bar.name]]) for bar in bars}, files
 
 
@@ -223,7 +224,7 @@ def save(out: Path, name: str, runs: Path, bars: list[Bar], gaps: dict[str, dict
             scores.npz, for the same.
     """
     seeds = config.load().seeds
-    scores, files = read(runs, bars, seeds)
+    scores, files = read(name, runs, bars, seeds)
     table = [{"bar": bar.name, "series": bar.series or bar.name, "x": bar.x, **stats.estimate(scores[bar.name]),
               "n": scores[bar.name].shape[1], "scores": [path.as_posix() for path in files[bar.name]], "key": bar.key,
               "judge": judged(files[bar.name], bar.key)} for bar in bars]

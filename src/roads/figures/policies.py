@@ -16,12 +16,13 @@ WINRATE, ROUGE = "winrate against the reference summary", "ROUGE-L F1 against th
 VALUE = "value of Eq. 2, nats a pair; the SFT policy has -ln 2"
 FIGURES = {  # title, caption, measure, where the bars start
     "fig3": ("Fig. 3: online against offline preference fine-tuning",
-             "Everything starts from the same SFT checkpoint and the same pairs, with the same learning rate, "
-             "beta and epochs. DPO and Online(SFT) take the same number of steps; so do DPO 2x and Online(DPO).", WINRATE, 0),
+             "Everything starts from the same SFT checkpoint and the same pairs, with the same learning rate, beta "
+             "and epochs. DPO and Online(SFT) take the same number of steps; so do DPO 2x and Online(DPO).",
+             WINRATE, 0),
     "fig4": ("Fig. 4: policies under Eq. 2",
              "Bradley-Terry log-likelihood of the preference set under a policy, less beta times its reverse KL from "
-             "the SFT policy, which is estimated from samples of the policy. No judge is involved. The .json has the other "
-             "reading of the first term, the log-likelihood of the chosen completions.", VALUE, -np.log(2)),
+             "the SFT policy, which is estimated from samples of the policy. No judge is involved. The .json has the "
+             "other reading of the first term, the log-likelihood of the chosen completions.", VALUE, -np.log(2)),
     "fig5": ("Fig. 5: more prompts for online DPO",
              "Online DPO from the SFT policy on the prompts of the preference set, and on three times as many; the "
              "reward model is the same, so no preference is added.", WINRATE, 0),
@@ -36,8 +37,9 @@ FIGURES = {  # title, caption, measure, where the bars start
               "the reward is no simpler than the policy.", ROUGE, 0),
     "recipe": ("The authors' code against the paper, one switch at a time",
                "schedule: DPO's learning rate falls as a cosine. rm-batch: twice the reward model's batch. loader: "
-               "each of eight GPUs shuffles for itself, so an epoch of DPO has 66% of the pairs. logits: online training "
-               "does not divide them by the temperature. author-code: the first three together, as in the released code.",
+               "each of eight GPUs shuffles for itself, so an epoch of DPO has 66% of the pairs. logits: online "
+               "training does not divide them by the temperature. author-code: the first three together, as in the "
+               "released code.",
                WINRATE, 0.5),
 }
 GAPS = {"Online(DPO) - DPO": ("online", "dpo"), "Online(DPO) - DPO 2x": ("online", "dpo_2x"),
