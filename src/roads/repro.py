@@ -43,17 +43,27 @@ def alone() -> int:
     return lock
 
 
+def graph_of(repo, targets: list[str]) -> tuple[dict, set]:
+    """Every stage behind the targets -> all that it waits for; and those that may have to run. DVC's Stage objects."""
+    import networkx as nx
+
+    # Not repo.status(targets): for each target that reads dvc.lock anew and checks all that lies behind it again.
+    graph = repo.index.graph
+    known = {stage.addressing: [stage] for stage in graph}
+    roots = [stage for target in targets or known for stage in known.get(target) or repo.stage.collect(target)]
+    needs = {s: nx.descendants(graph, s) for s in graph}
+    wanted = set(roots).union(*(needs[stage] for stage in roots))
+    with repo.lock:
+        stale = {stage for stage in wanted if stage.status()}
+    return {s: needs[s] for s in wanted}, {s for s in wanted if stale & (needs[s] | {s})}
+
+
 def out_of_date(targets: list[str]) -> dict[str, set[str]]:
     """The stages that may have to run for the targets -> those among them that each one waits for."""
-    import networkx as nx
     from dvc.repo import Repo
 
     with Repo(_wait_for_lock=True) as repo:
-        roots = [stage for target in targets or [None] for stage in repo.stage.collect(target)]
-        stale = repo.status(targets=targets or None, with_deps=True)
-        needs = {s: nx.descendants(repo.index.graph, s) for s in repo.index.graph}
-        wanted = set(roots).union(*(needs[stage] for stage in roots))
-        todo = {s for s in wanted if any(n.addressing in stale for n in needs[s] | {s})}
+        needs, todo = graph_of(repo, targets)
         return {s.addressing: {n.addressing for n in needs[s] & todo} for s in todo}
 
 

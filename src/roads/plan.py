@@ -1,0 +1,298 @@
+"""What a figure would cost: stages that would run, time, dollars for the judge, disk. Runs and changes nothing.
+
+    python -m roads.plan                                  # every active figure at the active scale
+    python -m roads.plan --figure fig3 --scale mini       # or --figure 3, or an extra figure's name
+
+DVC says which stages are up to date, which it would take from its cache and which would have to run. Seconds are those
+of the stage's last run in this checkout (measured) or those of the model in cost.py (modelled).
+"""
+
+import argparse
+import contextlib
+import csv
+import os
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from roads import config, cost
+from roads.repro import TIMES, graph_of
+from roads.stage import UserError, main
+
+FATES = UP_TO_DATE, IN_CACHE, TO_RUN = "up to date", "in DVC's cache", "to run"
+CACHED = 1.5  # seconds: a "run" as short as this took its output from DVC's cache, and says nothing of the work
+
+
+def measured(path: Path = TIMES) -> dict[str, float]:
+    """Seconds of the last run of every stage that did run."""
+    if not path.exists():
+        return {}
+    rows = csv.reader(path.open(encoding="utf-8"))
+    return {name: float(seconds) for name, seconds in rows if float(seconds) > CACHED}
+
+
+@contextlib.contextmanager
+def switched(scale: str | None, data: str | None) -> Iterator[tuple]:
+    """DVC's view of this checkout with another active scale, its name, and every block; no file is touched.
+
+    The parameters are switched in a copy, which DVC is given to read where it asks for params.yaml.
+    """
+    from dvc.fs import LocalFileSystem
+    from dvc.repo import Repo
+
+    scale = scale or config.load().scale
+    here = config.PARAMS.absolute()
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / config.PARAMS.name
+        if here.exists():
+            shutil.copyfile(here, copy)
+        try:
+            config.switch(scale, data, copy)
+            params = config.load(copy)
+        except UserError as error:
+            raise UserError(str(error).replace(str(copy), str(config.PARAMS))) from None
+
+        class Switched(LocalFileSystem):
+            def open(self, path, mode="r", **kwargs):
+                return super().open(copy if Path(path).absolute() == here else path, mode, **kwargs)
+
+        blocks = {name: block.model_dump(exclude_none=True) for name, block in params.scales.items()}
+        blocks[scale]["data"] |= as_many_as_there_are(Path(params.data_from), blocks[scale]["data"])
+        with Repo(fs=Switched(), _wait_for_lock=True) as repo:
+            yield repo, scale, blocks
+
+
+def as_many_as_there_are(folder: Path, wanted: dict[str, int]) -> dict[str, int]:
+    """Rows of every split, where a folder of posts has fewer than a scale wants."""
+    files = {split: folder / f"{split if split in ('valid', 'test') else 'train'}.jsonl" for split in wanted}
+    lines = {file: len(file.read_bytes().splitlines()) for file in set(files.values()) if file.exists()}
+    return {split: min(n, lines.get(files[split], n)) for split, n in wanted.items()}
+
+
+def targets_of(repo, figure: str) -> list[str]:
+    """The stages of one figure, or of all: those that write to reports/."""
+    drawn = [stage for stage in repo.index.stages
+             if any(Path(out.def_path).parts[0] == "reports" for out in stage.outs)]
+    wanted = f"fig{figure}" if figure.isdigit() else figure
+    names = [stage.addressing for stage in drawn if wanted in ("all", entry_of(stage.addressing))]
+    if not names:
+        known = sorted({entry_of(stage.addressing) for stage in drawn}, key=lambda name: (len(name), name))
+        raise UserError(f"figure {wanted!r}: not at this scale; expected one of: {', '.join(known)}, all")
+    return names
+
+
+def entry_of(stage: str) -> str:
+    """The entry of dvc.yaml that a stage is a cell of."""
+    return stage.split("@")[0]
+
+
+def fates(repo, needs: dict, todo: set) -> dict:
+    """Stage -> one of FATES, inputs first.
+
+    A stage that DVC finds out of date is taken from its cache if it has run before on the very inputs that the
+    stages before it leave, as far as those are known without running them.
+    """
+    files: dict[str, object] = {}  # what the stages leave behind -> hash; nothing of those that run
+    found = {}
+    for stage in sorted(needs, key=lambda s: (len(needs[s]), s.addressing)):
+        made = {out.fs_path: found[other] != TO_RUN for other in needs[stage] for out in other.outs}
+        outs = stage.outs
+        if stage not in todo:
+            found[stage] = UP_TO_DATE
+        else:
+            taken = _taken_instead(repo, stage, made, files)
+            found[stage] = TO_RUN if not taken else UP_TO_DATE if taken is stage else IN_CACHE
+            outs = taken.outs if taken else []
+        for out in outs:
+            files |= _files(repo, out)
+    return found
+
+
+def _taken_instead(repo, stage, made: dict[str, bool], files: dict):
+    """What DVC would take instead of running a stage: the stage as it is, an earlier run from its cache, or None.
+
+    `made`: the outputs of the stages before this one -> whether `files` has what they will hold.
+    """
+    from dvc.dependency import ParamsDependency
+    from dvc.stage.serialize import to_single_stage_lockfile
+    from dvc_data.hashfile.meta import Meta
+
+    inputs = []
+    for dep in stage.deps:
+        sources = [known for out, known in made.items() if _inside(out, dep.fs_path) or _inside(dep.fs_path, out)]
+        if not all(sources):
+            return None
+        if isinstance(dep, ParamsDependency) or not sources:
+            inputs.append(dep.get_hash() if dep.exists else None)
+        else:
+            inputs.append(_hash(dep.fs_path, files))
+    if not all(inputs):
+        return None
+    as_locked = inputs == [dep.hash_info for dep in stage.deps] and not stage.changed_stage()
+    if as_locked and not any(out.changed() for out in stage.outs):
+        return stage
+    for dep, hash_info in zip(stage.deps, inputs, strict=True):  # in place of what is on disk, or was
+        dep.meta, dep.hash_info, dep.get_hash = Meta(), hash_info, lambda hash_info=hash_info: hash_info
+    if as_locked and all(out.hash_info for out in stage.outs):
+        entry = to_single_stage_lockfile(stage)
+    else:
+        entry = repo.stage_cache._load(stage)
+    run = entry and repo.stage_cache._create_stage(entry, wdir=stage.wdir)
+    return run if run and run.outs_cached() else None
+
+
+def _inside(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder + os.sep)
+
+
+def _files(repo, out) -> dict[str, object]:
+    """The files of an output -> hash."""
+    from dvc_data.hashfile.tree import Tree
+
+    if not out.hash_info.isdir:
+        return {out.fs_path: out.hash_info}
+    return {os.path.join(out.fs_path, *key): value for key, _, value in Tree.load(repo.cache.local, out.hash_info)}
+
+
+def _hash(path: str, files: dict[str, object]):
+    """DVC's hash of a file, or of a folder with just the files that are known; None if there are none."""
+    from dvc_data.hashfile.tree import Tree
+
+    if path in files:
+        return files[path]
+    tree = Tree()
+    for file in files:
+        if _inside(file, path):
+            tree.add(Path(file).relative_to(path).parts, None, files[file])
+    tree.digest()
+    return tree.hash_info if len(tree) else None
+
+
+@dataclass
+class Cell:
+    """One stage of the plan."""
+
+    name: str
+    fate: str
+    seconds: float | None
+    source: str  # of the seconds: measured, modelled or unknown
+    judged: int
+    size: float | None
+    needs: set[str]
+
+
+def plan(figure: str, scale: str | None = None, data: str | None = None, device: str | None = None):
+    """The cells that a figure needs, the device they are planned on, and how many of it (cores, GPUs) one takes."""
+    seconds = {} if device else measured()
+    with switched(scale, data) as (repo, scale, blocks):
+        needs, todo = graph_of(repo, targets_of(repo, figure))
+        device = device or ("cpu" if cost.parameters(blocks[scale]) < cost.GPU_FROM else "H100")
+        cells = []
+        for stage, fate in fates(repo, needs, todo).items():
+            done = cost.work(stage.cmd, blocks)
+            modelled = done.seconds(cost.DEVICES[device]) if done else None
+            at = seconds.get(stage.addressing)
+            source = "measured" if at else "modelled" if done else "unknown"
+            size = sum(out.meta.size or 0 for out in stage.outs) or (done.size if done else None)
+            cells.append(Cell(stage.addressing, fate, at or modelled, source, done.judged if done else 0, size,
+                              {other.addressing for other in needs[stage]}))
+        return cells, device, blocks[scale].get("threads", 1) if device == "cpu" else 1
+
+
+def longest(cells: list[Cell]) -> float:
+    """Seconds of the longest chain of stages that wait for each other."""
+    end: dict[str, float] = {}
+    for cell in cells:  # inputs come first
+        end[cell.name] = (cell.seconds or 0) + max((end[name] for name in cell.needs if name in end), default=0)
+    return max(end.values(), default=0)
+
+
+def _time(seconds: float) -> str:
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _size(size: float) -> str:
+    power = next(p for p in (3, 2, 1) if size >= 1000**p or p == 1)
+    return f"{size / 1000**power:.{0 if size >= 10 * 1000**power else 1}f} {' kMG'[power]}B"
+
+
+def table(cells: list[Cell]) -> str:
+    """One line for each entry of dvc.yaml: its cells by fate, and the cost of those that would run."""
+    rows = [("stage", "time is", "cells", *FATES, "each", "in all", "disk")]
+    entries = defaultdict(list)
+    for cell in cells:
+        entries[entry_of(cell.name)].append(cell)
+    for entry, group in entries.items():
+        run = [cell for cell in group if cell.fate == TO_RUN]
+        counts = [sum(cell.fate == fate for cell in group) or "-" for fate in FATES]
+        known = [cell.seconds for cell in run if cell.seconds]
+        size = sum(cell.size or 0 for cell in run)
+        rows.append((entry, ", ".join(sorted({cell.source for cell in run})), len(group), *counts,
+                     _time(sum(known) / len(known)) if known else "", _time(sum(known)) if known else "",
+                     _size(size) if size else ""))
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(f"{cell:<{width}}" if i < 2 else f"{cell:>{width}}"
+                               for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows)
+
+
+def totals(cells: list[Cell], device: str, width: int, cores: int, price: float | None = None) -> str:
+    """Stages, time, dollars and disk, a line each.
+
+    Args:
+        width: how many cores, or GPUs, a stage takes. cores: how many there are.
+        price: dollars for an hour of one GPU, if known.
+    """
+    run = [cell for cell in cells if cell.fate == TO_RUN]
+    counts = [f"{sum(cell.fate == fate for cell in cells)} {fate}" for fate in FATES]
+    lines = [f"stages   {len(cells)}: {', '.join(counts)}"]
+    if not run:
+        return lines[0]
+    lines[0] += " (at most: what comes out as it was stops there)"
+    seconds = sum(cell.seconds or 0 for cell in run)
+    here = sum(cell.seconds for cell in run if cell.source == "measured")
+    cpu, hours = device == "cpu", seconds * width / 3600
+    at_once = cores // width or 1 if cpu else 1
+    wall = max(seconds / at_once, longest(run))
+    unit, share = "core-hours" if cpu else f"{device} GPU-hours", here / seconds if here else 0
+    lines.append(f"time     {hours:.2f} {unit}, {share:.0%} of them measured here and the rest modelled; "
+                 f"about {_time(wall)}, {at_once} at once")
+    if not cpu:
+        lines.append(f"GPU      ${hours * price:,.2f} at ${price:g} an hour" if price else
+                     "GPU      say --dollars-per-hour for its price; they differ too much to assume one")
+    asked = cost.ORDERS * sum(cell.judged for cell in run)
+    what = f"{asked:,} answers of {cost.JUDGE}, both orders" if asked else "nothing that runs asks an outside judge"
+    lines.append(f"judge    ${asked * cost.DOLLARS_AN_ANSWER:.2f}: {what}")
+    lines.append(f"disk     {_size(sum(cell.size or 0 for cell in run))}, and as much again in .dvc/cache unless the "
+                 "file system shares blocks")
+    if unknown := sorted({entry_of(cell.name) for cell in run if cell.source == "unknown"}):
+        lines.append(f"unknown  {', '.join(unknown)}: never run here, not among KINDS of roads/cost.py; left out above")
+    return "\n".join(lines)
+
+
+def _command() -> None:
+    from dvc.exceptions import DvcException
+
+    parser = argparse.ArgumentParser(prog="python -m roads.plan", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--figure", default="all", help="3, fig3, an extra figure's name, or all (the default)")
+    parser.add_argument("--scale", help="a block of params.yaml (default: the active one)")
+    parser.add_argument("--data", help="folder of posts, for a scale that reads one")
+    parser.add_argument("--device", choices=list(cost.DEVICES), help="default: cpu, or H100 where models are large")
+    parser.add_argument("--dollars-per-hour", type=float, help="what one GPU costs you")
+    a = parser.parse_args()
+    try:
+        cells, device, width = plan(a.figure, a.scale, a.data, a.device)
+    except DvcException as error:
+        raise UserError(f"dvc: {error}") from None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    print(table(cells), totals(cells, device, width, cores, a.dollars_per_hour), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main(_command)

@@ -1,0 +1,231 @@
+"""The plan: what DVC would do, on a made-up project, and the cost model against what was measured."""
+
+import csv
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from roads import config, cost, plan, repro
+from roads.stage import UserError
+
+DVC_YAML = """
+stages:
+  words:
+    matrix: {scale: ["${scale}"]}
+    cmd: echo words >> log; mkdir -p runs/${item.scale}/words; cp words.txt runs/${item.scale}/words/
+    deps: [words.txt]
+    outs: ["runs/${item.scale}/words"]
+  count:
+    matrix: {scale: ["${scale}"], seed: [0, 1]}
+    cmd: echo count >> log; mkdir -p runs/${item.scale}/counts/s${item.seed}; wc runs/${item.scale}/words/words.txt
+      > runs/${item.scale}/counts/s${item.seed}/count.txt
+    deps: ["runs/${item.scale}/words/words.txt"]
+    params: ["${item.scale}.sft.epochs"]
+    outs: ["runs/${item.scale}/counts/s${item.seed}"]
+  fig3:
+    matrix: {scale: "${figures.fig3}"}
+    cmd: echo fig3 >> log; mkdir -p reports/${item.scale}; cat runs/${item.scale}/counts/s*/*
+      > reports/${item.scale}/fig3.csv
+    deps: ["runs/${item.scale}/counts"]
+    outs: [{"reports/${item.scale}/fig3.csv": {cache: false}}]
+  fig11:
+    matrix: {scale: "${figures.fig11}"}
+    cmd: echo fig11 >> log; mkdir -p reports/${item.scale}; cp runs/${item.scale}/words/words.txt
+      reports/${item.scale}/fig11.csv
+    deps: ["runs/${item.scale}/words"]
+    outs: [{"reports/${item.scale}/fig11.csv": {cache: false}}]
+"""
+TO_RUN, IN_CACHE, UP_TO_DATE = plan.TO_RUN, plan.IN_CACHE, plan.UP_TO_DATE
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    from dvc.repo import Repo
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "params.yaml", "params.yaml")
+    Path("dvc.yaml").write_text(DVC_YAML)
+    Path("words.txt").write_text("one two three\n")
+    config.switch("mini")
+    Repo.init(no_scm=True).close()
+    return tmp_path
+
+
+def reproduce() -> None:
+    from dvc.repo import Repo
+
+    with Repo() as repo:
+        repo.reproduce()
+
+
+def fates(figure: str = "all", scale: str | None = None) -> dict[str, str]:
+    return {cell.name: cell.fate for cell in plan.plan(figure, scale)[0]}
+
+
+def contents(where: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in where.rglob("*") if path.is_file() and ".dvc" not in path.parts}
+
+
+def edit_epochs(old: int, new: int) -> None:
+    block = re.search(r"^mini:.*?^  sft: .*?$", Path("params.yaml").read_text(), re.M | re.S)[0]
+    changed = re.sub(rf"(\n  sft: .*epochs: ){old}", rf"\g<1>{new}", block)
+    assert changed != block
+    Path("params.yaml").write_text(Path("params.yaml").read_text().replace(block, changed))
+
+
+def test_fates_are_what_dvc_then_does(project):
+    everything = {"words@mini", "count@mini-0", "count@mini-1", "fig3@mini", "fig11@mini"}
+    assert fates() == dict.fromkeys(everything, TO_RUN)
+    assert set(fates("fig11")) == {"words@mini", "fig11@mini"} and fates("11") == fates("fig11")
+    reproduce()
+    assert fates() == dict.fromkeys(everything, UP_TO_DATE) and repro.out_of_date([]) == {}
+
+    edit_epochs(1, 7)
+    expected = {"count@mini-0": TO_RUN, "count@mini-1": TO_RUN, "fig3@mini": TO_RUN}
+    assert {name: fate for name, fate in fates().items() if fate != UP_TO_DATE} == expected
+    assert repro.out_of_date(["fig3@mini", "fig11@mini"]) == {
+        "count@mini-0": set(), "count@mini-1": set(), "fig3@mini": {"count@mini-0", "count@mini-1"}}
+    Path("words.txt").write_text("one two three four\n")
+    assert set(fates().values()) == {TO_RUN}
+    reproduce()
+
+    # Back to what has run before, with the work tree gone: DVC has it all but the reports, which it does not cache.
+    Path("words.txt").write_text("one two three\n")
+    edit_epochs(7, 1)
+    shutil.rmtree("runs")
+    assert fates() == {name: TO_RUN if "fig" in name else IN_CACHE for name in everything}
+    Path("log").unlink()
+    reproduce()
+    assert sorted(Path("log").read_text().split()) == ["fig11", "fig3"] and set(fates().values()) == {UP_TO_DATE}
+    shutil.rmtree("runs")  # reports stay, as in a fresh checkout with the cache fetched
+    assert fates("fig3") == {"words@mini": IN_CACHE, "count@mini-0": IN_CACHE, "count@mini-1": IN_CACHE,
+                             "fig3@mini": UP_TO_DATE}
+
+
+def test_another_scale_is_planned_without_a_trace(project):
+    reproduce()
+    before = contents(project)
+    assert fates("fig3", "tiny") == dict.fromkeys(["words@tiny", "count@tiny-0", "count@tiny-1", "fig3@tiny"], TO_RUN)
+    assert set(fates("fig3", "mini").values()) == {UP_TO_DATE}
+    assert contents(project) == before
+
+
+def test_measured_seconds_are_the_last_real_run_and_what_nobody_knows_is_said(project):
+    Path("runs").mkdir()
+    repro.TIMES.write_text("words@mini,50.0\nwords@mini,40.0\nwords@mini,0.4\ncount@mini-0,300.0\n")
+    cells, device, width = plan.plan("fig3")
+    assert {cell.name: (cell.seconds, cell.source) for cell in cells} == {
+        "words@mini": (40.0, "measured"), "count@mini-0": (300.0, "measured"), "count@mini-1": (None, "unknown"),
+        "fig3@mini": (None, "unknown")}
+    assert plan.longest(cells) == 340 and (device, width) == ("cpu", 1)
+    said = plan.totals(cells, device, width, cores=2)
+    assert "0.09 core-hours, 100% of them measured" in said and "about 5.7 min, 2 at once" in said
+    assert "judge    $0.00" in said and "unknown  count, fig3: " in said
+    row = next(line for line in plan.table(cells).splitlines() if line.startswith("count"))
+    assert row.split() == "count measured, unknown 2 - - 2 5.0 min 5.0 min".split()
+
+
+@pytest.mark.parametrize("figure, scale, message", [
+    ("all", "lunar", r"params.yaml: no block named 'lunar'; expected one of: .*mini, tiny.*"),
+    ("fig33", None, r"figure 'fig33': not at this scale; expected one of: fig3, fig11, all"),
+    ("3", "real-cpu", r"figure 'fig3': not at this scale; expected one of: fig11, all"),
+])  # fmt: skip
+def test_a_bad_figure_or_scale_is_one_line(project, figure, scale, message):
+    with pytest.raises(UserError) as error:
+        plan.plan(figure, scale)
+    assert re.fullmatch(message, str(error.value))
+
+
+def test_a_folder_with_fewer_posts_counts_as_it_is(tmp_path):
+    (tmp_path / "train.jsonl").write_text("{}\n{}\n{}\n")
+    wanted = {"sft": 100, "preferences": 2, "valid": 50}
+    assert plan.as_many_as_there_are(tmp_path, wanted) == {"sft": 3, "preferences": 2, "valid": 50}
+
+
+# The cost model
+
+
+def test_the_stages_of_mini_take_what_the_model_says(monkeypatch):
+    """Total seconds of the stages of docs/measured.md against the model, 30% either way."""
+    monkeypatch.chdir(ROOT)
+    page = Path("docs/measured.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\S+@\S+) \| \d+ \| ([\d.]+) \|", page, re.M)
+    measured = {name: float(seconds) for name, seconds in rows if float(seconds) > plan.CACHED}
+    modelled, known = {}, 0
+    with plan.switched("mini", None) as (repo, _, blocks):
+        for stage in repo.index.stages:
+            seconds = measured.get(stage.addressing) or measured.get(re.sub(r"-\d+$", "", stage.addressing))
+            if seconds and (work := cost.work(stage.cmd, blocks)):
+                modelled[stage.addressing] = work.seconds(cost.DEVICES["cpu"])
+                known += seconds
+    assert len(modelled) >= 30
+    assert sum(modelled.values()) == pytest.approx(known, rel=0.3)
+
+
+PYTHIA = {
+    "source": {"kind": "text", "vocab_size": 50304, "max_query_tokens": 512, "max_response_tokens": 53},
+    "data": {"sft": 116722, "preferences": 92858, "online": 92858, "valid": 83802, "test": 600, "best_of_n": 600},
+    "model": {"parameters": 1.4e9}, "policies": ["dpo", "dpo_2x", "online_sft", "online"],
+    "sft": {"batch_size": 64, "epochs": 1}, "reward": {"batch_size": 64, "epochs": 1},
+    "local": {"batch_size": 128, "epochs": 1}, "dpo": {"batch_size": 128, "epochs": 1},
+    "samples": {"human": {"n": 2, "labels": "annotators"}, "online": {"n": 25}, "evaluate": {"n": 1}, "value": {"n": 2},
+                "best_of_n": {"n": 25}},
+}  # fmt: skip
+REWARD, DPO = "reward R/pairs/preferences S O", "dpo R/pairs/preferences S O"
+ONLINE = ["sample P D/online.npz O --samples online", "rank R/online_candidates/s0 O --by reward",
+          "dpo R/online_pairs/s0 P O --online"]
+WINRATE = "evaluate C D O --task human"
+
+
+def hours(command: str, device: str = "H100", **changes) -> float:
+    return work(command, **changes).seconds(cost.DEVICES[device]) / 3600
+
+
+def work(command: str, **changes) -> cost.Work:
+    return cost.work(f"python -m roads.{command} --scale paper", {"paper": PYTHIA | changes})
+
+
+def test_a_pythia_is_hours_of_a_gpu():
+    """DPO of 1.4B parameters on 92,858 pairs: 8.8e17 FLOPs of training and 2.9e17 of the reference, at 4e14/s."""
+    dpo = hours(DPO)
+    assert dpo == pytest.approx(8 * 1.4e9 * 92858 * 2 * 565 / 3.956e14 / 3600 + 60 / 3600)
+    assert hours(f"{DPO} --times 2") == pytest.approx(dpo * 14 / 8, rel=0.02)
+    assert hours(f"{DPO} --local") == pytest.approx(dpo * 6 / 8, rel=0.02)
+    assert hours(DPO, "A100") > 3 * dpo
+    assert hours(DPO, model={"parameters": 2.8e9}) == pytest.approx(2 * dpo, rel=0.02)
+    assert work(ONLINE[0]).decoded == 1.4e9 * 92858 * 25 * 53
+    total = sum(map(hours, ["sft D B O", REWARD, DPO, *ONLINE, WINRATE]))
+    print(f"Online DPO of a Pythia of 1.4B: {total:.1f} H100-hours a seed")
+    assert 3 < total < 10
+
+
+def test_a_cell_is_the_sum_of_its_stages():
+    cell = work("cell D S O --seed 0")
+    parts = sum(map(work, [REWARD, DPO, f"{DPO} --times 2", *ONLINE, *ONLINE]), cost.Work())
+    assert parts.flops < cell.flops < 1.3 * parts.flops and cell.steps == parts.steps  # the rest is evaluation
+    assert cell.judged == 5 * 600 and cell.size == 8 * 5 * 600
+
+
+def test_the_judge_is_paid_by_the_answer():
+    assert 600 * cost.DOLLARS_AN_ANSWER == pytest.approx(1.1, rel=0.01)  # as others paid for as many, in one order
+    cells = [plan.Cell("scores@paper", TO_RUN, 60.0, "modelled", work(WINRATE).judged, 1e9, set())]
+    said = plan.totals(cells, "H100", 1, cores=16, price=2.0)
+    assert "judge    $2.20: 1,200 answers of gpt-4o" in said and "GPU      $0.03 at $2 an hour" in said
+    world = {"kind": "world", "slots": 8, "candidates": 2}
+    assert work(WINRATE, source=world).judged == 0 and work("evaluate C D O --task rouge").judged == 0
+
+
+def test_what_the_model_does_not_know_is_none():
+    assert work("nonsense A B") is None and work("sample P D O --samples nowhere") is None
+    assert cost.work("cp a b", {}) is None
+    two = cost.work([f"python -m roads.{REWARD} --scale paper"] * 2, {"paper": PYTHIA})
+    assert two == work(REWARD) + work(REWARD)  # a stage may have several commands
+
+
+def test_times_of_make_times_are_read(tmp_path):
+    path = tmp_path / "times.csv"
+    csv.writer(path.open("w")).writerows([["a@mini", 12.5], ["b@mini", 1.0]])
+    assert plan.measured(path) == {"a@mini": 12.5} and plan.measured(tmp_path / "none.csv") == {}
