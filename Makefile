@@ -79,6 +79,12 @@ theory: setup  ## the paper's statements checked on tiny token trees, into repor
 status: setup  ## what is out of date
 	@$(PY) -m dvc status
 
+plan: setup  ## what FIG=3 (a number, a name, or all) would run at SCALE: time, dollars, disk; runs nothing
+	@$(PY) -m roads.plan $(if $(FIG),--figure '$(FIG)') $(if $(SCALE),--scale '$(SCALE)') $(if $(DATA),--data '$(DATA)')
+
+graph: setup  ## docs/graph.svg anew, the picture of dvc.yaml
+	@$(PY) scripts/graph.py
+
 dag: setup  ## the graph of stages, as Mermaid text
 	@$(PY) -m dvc dag --mermaid
 
