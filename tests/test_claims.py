@@ -256,8 +256,10 @@ def change(reports, **fields):
 
 def test_a_bar_that_the_figure_lacks_is_named_with_those_it_has(reports):
     draw(reports, "fig3", policies())
-    with pytest.raises(UserError, match="claim a: .*fig3.json has no bar 'DPO2'; it has: DPO, DPO 2x"):
-        decide(reports, claim(contrast="{DPO2: 1, DPO: -1}"))
+    row, other = decide(reports, claim(contrast="{DPO2: 1, DPO: -1}"), claim("b"))
+    assert row["verdict"] == "not run" and other["verdict"] != "not run"
+    assert row["why"].endswith("fig3.json has no bar 'DPO2'; it has: DPO, DPO 2x")
+    assert claims.table([row, other]).splitlines()[-1].startswith("not run: a: ")
 
 
 def test_a_clone_without_runs_is_told_how_to_get_them(reports):

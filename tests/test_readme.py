@@ -15,6 +15,8 @@ from ruamel.yaml import YAML
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
             for line in block.splitlines() if line.strip()]
+FIGURES = ["fig3", "fig4", "fig5", "fig6", "fig7", "fig8", "fig9", "fig10", "fig11", "fig12", "horizon", "complexity",
+           "verifier", "worlds", "more_data", "recipe", "budget"]
 # CI runs these from a clean checkout. The search takes half an hour, and clean would end the tests.
 CI = {"make fig11", "make test", "make theory"}
 ELSEWHERE = CI | {"make search", "make clean"}
@@ -26,9 +28,15 @@ def test_the_first_two_commands_are_among_those_that_ci_runs():
     assert all(f"\n{command}" in ci for command in CI) and set(COMMANDS) >= CI
 
 
-@pytest.mark.parametrize("command", sorted(set(COMMANDS) - ELSEWHERE))
+def in_order(commands: set[str]) -> list:
+    """As the README has them; those that draw every figure first, and slow."""
+    first = [command for command in ("make figures", "make extras") if command in commands]
+    return [pytest.param(command, marks=pytest.mark.slow) for command in first] + sorted(commands - set(first))
+
+
+@pytest.mark.parametrize("command", in_order(set(COMMANDS) - ELSEWHERE))
 def test_a_command_runs(checkout, command):
-    """On the checkout whose figures are there."""
+    """On the checkout, at scale tiny with one seed."""
     if "SCALE=real-cpu" in command:
         pytest.skip("test_pipeline.py runs this one whole")
     if command.startswith("make "):
@@ -41,15 +49,16 @@ def test_a_command_runs(checkout, command):
 def test_make_help_lists_every_target(checkout):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = re.search(r"^\.PHONY: (.*)$", makefile, re.M)[1].split()
-    listed = [name for line in make(checkout, "help").splitlines() if line.startswith("  ")
-              for name in line[:21].split()]
-    assert set(targets) <= set(listed)
+    paper, extra = (re.search(rf"^{name} := (.*)$", makefile, re.M)[1].split() for name in ("PAPER", "EXTRA"))
+    listed = make(checkout, "help").split()
+    assert paper + extra == FIGURES and "fig3" in listed and "fig12" in listed
+    assert set(targets) - {"$(PAPER)", "$(EXTRA)"} | set(extra) <= set(listed)
 
 
 def test_the_numbers_are_those_of_the_reports():
     """The README quotes a report as `fig3 Online(DPO) - DPO: +0.012 [+0.001, +0.023]`."""
-    quoted = re.findall(r"(fig\d+) ([^:\n]+): ([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\]", README)
-    assert {figure for figure, *_ in quoted} == {"fig3", "fig7", "fig11"}
+    quoted = re.findall(r"(fig\d+|horizon|complexity|verifier|worlds|more_data|recipe|budget) ([^:\n]+(?:: [^:\n]+)?): ([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\]", README)
+    assert {figure for figure, *_ in quoted} >= {f"fig{n}" for n in range(3, 13)}
     for figure, label, *numbers in quoted:
         gap = json.loads((ROOT / f"reports/mini/{figure}.json").read_text(encoding="utf-8"))["gaps"][label]
         assert numbers == [f"{gap[key]:+.3f}" for key in ("mean", "low", "high")], (figure, label)
@@ -71,21 +80,43 @@ def test_the_reports_show_what_the_readme_says():
 def test_the_committed_reports_come_from_runs_in_the_lock():
     """dvc.lock names the very bytes of every report, and of the scores that each report says it was drawn from."""
     lock = YAML(typ="safe").load((ROOT / "dvc.lock").read_text(encoding="utf-8"))["stages"]
-    for figure in ("fig3", "fig7", "fig11"):
+    for figure in FIGURES:
         stage = lock[f"{figure}@mini"]
         assert stage["params"]["params.yaml"]["seeds"] == [0, 1, 2]
         for out in stage["outs"]:
             assert hashlib.md5((ROOT / out["path"]).read_bytes()).hexdigest() == out["md5"], out["path"]
         content = json.loads((ROOT / f"reports/mini/{figure}.json").read_text(encoding="utf-8"))
         made = {out["path"] for stage in lock.values() for out in stage["outs"]}
-        assert {path.removesuffix("/scores.npz") for path in content["provenance"]} <= made
+        assert {path.removesuffix("/scores.npz") for path in content["provenance"]["files"]} <= made
+
+
+def test_every_claim_is_decided_in_the_committed_report():
+    """And by the claims.yaml and the figures that are committed with it."""
+    found = json.loads((ROOT / "reports/mini/claims.json").read_text(encoding="utf-8"))["claims"]
+    wanted = YAML(typ="safe").load((ROOT / "claims.yaml").read_text(encoding="utf-8"))["claims"]
+    assert [claim["id"] for claim in found] == [claim["id"] for claim in wanted]
+    for claim, entry in zip(found, wanted, strict=True):
+        content = json.loads((ROOT / f"reports/mini/{claim['figure']}.json").read_text(encoding="utf-8"))
+        means = {bar["bar"]: bar["mean"] for bar in content["bars"]}
+        assert (claim["contrast"], claim["test"], claim["margin"]) == (entry["contrast"], entry["test"], entry["margin"])
+        assert claim["verdict"] in ("supported", "not supported", "undecided")
+        mean = sum(weight * means[bar] for bar, weight in claim["contrast"].items())
+        assert claim["estimate"]["mean"] == pytest.approx(mean, abs=1e-9), claim["id"]
+
+
+def test_the_verdicts_are_those_of_the_report():
+    """The README says of a claim: `online-beats-offline`: supported."""
+    claims = json.loads((ROOT / "reports/mini/claims.json").read_text(encoding="utf-8"))["claims"]
+    verdicts = {claim["id"]: claim["verdict"] for claim in claims}
+    said = re.findall(r"`([a-z0-9-]+)`: (supported|not supported|undecided)", README)
+    assert len(said) >= 10 and all(verdicts[name] == verdict for name, verdict in said)
 
 
 def test_report_seeds_are_not_development_seeds():
     search = (ROOT / "docs/search.csv").read_text(encoding="utf-8").splitlines()
     column = search[0].split(",").index("seed")
     developed = {int(line.split(",")[column]) for line in search[1:]}
-    for figure in ("fig3", "fig7", "fig11"):
+    for figure in FIGURES:
         content = json.loads((ROOT / f"reports/mini/{figure}.json").read_text(encoding="utf-8"))
         assert developed and not developed & set(content["seeds"])
 

@@ -175,13 +175,11 @@ def contrast(claim: Claim, figure: Figure, path: Path) -> list[np.ndarray]:
     """The claim's contrast [seeds, prompts]; where prompts are not paired, one part for each world.
 
     Raises:
-        UserError: a bar that the figure lacks, or bars whose prompts cannot be paired.
+        UserError: bars whose prompts cannot be paired.
     """
     bars = {bar.bar: bar for bar in figure.bars}
     parts = {}
     for name, weight in claim.contrast.items():
-        if name not in bars:
-            raise UserError(f"claim {claim.id}: {path} has no bar {name!r}; it has: {', '.join(bars)}")
         world = None if claim.paired else bars[name].x
         if not claim.paired and world is None:
             raise UserError(f"claim {claim.id}: {path}: {name} has no x; `paired: false` tells worlds apart by it")
@@ -211,11 +209,14 @@ def decide(claims: Claims, reports: Path) -> list[dict]:
     for claim in claims.claims:
         row = claim.model_dump(exclude={"paired"} if claim.paired else None)
         figure, path = figures[claim.figure], reports / f"{claim.figure}.json"
-        if figure:
+        lacking = figure and [name for name in claim.contrast if name not in (known := [b.bar for b in figure.bars])]
+        if figure and not lacking:
             row |= measure(claim, figure, path)
-        else:
+        else:  # a scale can have other points of a dial than mini, about which the claims are
+            why = (f"{path} has no bar {lacking[0]!r}; it has: {', '.join(known)}" if figure else
+                   f"{path} is not there; `make {claim.figure}` makes it")
             row |= {"estimate": None, "p": None, "p_adjusted": None, "n": None, "seeds": [], "verdict": "not run",
-                    "why": f"{path} is not there; `make {claim.figure}` makes it"}
+                    "why": why}
         rows.append(row)
     run = [row for row in rows if row["estimate"]]
     for row, adjusted in zip(run, stats.holm([row["p"] for row in run])):
@@ -255,11 +256,13 @@ def table(rows: list[dict]) -> str:
             numbers = f"{found['mean']:+.4f}  {interval:18}  {row['p_adjusted']:<10.4f}"
         sign = {"greater": "> 0, margin ", "equivalent": "within +-"}[row["test"]]
         lines.append(f"{row['id']:{wide}}  {row['verdict']:13}  {numbers}  {sign}{row['margin']:g}")
-    missing = sorted({row["figure"] for row in rows if row["verdict"] == "not run"})
+    missing = sorted({row["figure"] for row in rows if row["why"].endswith("makes it")})
+    odd = [row for row in rows if row["verdict"] == "not run" and row["figure"] not in missing]
     counts = Counter(row["verdict"] for row in rows)
     lines.append(f"{len(rows)} claims: " + ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS))
     if missing:
         lines.append(f"not run: `make {' '.join(missing)}` makes the figures")
+    lines += [f"not run: {row['id']}: {row['why']}" for row in odd]
     return "\n".join(lines)
 
 
