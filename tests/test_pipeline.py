@@ -298,15 +298,16 @@ def test_a_full_disk_is_one_line(checkout, tmp_path):
 
 @pytest.mark.slow
 def test_real_posts_run_the_same_graph(checkout):
-    edit(checkout, "rouge: {n: 25, temperature: 0.7}\n    online: {n: 25, temperature: 0.7}",
-         "rouge: {n: 3, temperature: 0.7}\n    online: {n: 3, temperature: 0.7}")
-    edit(checkout, "base: 100000, sft: 100000, preferences: 500, valid: 1000, test: 1000",
-         "base: 60, sft: 60, preferences: 40, valid: 20, test: 20")
+    edit(checkout, "rouge: {n: 25, temperature: 0.7}\n    online: {n: 25, temperature: 0.7,",
+         "rouge: {n: 3, temperature: 0.7}\n    online: {n: 3, temperature: 0.7,")
+    edit(checkout, "base: 100000, sft: 100000, preferences: 500, more: 0, online: 500, valid: 1000, test: 1000",
+         "base: 60, sft: 60, preferences: 40, more: 0, online: 40, valid: 20, test: 20")
+    edit(checkout, "best_of_n: 100}", "best_of_n: 20}")
     before = (checkout / "params.yaml").read_bytes()
     try:
         make(checkout, "fig11", "SCALE=real-cpu", "DATA=data/tldr_sample")
         content = json.loads((checkout / "reports/real-cpu/fig11.json").read_text(encoding="utf-8"))
-        assert content["note"] == "real posts, scale real-cpu" and [bar["n"] for bar in content["bars"]] == [20] * 4
+        assert content["note"] == "real posts, scale real-cpu" and [bar["n"] for bar in content["bars"]] == [20] * 5
         assert "Up to date: fig11@real-cpu" in make(checkout, "fig11")
         run(checkout, "roads.config", "set", "--scale", "tiny")
         assert stale(checkout) == set()  # the results of two scales lie side by side

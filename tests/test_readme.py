@@ -57,7 +57,8 @@ def test_make_help_lists_every_target(checkout):
 
 def test_the_numbers_are_those_of_the_reports():
     """The README quotes a report as `fig3 Online(DPO) - DPO: +0.012 [+0.001, +0.023]`."""
-    quoted = re.findall(r"(fig\d+|horizon|complexity|verifier|worlds|more_data|recipe|budget) ([^:\n]+(?:: [^:\n]+)?): ([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\]", README)
+    quoted = re.findall(
+        rf"({'|'.join(FIGURES)}) ([^:\n]+(?:: [^:\n]+)?): ([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\]", README)
     assert {figure for figure, *_ in quoted} >= {f"fig{n}" for n in range(3, 13)}
     for figure, label, *numbers in quoted:
         gap = json.loads((ROOT / f"reports/mini/{figure}.json").read_text(encoding="utf-8"))["gaps"][label]
@@ -98,7 +99,7 @@ def test_every_claim_is_decided_in_the_committed_report():
     for claim, entry in zip(found, wanted, strict=True):
         content = json.loads((ROOT / f"reports/mini/{claim['figure']}.json").read_text(encoding="utf-8"))
         means = {bar["bar"]: bar["mean"] for bar in content["bars"]}
-        assert (claim["contrast"], claim["test"], claim["margin"]) == (entry["contrast"], entry["test"], entry["margin"])
+        assert all(claim[key] == entry[key] for key in ("contrast", "test", "margin", "figure"))
         assert claim["verdict"] in ("supported", "not supported", "undecided")
         mean = sum(weight * means[bar] for bar, weight in claim["contrast"].items())
         assert claim["estimate"]["mean"] == pytest.approx(mean, abs=1e-9), claim["id"]

@@ -25,7 +25,9 @@ def figure_json(name: str, title: str, **changes) -> dict:
     return {
         "figure": name, "title": title, "caption": f"What {name} shows.", "measure": "winrate against the reference",
         "note": "synthetic world: evidence about the mechanism, not about TL;DR", "seeds": [0, 1, 2],
-        "bars": [{"bar": bar, "series": bar, "x": None, "n": 5000, "key": "score", **estimate(mean)}
+        "bars": [{"bar": bar, "series": bar, "x": None, "n": 5000, "key": "score", **estimate(mean),
+                  "judge": {"position_consistency": 0.987, "parse_failures": 0.001, "mean_tokens": 9.25,
+                            "mean_tokens_reference": 9.5}}
                  for bar, mean in bars.items()],
         "gaps": {"Online(DPO) - DPO": estimate(0.025) | {"standardised": {"mean": 0.058, "low": 0.02, "high": 0.1}}},
         "also": {"accuracy": {"bars": {bar: estimate(mean) for bar, mean in bars.items()}, "gaps": {}}},
@@ -88,6 +90,7 @@ def test_what_is_on_the_page(folder):
         assert f"<li class=\"chip {verdict.replace(' ', '-')}\">1 {verdict}</li>" in text
     # Figures that are there are not named as missing; the others come with their command.
     assert "make fig12 SCALE=mini" in text and "make fig3 SCALE=mini" not in text
+    assert "0.987" in text and "0.001" in text and "9.250 (9.500)" in text  # position consistency, failures, length
     assert re.search(r"paper's own numbers</strong>, not from this run: Fig. 3; winrate, %", text)
     assert text.count('src="data:image/png;base64,') == 6 and 'src="http' not in text
     assert ">52.2<" in text and "SFT 0.505; DPO 0.737" in text

@@ -61,6 +61,7 @@ class Estimate(BaseModel):
 class Bar(Estimate):
     bar: str
     n: int
+    judge: dict[str, float] = {}  # position_consistency, parse_failures, ties, mean_tokens, mean_tokens_reference
 
 
 class Gap(Estimate):
@@ -277,7 +278,7 @@ def figure_section(folder: Path, name: str, figure: Figure, claims: list[dict]) 
         "picture": picture(folder / f"{name}.png"), "alt": alt(f"{short}: {title}", figure),
         "gaps": gap_rows(figure.gaps), "csv": (folder / f"{name}.csv").exists(),
         "also": {other: {"bars": found.bars, "gaps": gap_rows(found.gaps)} for other, found in figure.also.items()},
-        "paper_bars": paper_bars(figure),
+        "paper_bars": paper_bars(figure), "judged": any("position_consistency" in bar.judge for bar in figure.bars),
         "claims": [claim for claim in claims if claim["claim"].figure == name],
     }
 

@@ -115,6 +115,23 @@ def paper_panel(axes, paper: dict, names: list[str]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def judge_line(bars: list[dict]) -> list[str]:
+    """What the judge's protocol found, over all bars: one line, or none where no judge was asked."""
+    asked = [bar["judge"] for bar in bars if "position_consistency" in bar["judge"]]
+    if not asked:
+        return []
+
+    def over(name: str, form: str) -> str:
+        values = sorted({format(bar[name], form) for bar in asked if name in bar})
+        return values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}"
+
+    text = f"judge: both orders agree on {over('position_consistency', '.1%')}"
+    text += f", unreadable answers {over('parse_failures', '.1%')}"
+    if "mean_tokens" in asked[0]:
+        text += f"; tokens {over('mean_tokens', '.1f')}, reference {over('mean_tokens_reference', '.1f')}"
+    return [text]
+
+
 def finish(figure, axes, content: dict, gaps_above: bool = True) -> None:
     """Title, gaps in words, axes and the lines below."""
     axes.set_title(content["title"], fontsize=11, pad=8 + 10 * len(content["gaps"]) * gaps_above)
@@ -126,7 +143,8 @@ def finish(figure, axes, content: dict, gaps_above: bool = True) -> None:
     axes.margins(y=0.12)
     how = (f"mean over seeds {', '.join(map(str, content['seeds']))} and n = {content['bars'][0]['n']} prompts; "
            "lines and brackets: 95% bootstrap over both; differences are paired by prompt")
-    below = [content["note"], how] + ([content["paper"]["source"]] if content["paper"] else [])
+    below = [content["note"], how, *judge_line(content["bars"])]
+    below += [content["paper"]["source"]] if content["paper"] else []
     figure.text(0.5, 0.008, "\n".join(below), ha="center", fontsize=7)
     figure.tight_layout(rect=(0, 0.03 + 0.022 * len(below), 1, 1))
 

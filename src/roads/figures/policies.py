@@ -21,8 +21,9 @@ FIGURES = {  # title, caption, measure, where the bars start
              WINRATE, 0),
     "fig4": ("Fig. 4: policies under Eq. 2",
              "Bradley-Terry log-likelihood of the preference set under a policy, less beta times its reverse KL from "
-             "the SFT policy, which is estimated from samples of the policy. No judge is involved. The .json has the "
-             "other reading of the first term, the log-likelihood of the chosen completions.", VALUE, -np.log(2)),
+             "the SFT policy, which is estimated from samples of the policy; the interval covers their chance too. No "
+             "judge is involved. Below each bar its parts, and the other reading of the first term: the log-likelihood "
+             "of the chosen completions.", VALUE, -np.log(2)),
     "fig5": ("Fig. 5: more prompts for online DPO",
              "Online DPO from the SFT policy on the prompts of the preference set, and on three times as many; the "
              "reward model is the same, so no preference is added.", WINRATE, 0),
