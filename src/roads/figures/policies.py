@@ -25,8 +25,9 @@ FIGURES = {  # title, caption, measure, where the bars start
              "judge is involved. Below each bar its parts, and the other reading of the first term: the log-likelihood "
              "of the chosen completions.", VALUE, -np.log(2)),
     "fig5": ("Fig. 5: more prompts for online DPO",
-             "Online DPO from the SFT policy on the prompts of the preference set, and on three times as many; the "
-             "reward model is the same, so no preference is added.", WINRATE, 0),
+             "Online DPO from the SFT policy on the prompts of the preference set and on more; the reward model is "
+             "the same, so no preference is added. Three times the prompts are three times the steps too; twice the prompts "
+             "for half the epochs are not.", WINRATE, 0),
     "fig6": ("Fig. 6: pairs of the SFT policy only, labelled by the judge",
              "Two samples of the SFT policy at the sampling temperature of online DPO, and the judge says which is "
              "better. Online(SFT) then only labels samples of the same kind again.", WINRATE, 0),
@@ -61,12 +62,20 @@ def arm_bars(scale: str, name: str, arms: list[str]) -> list[Bar]:
         blocks = {"paper": scale} | {arm.removeprefix(f"{scale}-"): arm for arm in arms}
         return [Bar(f"{NAMES[policy]} {label}", *figure.policy(block, scale, policy, name), series=NAMES[policy])
                 for label, block in blocks.items() for policy in ("dpo", "online")]
-    place = f"{scale}/{name}/{arms[0]}/s{{seed}}"
     if name == "fig5":
-        return [Bar("Online(SFT)", *figure.policy(scale, scale, "online_sft", name)),
-                Bar("Online(SFT) 3x prompts", place, "online_sft", series="Online(SFT)")]
+        blocks = {**{"Online(SFT)": scale}, **{f"Online(SFT) {more_prompts(scale, arm)}": arm for arm in arms}}
+        return [Bar(label, *figure.policy(block, scale, "online_sft", name), series="Online(SFT)")
+                for label, block in blocks.items()]
+    place = f"{scale}/{name}/{arms[0]}/s{{seed}}"
     shown = ["dpo", "online_sft", "online"] if name == "fig6" else ["dpo", "dpo_2x", "online"]
     return [Bar(NAMES[policy], place, policy) for policy in ["sft", *shown]]
+
+
+def more_prompts(scale: str, arm: str) -> str:
+    """What an arm of Fig 5 is called: its prompts, and whether it takes as many steps."""
+    ours, theirs = config.load_scale(scale), config.load_scale(arm)
+    steps = [cfg.data.online * cfg.dpo.epochs for cfg in (ours, theirs)]
+    return f"{theirs.data.online / ours.data.online:g}x prompts" + ", same steps" * (steps[0] == steps[1])
 
 
 def contrasts(name: str, bars: list[Bar]) -> dict[str, dict[str, float]]:
@@ -75,7 +84,7 @@ def contrasts(name: str, bars: list[Bar]) -> dict[str, dict[str, float]]:
         labels = [bar.removeprefix("DPO ") for bar in names if bar.startswith("DPO ")]
         return {f"{label}: Online(DPO) - DPO": {f"Online(DPO) {label}": 1, f"DPO {label}": -1} for label in labels}
     if name == "fig5":
-        return {"3x prompts - 1x": {names[1]: 1, names[0]: -1}}
+        return {f"{bar.removeprefix(names[0] + ' ')} - 1x": {bar: 1, names[0]: -1} for bar in names[1:]}
     return {label: {NAMES[a]: 1, NAMES[b]: -1} for label, (a, b) in GAPS.items() if {NAMES[a], NAMES[b]} <= set(names)}
 
 
