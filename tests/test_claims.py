@@ -26,7 +26,8 @@ def _pairs(values):
 
 # Every figure's bars, with their x.
 BARS = {
-    "fig3": ALL, "fig4": ["DPO", "Online(SFT)", "Online(DPO)"], "fig5": ["Online(SFT)", "Online(SFT) 3x prompts", "Online(SFT) 2x prompts, same steps"],
+    "fig3": ALL, "fig4": ["DPO", "Online(SFT)", "Online(DPO)"],
+    "fig5": ["Online(SFT)", "Online(SFT) 3x prompts", "Online(SFT) 2x prompts, same steps"],
     "fig6": ["DPO", "Online(SFT)", "Online(DPO)"], "fig7": ["Global RM", "Local RM", "DPO RM"],
     "fig8": {f"{rm} RM on {policy} N={n}": n for rm in ("Global", "Local", "DPO") for policy in ("SFT", "DPO")
              for n in COUNTS},

@@ -25,9 +25,9 @@ FIGURES = {  # title, caption, measure, where the bars start
              "judge is involved. Below each bar its parts, and the other reading of the first term: the log-likelihood "
              "of the chosen completions.", VALUE, -np.log(2)),
     "fig5": ("Fig. 5: more prompts for online DPO",
-             "Online DPO from the SFT policy on the prompts of the preference set and on more; the reward model is "
-             "the same, so no preference is added. Three times the prompts are three times the steps too; twice the prompts "
-             "for half the epochs are not.", WINRATE, 0),
+             "Online DPO from the SFT policy on the prompts of the preference set and on more; the reward model "
+             "is the same, so no preference is added. Three times the prompts are three times the steps too; "
+             "twice the prompts for half the epochs are not.", WINRATE, 0),
     "fig6": ("Fig. 6: pairs of the SFT policy only, labelled by the judge",
              "Two samples of the SFT policy at the sampling temperature of online DPO, and the judge says which is "
              "better. Online(SFT) then only labels samples of the same kind again.", WINRATE, 0),
