@@ -49,7 +49,9 @@ def _command() -> None:
     parser = stage.arguments(__doc__, "runs", "out")
     parser.add_argument("--figure", required=True, choices=list(FIGURES))
     a = parser.parse_args()
-    sizes, most = config.load().sizes, config.load_scale(a.scale).samples.best_of_n.n
+    params = config.load()
+    sizes = sorted(params.sizes, key=lambda size: params.scales[size].model.hidden_size)
+    most = params.scales[a.scale].samples.best_of_n.n
     counts = [n for n in (1, 2, 5, 10, 25) if n <= most]
     bars = [Bar(f"{line} N={n}", place, f"n{n}", line, n) for line, place in lines(a.scale, a.figure, sizes).items()
             for n in counts]

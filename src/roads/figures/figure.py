@@ -67,7 +67,12 @@ def judged(paths: list[Path], key: str) -> dict[str, float]:
 
 def provenance(files: list[Path]) -> dict:
     """What the figure was drawn from: files, commit, what dvc.lock has of the runs behind them, and their params."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], capture_output=True, text=True).stdout.strip()
+
+    commit = git("rev-parse", "HEAD")
+    if commit and git("status", "--porcelain", "--", "src", "data", "dvc.yaml", "params.yaml"):
+        commit += ", with changes"
     lock, params = Path("dvc.lock"), {}
     digest = hashlib.sha256()
     if lock.exists():
@@ -84,7 +89,7 @@ def provenance(files: list[Path]) -> dict:
         for name in sorted(seen):
             digest.update(f"{name} {stages[name]}".encode())
     return {"files": {path.as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
-            "commit": commit.stdout.strip() or None, "params": params, "lock": digest.hexdigest() if params else None}
+            "commit": commit or None, "params": params, "lock": digest.hexdigest() if params else None}
 
 
 def gap_lines(content: dict) -> str:
@@ -188,11 +193,15 @@ def lines(content: dict, x_label: str, log: bool = False, gaps_at: dict | None =
     """
     figure, panels = plt.subplots(1, 2 if gaps_at else 1, figsize=(10.2 if gaps_at else 6.8, 4.8), squeeze=False)
     series = list(dict.fromkeys(bar["series"] for bar in content["bars"]))
+    groups = list(dict.fromkeys(name.split(",")[0] for name in series))
     for k, name in enumerate(series):
         bars = sorted((bar for bar in content["bars"] if bar["series"] == name), key=lambda bar: bar["x"])
         known = [key for key in sorted(COLOURS, key=len, reverse=True) if name.startswith(key) or f"RM {key}" in name]
+        group = groups.index(name.split(",")[0])
+        # Fig 8: dashed are samples of DPO. Fig 9: colour by reward model, marker and dashes by policy.
+        dashes = ["-", "--", ":"][group % 3] if "," in name else "--" if " on DPO" in name else "-"
         _line(panels[0, 0], [bar["x"] for bar in bars], bars, name, COLOURS[known[0]] if known else f"C{k}",
-              MARKERS[k % len(MARKERS)], "--" if " on DPO" in name else "-")
+              MARKERS[group % len(MARKERS)], dashes)
     for bar in content["bars"] if named else []:
         panels[0, 0].annotate(bar["bar"].removeprefix(bar["series"] + " "), (bar["x"], bar["mean"]), (5, -9),
                               textcoords="offset points", fontsize=7)
