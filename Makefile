@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 PAPER := fig3 fig4 fig5 fig6 fig7 fig8 fig9 fig10 fig11 fig12
-EXTRA := horizon complexity verifier worlds more_data recipe budget
+EXTRA := horizon complexity verifier worlds advantage more_data recipe budget
 .PHONY: help setup test $(PAPER) $(EXTRA) figures extras claims report theory status plan graph dag times search lint lock clean
 
 VENV := .venv
@@ -62,7 +62,7 @@ figures: setup  ## the paper's figures, 3 to 12, that the scale allows
 	@$(SET_SCALE)
 	@$(REPRO) $(PAPER)
 
-extras: setup  ## what the paper could not do: seven more figures
+extras: setup  ## what the paper could not do: eight more figures
 	@$(SET_SCALE)
 	@$(REPRO) $(EXTRA)
 

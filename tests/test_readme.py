@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
             for line in block.splitlines() if line.strip()]
 FIGURES = ["fig3", "fig4", "fig5", "fig6", "fig7", "fig8", "fig9", "fig10", "fig11", "fig12", "horizon", "complexity",
-           "verifier", "worlds", "more_data", "recipe", "budget"]
+           "verifier", "worlds", "advantage", "more_data", "recipe", "budget"]
 # CI runs these from a clean checkout. The search takes half an hour, and clean would end the tests.
 CI = {"make fig11", "make test", "make theory"}
 ELSEWHERE = CI | {"make search", "make clean"}

@@ -37,6 +37,7 @@ FIGURES = {
     "complexity": "the gap as the reward grows more complex",
     "verifier": "the gap as the base knows more about judging",
     "worlds": "the gap in other worlds",
+    "advantage": "the gap against the reward model's advantage, over all worlds",
     "more_data": "far more preference pairs",
     "recipe": "the paper's recipe and the authors' code, one switch at a time",
     "budget": "winrate at matched KL from the SFT policy",
