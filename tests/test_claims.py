@@ -35,7 +35,8 @@ BARS = {
     "fig10": [*OFFLINE, "Online(DPO)"], "fig11": [*OFFLINE, "Online(DPO)"], "fig12": _pairs([750, 1500, 3000, 6000]),
     "horizon": _dial("K", [2, 4, 8, 12]), "complexity": _dial("interaction", [0, 0.5, 4]),
     "verifier": _dial("karma", [0, 2, 8]),
-    "worlds": _dial("world", [0, 1, 2]), "more_data": _pairs([6000, 12000, 24000]),
+    "worlds": _dial("world", [0, 1, 2]),
+    "more_data": _pairs([6000, 12000, 24000]) | {"Online(SFT), 6000 prompts n=24000": 24000},
     "recipe": [f"{method} {switch}" for switch in ("paper", "schedule", "rm-batch", "loader", "logits", "author-code")
                for method in ("DPO", "Online(DPO)")],
     "budget": ["DPO bolder", "Online(DPO) warm"],

@@ -43,7 +43,10 @@ def _command() -> None:
     params, bars = config.load(), []
     for block in (a.scale, *params.arms[a.figure]):
         label = "paper" if block == a.scale else block.removeprefix(f"{a.scale}-")
+        same = block != a.scale and params.scales[block].dpo == params.scales[a.scale].dpo
         for policy in params.scales[block].policies:
+            if policy == "dpo" and same:
+                continue  # the scale's own point once more
             bar = Bar(f"{NAMES[policy]} {label}", *figure.policy(block, a.scale, policy, a.figure), NAMES[policy])
             bars.append(Bar(bar.name, bar.place, bar.key, bar.series, mean_kl(a.runs, bar, params.seeds)))
     online = [bar for bar in bars if bar.series == "Online(DPO)"]

@@ -15,7 +15,8 @@ FIGURES = {  # title, caption, x of a block, its axis, its label in a bar's name
               "DPO and Online(SFT) trained on the first pairs of the set; reward model and prompts shrink with it.",
               lambda cfg: cfg.data.preferences, "pairs of the preference set", "n", ["dpo", "online_sft"], True),
     "more_data": ("Far more pairs than Fig. 12",
-                  "Fig. 12 carried on to four times the preference set. In the limit H6 predicts no gap.",
+                  "Fig. 12 carried on to four times the preference set. In the limit H6 predicts no gap. Online DPO runs "
+                  "on as many prompts as there are pairs, and so for more steps, and on 6,000 throughout.",
                   lambda cfg: cfg.data.preferences, "pairs of the preference set", "n", ["dpo", "online_sft"], True),
     "horizon": ("The gap against the horizon",
                 "K slots, a word each: two of six candidates, four of four, eight and twelve of two. The noise of the"
@@ -46,14 +47,18 @@ def _command() -> None:
         folders |= {arm: name for arm in params.arms.get(name, [])}
     bars, gaps, gaps_at = [], {}, {}
     for block, folder in sorted(folders.items(), key=lambda item: x_of(params.scales[item[0]])):
-        x = x_of(params.scales[block])
-        bars += [Bar(f"{NAMES[policy]} {short}={x:g}", *figure.policy(block, a.scale, policy, folder), NAMES[policy], x)
-                 for policy in policies]
+        cfg = params.scales[block]
+        for policy in [policy for policy in policies if policy in cfg.policies]:
+            fewer = policy.startswith("online") and cfg.data.online != cfg.data.preferences
+            series = NAMES[policy] + f", {cfg.data.online} prompts" * fewer
+            bars.append(Bar(f"{series} {short}={x_of(cfg):g}", *figure.policy(block, a.scale, policy, folder), series,
+                            x_of(cfg)))
+    for online in [bar for bar in bars if bar.series.startswith("Online")]:
+        at = f"{short}={online.x:g}"
         for control in policies[:-1]:
-            gap = f"{NAMES[policies[-1]]} - {NAMES[control]}"
-            label, at = f"{gap}, {short}={x:g}", f"{short}={x:g}"
-            gaps[label] = {f"{NAMES[policies[-1]]} {at}": 1, f"{NAMES[control]} {at}": -1}
-            gaps_at[label] = gap, x
+            gap = f"{online.series} - {NAMES[control]}"
+            gaps[f"{gap}, {at}"] = {online.name: 1, f"{NAMES[control]} {at}": -1}
+            gaps_at[f"{gap}, {at}"] = gap, online.x
     figure.save(a.out, a.figure, a.runs, bars, gaps, a.scale, title, caption, "winrate against the reference summary",
                 partial(figure.lines, x_label=x_label, log=log, gaps_at=gaps_at))
 

@@ -127,8 +127,9 @@ def judge_line(bars: list[dict]) -> list[str]:
         return []
 
     def over(name: str, form: str) -> str:
-        values = sorted({format(bar[name], form) for bar in asked if name in bar})
-        return values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}"
+        values = [bar[name] for bar in asked if name in bar]
+        low, high = format(min(values), form), format(max(values), form)
+        return low if low == high else f"{low} to {high}"
 
     text = f"judge: both orders agree on {over('position_consistency', '.1%')}"
     text += f", unreadable answers {over('parse_failures', '.1%')}"
