@@ -149,9 +149,9 @@ def test_a_folder_with_fewer_posts_counts_as_it_is(tmp_path):
 
 
 def test_the_stages_of_mini_take_what_the_model_says(monkeypatch):
-    """Total seconds of the stages of docs/measured.md against the model, 30% either way."""
+    """Total seconds of the stages of docs/stages.md against the model, 30% either way."""
     monkeypatch.chdir(ROOT)
-    page = Path("docs/measured.md").read_text(encoding="utf-8")
+    page = Path("docs/stages.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\S+@\S+) \| \d+ \| ([\d.]+) \|", page, re.M)
     measured = {name: float(seconds) for name, seconds in rows if float(seconds) > plan.CACHED}
     modelled, known = {}, 0

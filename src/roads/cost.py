@@ -26,7 +26,7 @@ class Device:
 # parameters. Decoding on an H100: a third of what vLLM is reported to reach there with 8B parameters (12,500 tokens/s),
 # as the paper's completions are short; an A100 at half of that, an H200 by its memory bandwidth. None of the GPU
 # numbers was measured with this code.
-# CPU: one core, fitted to the stages of docs/measured.md, scale mini. Real posts take up to three times as long.
+# CPU: one core, fitted to the stages of docs/stages.md, scale mini. Real posts take up to three times as long.
 DEVICES = {
     "cpu": Device(flops=80e9, decode=11, step=0.02, startup=7),
     "A100": Device(flops=312e12 * 0.4, decode=16_000, step=0, startup=60),

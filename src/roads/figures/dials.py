@@ -15,8 +15,8 @@ FIGURES = {  # title, caption, x of a block, its axis, its label in a bar's name
               "DPO and Online(SFT) trained on the first pairs of the set; reward model and prompts shrink with it.",
               lambda cfg: cfg.data.preferences, "pairs of the preference set", "n", ["dpo", "online_sft"], True),
     "more_data": ("Far more pairs than Fig. 12",
-                  "Fig. 12 carried on to four times the preference set. In the limit H6 predicts no gap. Online DPO runs "
-                  "on as many prompts as there are pairs, and so for more steps, and on 6,000 throughout.",
+                  "Fig. 12 carried on to four times the preference set. In the limit H6 predicts no gap. Online DPO "
+                  "runs on as many prompts as there are pairs, and so for more steps, and on 6,000 throughout.",
                   lambda cfg: cfg.data.preferences, "pairs of the preference set", "n", ["dpo", "online_sft"], True),
     "horizon": ("The gap against the horizon",
                 "K slots, a word each: two of six candidates, four of four, eight and twelve of two. The noise of the"
