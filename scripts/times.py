@@ -1,4 +1,4 @@
-"""Seconds of every stage's last run, seeds together, as the table of docs/measured.md: `make times`."""
+"""Seconds of every stage's last run, seeds together, as the table of docs/stages.md: `make times`."""
 
 import csv
 import re

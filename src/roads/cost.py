@@ -28,7 +28,7 @@ class Device:
 # numbers was measured with this code.
 # CPU: one core, fitted to the stages of docs/stages.md, scale mini. Real posts take up to three times as long.
 DEVICES = {
-    "cpu": Device(flops=80e9, decode=11, step=0.02, startup=7),
+    "cpu": Device(flops=57e9, decode=130, step=0.001, startup=5, startup_light=4),
     "A100": Device(flops=312e12 * 0.4, decode=16_000, step=0, startup=60),
     "H100": Device(flops=989e12 * 0.4, decode=33_000, step=0, startup=60),
     "H200": Device(flops=989e12 * 0.4, decode=46_000, step=0, startup=60),
