@@ -56,10 +56,11 @@ def test_make_help_lists_every_target(checkout):
 
 
 def test_the_numbers_are_those_of_the_reports():
-    """The README quotes a report as `fig3 Online(DPO) - DPO: +0.012 [+0.001, +0.023]`."""
-    quoted = re.findall(rf"({'|'.join(FIGURES)}) ([^:]{{1,60}}?(?:: [^:]{{1,40}}?)?): ([+-][\d.]+) "
+    """The README quotes a report as `(fig3 Online(DPO) - DPO: +0.012 [+0.001, +0.023])`."""
+    quoted = re.findall(rf"\(({'|'.join(FIGURES)}) ([^:]{{1,60}}?(?:: [^:]{{1,40}}?)?): ([+-][\d.]+) "
                         r"\[([+-][\d.]+), ([+-][\d.]+)\]", " ".join(README.split()))
     assert {figure for figure, *_ in quoted} >= {f"fig{n}" for n in range(3, 13)}
+    assert len(quoted) == len(re.findall(r"\[[+-][\d.]+,\s[+-][\d.]+\]", README))
     for figure, label, *numbers in quoted:
         gap = json.loads((ROOT / f"reports/mini/{figure}.json").read_text(encoding="utf-8"))["gaps"][label]
         assert numbers == [f"{gap[key]:+.3f}" for key in ("mean", "low", "high")], (figure, label)
