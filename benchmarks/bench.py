@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -46,11 +47,11 @@ class Settings:
     response: int = 53
     repeats: int = 7
     warm_up: int = 2  # steps of DPO
-    batch_size: int = 8  # pairs
+    batch_size: int = 4  # pairs
     lr: float = 1e-5
     beta: float = 0.05
     n: int = 25  # candidates of a prompt
-    prompts: int = 2  # sampled at once
+    prompts: int = 1  # sampled at once
     posts: int = 300  # of a repeat of the ROUGE ranking
     seed: int = 2  # with this one `sharpen` writes completions of some 40 tokens, as long as the paper's
     pad: int = tldr.PAD
@@ -233,7 +234,7 @@ def dpo_step(rows, s: Settings, trl: Path | None, threads: int) -> list[dict]:
 
 
 @torch.inference_mode()
-def scoring(rows, s: Settings) -> list[dict]:
+def scoring(rows, s: Settings) -> Iterator[dict]:
     """Rewards of a prompt's candidates, against one forward pass over every candidate with its prompt."""
     _, _, query, response = rows
     policy = sharpen(new_policy(s))
@@ -241,7 +242,6 @@ def scoring(rows, s: Settings) -> list[dict]:
     distinct = torch.stack([candidates(response, i, s.n) for i in range(s.repeats)])
     generator = torch.Generator().manual_seed(s.seed)
     cold = sample.generate(policy, query[: s.repeats], s.n, s.response, 0.1, generator)
-    out = []
     for kind, completions in (("distinct", distinct), ("sampled at temperature 0.1", cold)):
         def ours(i, completions=completions):
             return model.candidate_rewards(rm, query[i : i + 1], completions[i : i + 1])[0]
@@ -253,11 +253,10 @@ def scoring(rows, s: Settings) -> list[dict]:
         away = max(float((values["ours"] - values["theirs"]).abs().max()) for values in found)
         if away > 1e-4:
             raise RuntimeError(f"{kind}: rewards differ by {away}")
-        out.append(result(
+        yield result(
             f"rewards of {s.n} candidates, {kind}", "a forward pass over each", seconds["ours"], seconds["theirs"], 5.0,
             same={"largest difference of a reward": away},
-            distinct=statistics.mean(len(np.unique(part, axis=0)) for part in completions)))
-    return out
+            distinct=statistics.mean(len(np.unique(part, axis=0)) for part in completions))
 
 
 def ranking(rows, s: Settings) -> list[dict]:
@@ -278,9 +277,9 @@ def ranking(rows, s: Settings) -> list[dict]:
 
 
 @torch.inference_mode()
-def sampling(rows, s: Settings) -> list[dict]:
+def sampling(rows, s: Settings) -> Iterator[dict]:
     """Completions of prompts, against transformers' generate with the same rules of stopping."""
-    query, policy, out = rows[2], sharpen(new_policy(s)), []
+    query, policy = rows[2], sharpen(new_policy(s))
     for temperature in (1.0, 0.1):
         def ours(i, temperature=temperature):
             generator = torch.Generator().manual_seed(i)
@@ -301,9 +300,8 @@ def sampling(rows, s: Settings) -> list[dict]:
                   for name in ("ours", "theirs")}
         distinct = {name: statistics.mean(len(np.unique(part, axis=0)) for v in found for part in v[name])
                     for name in ("ours", "theirs")}
-        out.append(result(f"{s.n} samples of each of {s.prompts} prompts, temperature {temperature:g}",
-                          "transformers", seconds["ours"], seconds["theirs"], 1.5, tokens=tokens, distinct=distinct))
-    return out
+        yield result(f"{s.n} samples a prompt, {s.prompts} at once, temperature {temperature:g}", "transformers",
+                     seconds["ours"], seconds["theirs"], 1.5, tokens=tokens, distinct=distinct)
 
 
 # Report
@@ -378,7 +376,8 @@ def bench(data: Path, trl: Path | None, threads: int, s: Settings) -> dict:
         start = time.perf_counter()
         for r in compare(rows, s):
             goal = "" if r["goal"] is None else f"; goal: {verdict(r)}"
-            print(f"{r['what']}, {r['against']}: {r['median']:.2f} ({r['low']:.2f} to {r['high']:.2f}){goal}")
+            print(f"{r['what']}, {r['against']}: {r['median']:.2f} ({r['low']:.2f} to {r['high']:.2f}){goal}",
+                  flush=True)
             found["results"].append(r)
         print(f"  {time.perf_counter() - start:.0f} s", flush=True)
     return found
@@ -394,7 +393,7 @@ def main() -> None:
         raise UserError(f"{a.trl}: no virtual environment; `make bench` makes it")
     found = bench(a.data, a.trl, a.threads, Settings())
     stage.write_json(HERE / "results.json", found)
-    rewrite(ROOT / "docs/measured.md", section(found))
+    rewrite(ROOT / "docs/measured.md", section(stage.read_json(HERE / "results.json")))  # in the file's order
 
 
 if __name__ == "__main__":
