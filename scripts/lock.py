@@ -3,8 +3,8 @@
 Versions already in those files stay unless pyproject.toml or an option for `uv pip compile` says otherwise:
 `make lock ARGS=--upgrade` takes the newest of everything, `ARGS='--upgrade-package scipy'` of one.
 
-The package index's Linux build of torch is the CUDA build: its libraries (GBs) are kept out of cpu.txt and
-dev.txt, in torch-cuda-libs.txt. The Makefile first tries torch-cpu.txt, PyTorch's own CPU build, which pip
+The package index's Linux build of torch is the CUDA build: its libraries (GBs) are kept out of cpu.txt, dev.txt
+and trl.txt, in torch-cuda-libs.txt. The Makefile first tries torch-cpu.txt, PyTorch's own CPU build, which pip
 finds where it has been told to look; the CUDA build and its libraries come only when that fails.
 """
 
@@ -29,15 +29,15 @@ TORCH_CPU = {
 }
 
 
-def compile(*extra: str) -> dict[str, str]:
-    """Package name -> its entry (pin, hashes, who wants it), as uv resolves pyproject.toml."""
-    known = [OUT / "dev.txt", OUT / "torch-cuda-libs.txt"]
+def compile(*what: str, known: tuple[str, ...] = ("dev.txt", "torch-cuda-libs.txt")) -> dict[str, str]:
+    """Package name -> its entry (pin, hashes, who wants it), as uv resolves `what` is asked of pyproject.toml."""
+    known = [OUT / name for name in known]
     with tempfile.TemporaryDirectory() as tmp:
         path = Path(tmp, "all.txt")  # uv keeps the versions that it finds in its output file
         path.write_text("".join(file.read_text() for file in known if file.exists()))
-        cmd = "-m uv pip compile pyproject.toml -q --universal --python-version 3.11 --fork-strategy fewest"
+        cmd = "-m uv pip compile -q --universal --python-version 3.11 --fork-strategy fewest"
         cmd += f" --generate-hashes --no-header -o {path}"
-        subprocess.run([sys.executable, *cmd.split(), *extra, *sys.argv[1:]], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, *cmd.split(), *what, *sys.argv[1:]], cwd=ROOT, check=True)
         entries = re.split(r"^(?=[a-z0-9])", path.read_text(), flags=re.M)[1:]
     return {re.match(r"[a-z0-9.-]+", entry)[0]: entry for entry in entries}
 
@@ -59,13 +59,15 @@ def write(name: str, purpose: str, entries) -> None:
 
 
 def main() -> None:
-    dev, run = compile("--extra", "dev"), compile()
+    dev, run = compile("pyproject.toml", "--extra", "dev"), compile("pyproject.toml")
+    trl = compile("--group", "trl", known=("trl.txt", "torch-cuda-libs.txt"))
     libs = {name for name in dev if CUDA_LIBS.match(name)}
     cpu = torch_cpu(dev["torch"])
     write("build.txt", "What builds and installs the rest.", (e for n, e in dev.items() if BUILD.match(n)))
     write("cpu.txt", "What the experiment runs on.", (e for n, e in run.items() if n not in libs))
     write("dev.txt", "cpu.txt, and what tests, lints, locks.", (e for n, e in dev.items() if n not in libs))
     write("torch-cpu.txt", "PyTorch's CPU build for Linux, which the package index does not carry.", [cpu])
+    write("trl.txt", "TRL, which benchmarks/ compares with.", (e for n, e in trl.items() if not CUDA_LIBS.match(n)))
     write("torch-cuda-libs.txt", "What the index's build of torch wants besides.", map(dev.get, sorted(libs)))
 
 

@@ -1,0 +1,88 @@
+"""`make bench`: every comparison but TRL's on a tiny model, and the section of docs/measured.md that it writes."""
+
+import json
+import statistics
+import sys
+
+import pytest
+from conftest import ROOT
+
+from roads.stage import UserError
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import bench  # noqa: E402
+
+DATA = ROOT / "data/tldr_sample"
+TINY = bench.Settings(hidden_size=32, layers=2, heads=2, vocab_size=1100, bpe=1000, query=160, response=24, repeats=2,
+                      batch_size=3, n=4, posts=5)
+
+
+@pytest.fixture(scope="module")
+def found():
+    return json.loads(json.dumps(bench.bench(DATA, None, 1, TINY)))  # JSON takes it
+
+
+def test_results_are_well_formed(found):
+    kinds = [(r["what"], r["against"]) for r in found["results"]]
+    assert len(kinds) == len(set(kinds)) == 7
+    assert {against for _, against in kinds} == {
+        "chosen, then rejected", "rouge-score", "a forward pass over each", "transformers"}
+    for r in found["results"]:
+        assert len(r["ours"]) == len(r["theirs"]) == len(r["ratios"]) == (2 if r["unit"] == "s" else 1)
+        assert min(r["ours"] + r["theirs"]) > 0 and r["median"] == statistics.median(r["ratios"])
+        assert r["low"] <= r["median"] <= r["high"]
+        faster = [theirs / ours for ours, theirs in zip(r["ours"], r["theirs"], strict=True)]
+        assert r["ratios"] == pytest.approx(faster if r["unit"] == "s" else [1 / ratio for ratio in faster])
+        if r["goal"]:
+            assert r["met"] == (r["median"] >= r["goal"])
+    assert found["machine"]["threads"] == 1 and found["machine"]["versions"]["torch"]
+
+
+def test_both_sides_train_alike_and_away_from_the_start(found):
+    losses = found["results"][0]["losses"]
+    assert len(losses["ours"]) == TINY.warm_up + TINY.repeats
+    assert losses["ours"] == pytest.approx(losses["plain"], abs=1e-5)
+    assert losses["ours"][0] == pytest.approx(0.6931472, abs=1e-6) and abs(losses["ours"][1] - losses["ours"][0]) > 1e-4
+
+
+def test_candidates_are_distinct_and_of_other_rows():
+    _, _, _, response = bench.load(DATA, TINY)
+    found = bench.candidates(response, 3, 4)
+    assert len(found.unique(dim=0)) == 4 and not (found == response[3]).all(1).any()
+
+
+def test_the_section_is_rewritten_in_place(tmp_path, found):
+    doc = tmp_path / "doc.md"
+    doc.write_text("before\n<!-- bench -->\nold\n<!-- end -->\nafter\n", encoding="utf-8")
+    bench.rewrite(doc, bench.section(found))
+    once = doc.read_text(encoding="utf-8")
+    assert once.startswith("before\n<!-- bench -->\n| ") and once.endswith(".\n<!-- end -->\nafter\n")
+    assert "old" not in once and once.count("\n| ") == 1 + len(found["results"])
+    bench.rewrite(doc, bench.section(found))
+    assert doc.read_text(encoding="utf-8") == once
+
+
+def test_a_missed_goal_is_said(found):
+    missed = found["results"][0] | {"goal": 2.0, "median": 1.9, "met": False}
+    assert "at least 2: missed" in bench.section(found | {"results": [missed]})
+    memory = bench.result("m", "x", [1.0], [2.0], 0.7, "GiB")
+    assert memory["met"] and memory["ratios"] == [0.5]
+    assert "at most 0.7: met" in bench.section(found | {"results": [memory]})
+
+
+def test_the_committed_section_is_that_of_the_committed_results():
+    results = ROOT / "benchmarks/results.json"
+    if not results.exists():
+        pytest.skip("make bench writes it")
+    found = json.loads(results.read_text(encoding="utf-8"))
+    assert f"<!-- bench -->\n{bench.section(found)}\n<!-- end -->" in (ROOT / "docs/measured.md").read_text("utf-8")
+    assert any(r["against"] == "TRL" for r in found["results"])
+
+
+def test_bad_input_is_one_line(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(b"".join((DATA / "train.jsonl").read_bytes().splitlines(True)[:5]))
+    with pytest.raises(UserError, match=r"train.jsonl: 5 rows; expected \d+"):
+        bench.load(tmp_path, TINY)
+    (tmp_path / "doc.md").write_text("no section\n", encoding="utf-8")
+    with pytest.raises(UserError, match="0 sections"):
+        bench.rewrite(tmp_path / "doc.md", "text")
