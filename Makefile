@@ -4,10 +4,12 @@
 .DEFAULT_GOAL := help
 PAPER := fig3 fig4 fig5 fig6 fig7 fig8 fig9 fig10 fig11 fig12
 EXTRA := horizon complexity verifier worlds advantage more_data recipe budget
-.PHONY: help setup test $(PAPER) $(EXTRA) figures extras claims report theory status plan graph dag times search lint lock clean
+.PHONY: help setup test $(PAPER) $(EXTRA) figures extras claims report theory status plan graph dag times bench search lint lock clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
+TRL := .venv-trl
+TRL_PIP = $(TRL)/bin/python -m pip --disable-pip-version-check install -qq --no-deps --require-hashes
 OUTER_PATH := $(PATH)
 FIND_PYTHON = for p in $(or $(PYTHON),python3 python3.11 python3.12); do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
@@ -91,17 +93,29 @@ dag: setup  ## the graph of stages, as Mermaid text
 times: setup  ## seconds of every kind of stage, from their last runs
 	@$(PY) scripts/times.py
 
+bench: setup $(TRL)/.installed  ## measure against TRL, transformers and rouge-score; rewrites docs/measured.md (some eight minutes)
+	@$(PY) benchmarks/bench.py --trl $(TRL) $(if $(DATA),--data '$(DATA)')
+
+# TRL's environment: the same torch as .venv's.
+$(TRL)/.installed: requirements/trl.txt $(VENV)/.installed
+	@echo "Setting up $(TRL) for TRL: about a minute." && $(PY) -m venv --clear $(TRL)
+	@$(TRL_PIP) -r requirements/build.txt
+	@$(TRL_PIP) -r requirements/torch-cpu.txt 2>/dev/null || echo "pip finds no CPU build of torch: taking the package index's."
+	@$(TRL_PIP) -r requirements/trl.txt
+	@$(TRL)/bin/python -c 'import torch' 2>/dev/null || $(TRL_PIP) -r requirements/torch-cuda-libs.txt
+	@$(TRL)/bin/python -c 'import trl' && touch $@
+
 search: setup  ## choose mini's hyperparameters anew, on development seeds; writes docs/search.{csv,md}
 	$(PY) scripts/search.py
 
 lint: setup  ## ruff
-	$(PY) -m ruff check src tests scripts
+	$(PY) -m ruff check src tests scripts benchmarks
 
 lock: setup  ## requirements/*.txt anew from pyproject.toml; ARGS=--upgrade for newer versions
 	$(PY) scripts/lock.py $(ARGS)
 
-clean:  ## delete .venv (results stay; DVC keeps what it has made in .dvc/cache)
-	rm -rf $(VENV)
+clean:  ## delete .venv and .venv-trl (results stay; DVC keeps what it has made in .dvc/cache)
+	rm -rf $(VENV) $(TRL)
 
 # A virtual environment whose Python has gone is made anew.
 ifneq ($(wildcard $(VENV)/.installed),)

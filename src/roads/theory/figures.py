@@ -9,10 +9,11 @@ import torch
 from scipy.stats import t as student
 
 from roads import stage
-from roads.figures.figure import BLUE, GREEN, GREY, ORANGE
+from roads.figures.figure import COLOURS
 from roads.theory import complexity as c
 from roads.theory import tree as t
 
+GREY, BLUE, GREEN, ORANGE = (COLOURS[name] for name in ("SFT", "DPO", "Local RM", "Online(DPO)"))
 PURPLE, SAND = "#8064a2", "#e0b088"
 LOOKS = {  # estimator -> colour, marker, line
     "MLE over Π": (BLUE, "o", "-"),
