@@ -4,6 +4,7 @@ One checkout runs every figure. A second one is killed in the middle, run again,
 """
 
 import ast
+import contextlib
 import csv
 import hashlib
 import json
@@ -59,7 +60,7 @@ def test_a_figure_is_png_csv_and_json(checkout, figure, bars):
 def test_every_stage_says_what_it_read_and_wrote_and_what_it_used(checkout):
     log = (checkout / "log").read_text(encoding="utf-8")
     folders = {path.parent for path in checkout.glob("runs/tiny/**/params.json")}
-    assert len(folders) == len(set(re.findall(r"^start (?!fig)(\S+)$", log, re.M))) > 30
+    assert len(folders) == len(set(re.findall(r"^start (?!fig\d+@)(\S+)$", log, re.M))) > 30
     for folder in folders:
         name = folder.relative_to(checkout).as_posix()
         assert re.search(rf"-> {name} \([\d.]+ MiB\) in [\d.]+ s", log), name
@@ -275,10 +276,11 @@ def test_a_killed_cell_takes_up_what_it_had_finished(checkout, tmp_path):
     (reward.parent.parent / "dpo/model.safetensors").stat()  # done, so not done again
     again = subprocess.Popen(command, cwd=where, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while again.poll() is None:
-        assert not reward.exists() or reward.stat().st_mtime_ns == before
+        with contextlib.suppress(FileNotFoundError):  # it is deleted in the end
+            assert reward.stat().st_mtime_ns == before
         time.sleep(0.005)
     assert again.returncode == 0 and not list(where.glob("runs/.scratch/*"))
-    run(checkout, *command[1:4], sft, str(tmp_path / "whole"), *command[6:])
+    run(checkout, *command[2:4], sft, str(tmp_path / "whole"), *command[6:])
     for name in ("scores.npz", "metrics.json", "params.json"):
         assert (where / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
