@@ -23,7 +23,7 @@ def language_model_loss(policy, tokens: torch.Tensor, weights: torch.Tensor) -> 
 
 def base(data: Path, out: Path, cfg: config.Scale) -> None:
     """Train a random model on base.npz; seed 0 always, as one base serves every seed of the study."""
-    torch.set_num_threads(cfg.threads)
+    torch.set_num_threads(cfg.machine.threads)
     used = config.used(cfg, "model", "base")
     with stage.output(out, used, [data]) as folder:
         rows = np.load(data / "base.npz")

@@ -22,7 +22,7 @@ def best_of(rewards: np.ndarray, n: int) -> np.ndarray:
 def best_of_n(completions: Path, data: Path, path: Path, reference: Path, out: Path, cfg: config.Scale,
               kind: str) -> None:
     """Write scores.npz: n<N> [B], the judge's score of the best of N against the reference summary, for each N."""
-    torch.set_num_threads(cfg.threads)
+    torch.set_num_threads(cfg.machine.threads)
     with stage.output(out, {"kind": kind, **config.used(cfg, "source")}, [completions, data, path]) as folder:
         rows = np.load(completions / "completions.npz")
         query, sampled = map(torch.from_numpy, (rows["query"], rows["completions"]))

@@ -48,7 +48,7 @@ def mean_kl(policy: Path, sft: Path, prompts: Path, settings: config.Sampling, s
 def cell(where: Path, sft: Path, out: Path, cfg: config.Scale, seed: int) -> None:
     """Write scores.npz: <policy> [N], a score per prompt of test_human, for SFT and every policy of the block;
     metrics.json: each one's metrics and KL from SFT, and how well the reward models tell held-out pairs apart."""
-    torch.set_num_threads(cfg.threads)
+    torch.set_num_threads(cfg.machine.threads)
     used = config.used(cfg, "policies", "source", "data", "reward", "dpo", "samples") | {"seed": seed}
     del used["samples"]["rouge"], used["samples"]["best_of_n"]
     key = train.key_of(used, [where, sft], "cell")

@@ -26,8 +26,10 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-WORLD_FILE = "src/roads/world.py"  # what the data of a synthetic scale are made from
-SAMPLE = "data/tldr_sample"  # the posts in this repository
+# What the data of a scale are made from, by the kind of its source, unless DATA= says otherwise: the world's module,
+# the posts in this repository, what to download. The arms of a scale read the same.
+DATA_FROM = {"world": "src/roads/world.py", "jsonl": "data/tldr_sample", "openai": "data/openai.json",
+             "two_word": "data/openai.json"}
 
 
 class World(Strict):
@@ -53,19 +55,32 @@ class World(Strict):
         return self
 
 
-class Text(Strict):
-    """Rows of real text, from a folder with train.jsonl, valid.jsonl and test.jsonl (tldr.py)."""
+class OpenAI(Strict):
+    """OpenAI's TL;DR posts and comparisons, downloaded as data/openai.json says."""
 
-    kind: Literal["text"]
-    vocab_size: Annotated[int, Field(ge=258)]
+    kind: Literal["openai"]
     max_query_tokens: Annotated[int, Field(ge=16)]
     max_response_tokens: Annotated[int, Field(ge=2)]  # EOS included
+    max_preference_tokens: Annotated[int, Field(ge=2)]  # of the sides of a comparison: people wrote up to 169
+
+
+class TwoWord(OpenAI):
+    """Fig 10: pairs of two-word summaries, at most max_preference_tokens long, that the judge writes and labels."""
+
+    kind: Literal["two_word"]
+
+
+class Jsonl(OpenAI):
+    """Rows of your own: a folder with train.jsonl, valid.jsonl and test.jsonl, and maybe comparisons (tldr.py)."""
+
+    kind: Literal["jsonl"]
+    vocab_size: Annotated[int, Field(ge=258)] | None  # of a BPE, trained where there is no tokenizer.json
 
 
 class Data(Strict):
     """How many rows each split has."""
 
-    base: Count
+    base: Annotated[int, Field(ge=0)]  # none where the base is pretrained
     sft: Count
     preferences: Count  # prompts of the preference set
     more: Annotated[int, Field(ge=0)]  # prompts beyond it (Fig 5), which the world's annotators can label too
@@ -75,7 +90,10 @@ class Data(Strict):
     best_of_n: Count  # how many of those are used for best-of-N
 
 
-class Model(Strict):
+class New(Strict):
+    """A GPT-NeoX of random weights, which stage base trains."""
+
+    kind: Literal["new"]
     hidden_size: Count
     layers: Count
     heads: Count
@@ -86,6 +104,58 @@ class Model(Strict):
         if self.hidden_size % self.heads:
             raise ValueError(f"heads: expected a divisor of hidden_size={self.hidden_size}, got {self.heads}")
         return self
+
+
+class Pretrained(Strict):
+    """Any causal language model of the hub, or of a folder; stage base fetches it."""
+
+    kind: Literal["pretrained"]
+    name: str
+    revision: str | None  # of the hub; none for a folder
+    parameters: Positive  # for `make plan`
+
+
+class Compute(Strict):
+    """How numbers are computed: it may move them, by rounding (precision, attention) or other draws (sampler)."""
+
+    precision: Literal["fp32", "bf16"]  # bf16: autocast; weights and optimiser stay fp32
+    attention: Literal["sdpa", "flash"]
+    sampler: Literal["hf", "vllm"]
+
+
+class Machine(Strict):
+    """What fits the machine and moves no number beyond rounding: DVC does not look at it."""
+
+    threads: Count  # per stage, without a GPU
+    micro_batch: Count | None  # rows, or pairs, that a GPU takes at once; null: halved until it fits
+    gradient_checkpointing: bool
+    tensor_parallel: Count  # GPUs that vLLM spreads a model over
+
+
+class Gold(Strict):
+    kind: Literal["gold"]  # the world's own judge, which knows the quality
+
+
+class Outside(Strict):
+    """A judge behind an OpenAI-compatible endpoint (client.py): OPENAI_BASE_URL and OPENAI_API_KEY say where."""
+
+    kind: Literal["openai", "batch"]  # one request an answer, or OpenAI's Batch API
+    model: str  # dated, as gpt-4o-2024-08-06
+    prompt: Literal["summary", "two_word"]  # a file of prompts/
+    temperature: NonNegative
+    max_tokens: Count
+
+
+class Spending(Strict):
+    """What asking may cost, and how it is done: no answer depends on it, and DVC does not look at it."""
+
+    budget: Positive  # dollars, over all that was ever asked of the model; asking stops before it is passed
+    input: NonNegative  # dollars per million tokens read
+    output: NonNegative  # and written
+    batch_discount: Annotated[float, Field(gt=0, le=1)]  # the Batch API's price, as a share
+    concurrency: Count  # requests at once
+    timeout: Positive  # seconds
+    retries: Annotated[int, Field(ge=0)]
 
 
 class Train(Strict):
@@ -111,9 +181,16 @@ class RankedSampling(Sampling):
     n: Annotated[int, Field(ge=2)]  # best and worst need two
 
 
-class Labelled(Sampling):
+class Labelled(Strict):
     n: Literal[2]
-    labels: Literal["annotators", "judge"]  # noisy Bradley-Terry labels, or the judge that winrates have (Fig 6)
+    temperature: Positive | None  # none for rows
+    labels: Literal["annotators", "judge", "rows"]  # noisy Bradley-Terry ones; of winrates' judge (Fig 6); the data's
+
+    @model_validator(mode="after")
+    def _sampled(self):
+        if (self.temperature is None) != (self.labels == "rows"):
+            raise ValueError("temperature: expected a number, or null where labels are the rows' own")
+        return self
 
 
 class Online(RankedSampling):
@@ -132,17 +209,20 @@ class Samples(Strict):
 class Scale(Strict):
     """One block of params.yaml. Scales differ by numbers, never by code."""
 
-    threads: Count
+    compute: Compute
+    machine: Machine
     policies: list[Literal["dpo", "dpo_2x", "online_sft", "online"]]  # that cell.py trains, where the block is an arm
-    source: World | Text = Field(discriminator="kind")
+    source: Annotated[World | Jsonl | OpenAI | TwoWord, Field(discriminator="kind")]
     data: Data
-    model: Model
-    base: Train
+    model: Annotated[New | Pretrained, Field(discriminator="kind")]
+    base: Train | None  # none for a pretrained model
     sft: Train
     reward: Train
     local: Preference
     dpo: Preference
     samples: Samples
+    judge: Annotated[Gold | Outside, Field(discriminator="kind")] | None  # none without preferences
+    spending: Spending | None  # none where nothing is asked over a network
 
     @property
     def synthetic(self) -> bool:
@@ -150,9 +230,22 @@ class Scale(Strict):
 
     @model_validator(mode="after")
     def _complete(self):
-        for name in ("human", "value", "best_of_n") if self.synthetic else ():
+        for name in ("human", "value", "best_of_n") if self.synthetic or self.samples.human else ():
             if getattr(self.samples, name) is None:
-                raise ValueError(f"samples.{name}: missing; a world needs it")
+                raise ValueError(f"samples.{name}: missing; preferences need it")
+        if (self.samples.human is None) != (self.judge is None):
+            raise ValueError("judge: expected a block where there is samples.human, and null elsewhere")
+        if self.judge and self.synthetic != (self.judge.kind == "gold"):
+            raise ValueError("judge.kind: expected gold for a world, and openai or batch for posts")
+        own = "annotators" if self.synthetic else "rows"
+        if self.samples.human and self.samples.human.labels not in (own, "judge"):
+            raise ValueError(f"samples.human.labels: expected {own} or judge, got {self.samples.human.labels}")
+        if isinstance(self.judge, Outside) != (self.spending is not None):
+            raise ValueError("spending: expected a block where the judge is asked over a network, and null elsewhere")
+        if not (self.model.kind == "new") == (self.base is not None) == (self.data.base > 0):
+            raise ValueError("base: expected a block and data.base > 0 for a new model, null and 0 for one pretrained")
+        if self.compute.attention == "flash" and self.compute.precision != "bf16":
+            raise ValueError("compute.attention: flash needs precision bf16")
         if self.data.online > self.data.preferences + self.data.more:
             raise ValueError(f"data.online: expected at most preferences + more, got {self.data.online}")
         if self.data.best_of_n > self.data.test:
@@ -197,12 +290,12 @@ class Params(Strict):
             raise ValueError(f"scale: no block named {self.scale!r}{nearest(self.scale, self.scales)}")
         self._check_studies()
         cfg = self.scales[self.scale]
-        for key, value in active(self.scale, cfg.synthetic, self.studies).items():
+        for key, value in active(self.scale, cfg.samples.human is not None, self.studies).items():
             if getattr(self, key) != value:
                 raise ValueError(f"{key}: expected {value} for scale {self.scale}, got {getattr(self, key)};"
                                  f" `make fig11 SCALE={self.scale}` sets it")
-        if cfg.synthetic != (self.data_from == WORLD_FILE):
-            wanted = WORLD_FILE if cfg.synthetic else "a folder of posts"
+        if cfg.synthetic != (self.data_from == DATA_FROM["world"]):
+            wanted = DATA_FROM["world"] if cfg.synthetic else "a folder of posts, or data/openai.json"
             raise ValueError(f"data_from: expected {wanted} for scale {self.scale}, got {self.data_from!r}")
         return self
 
@@ -219,15 +312,15 @@ class Params(Strict):
                                          "from; expected the same source, model, base, sft and data")
 
 
-def active(scale: str, synthetic: bool, studies: dict) -> dict:
-    """What of the graph a scale has: real posts come without preference labels, and not every scale has a study."""
-    tasks = ["human", "rouge"] if synthetic else ["rouge"]
+def active(scale: str, has_preferences: bool, studies: dict) -> dict:
+    """What of the graph a scale has: posts may come without preferences, and not every scale has a study."""
+    tasks = ["human", "rouge"] if has_preferences else ["rouge"]
     study = studies.get(scale, {})
     arms = {name: list(study.get(name, [])) for name in SHARED + APART}
     apart = [arm for name in APART for arm in arms[name]]
     figures = {name: [scale] * (task in tasks) for name, task in FIGURES.items()}
     figures |= {name: [scale] * bool(arms[name]) for name in SHARED + APART}
-    return {"tasks": tasks, "sizes": [scale, *arms["fig9"]] if synthetic else [],
+    return {"tasks": tasks, "sizes": [scale, *arms["fig9"]] if has_preferences else [],
             "worlds": list(dict.fromkeys([scale, *apart])), "arms": arms, "figures": figures}
 
 
@@ -238,17 +331,17 @@ def nearest(key: str, known) -> str:
 
 def _explain(error: dict) -> str:
     """One pydantic error as 'key: what was expected'."""
-    # pydantic's path has two steps that the file has not: `scales`, and the kind of a source.
+    # pydantic's path has two steps that the file has not: `scales`, and the kind of a block that has several.
     location = [str(part) for part in error["loc"]]
     location = location[1:] if location[:1] == ["scales"] else location
-    kinds = [before == "source" and part in ("world", "text") for before, part in zip(["", *location], location)]
-    key = ".".join(part for part, is_kind in zip(location, kinds) if not is_kind)
+    is_kind = [before in KINDS and part in KINDS[before] for before, part in zip(["", *location], location)]
+    key = ".".join(part for part, kind in zip(location, is_kind) if not kind)
     if error["type"] == "extra_forbidden":
         model = Params if len(location) == 1 else Scale
         for before, part in zip(location, location[1:-1]):
-            if before == "source":
-                model = {"world": World, "text": Text}[part]
-            elif part != "source":
+            if before in KINDS:
+                model = KINDS[before][part]
+            elif part not in KINDS:
                 model = _model_of(model.model_fields[part].annotation)
         known = [name for name in model.model_fields if name != "scales"]
         return f"{key}: unknown key{nearest(location[-1], known)}"
@@ -258,6 +351,11 @@ def _explain(error: dict) -> str:
         inner = str(error["ctx"]["error"])
         return f"{key}.{inner}" if key else inner
     return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
+
+
+KINDS = {"source": {"world": World, "jsonl": Jsonl, "openai": OpenAI, "two_word": TwoWord},
+         "model": {"new": New, "pretrained": Pretrained},
+         "judge": {"gold": Gold, "openai": Outside, "batch": Outside}}
 
 
 def _model_of(annotation):
@@ -314,23 +412,24 @@ def switch(scale: str, data: str | None = None, path: Path = PARAMS) -> None:
     """
     yaml = YAML()
     yaml.preserve_quotes, yaml.width = True, 118
+    yaml.representer.add_representer(type(None), lambda it, _: it.represent_scalar("tag:yaml.org,2002:null", "null"))
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     document = yaml.load(before) or {}
     block = document.get(scale)
     if not isinstance(block, dict) or scale in Params.model_fields:
         known = [key for key in document if isinstance(document[key], dict) and key not in Params.model_fields]
         raise UserError(f"{path}: no block named {scale!r}{nearest(scale, known)}")
-    synthetic = block.get("source", {}).get("kind") == "world"
-    if data is not None and synthetic:
+    kind = block.get("source", {}).get("kind")
+    if data is not None and kind == "world":
         raise UserError(f"DATA={data}: scale {scale} makes its own data; use a scale of real posts")
-    if data is not None and not Path(data).is_dir():
-        raise UserError(f"DATA={data}: no such folder; expected one with train.jsonl, valid.jsonl and test.jsonl")
-    if synthetic:
-        data = WORLD_FILE
-    elif data is None:
-        data = document["data_from"] if document.get("scale") == scale else SAMPLE
+    if data is not None and not (Path(data).is_file() if kind == "openai" else Path(data).is_dir()):
+        expected = ("a file that says what to download, as data/openai.json does" if kind == "openai" else
+                    "a folder with train.jsonl, valid.jsonl and test.jsonl")
+        raise UserError(f"DATA={data}: not found; expected {expected}")
+    if data is None:
+        data = document["data_from"] if document.get("scale") == scale else DATA_FROM.get(kind, "")
     document["scale"], document["data_from"] = scale, data
-    for key, value in active(scale, synthetic, document["studies"]).items():
+    for key, value in active(scale, bool(block.get("samples", {}).get("human")), document["studies"]).items():
         for where, name, blocks in ([(document, key, value)] if isinstance(value, list)
                                     else [(document[key], name, blocks) for name, blocks in value.items()]):
             where[name][:] = blocks

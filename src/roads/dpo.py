@@ -32,7 +32,7 @@ def dpo(pairs: Path, reference: Path, out: Path, cfg: config.Scale, seed: int, t
     Online DPO uses all the hyperparameters of offline DPO; only the data differ, and the logits of policy and
     reference are divided by the temperature that the pairs were sampled at (samples.online.logits_divided_by).
     """
-    torch.set_num_threads(cfg.threads)
+    torch.set_num_threads(cfg.machine.threads)
     recipe = cfg.local if local else cfg.dpo
     recipe = recipe.model_copy(update={"epochs": times * recipe.epochs})
     temperature = cfg.samples.online.logits_divided_by if online else 1.0

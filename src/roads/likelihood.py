@@ -38,7 +38,7 @@ def likelihood(path: Path, pairs: Path, reference: Path, out: Path, cfg: config.
 
     Their mean is what the paper calls validation likelihood; log loss and accuracy go with it.
     """
-    torch.set_num_threads(cfg.threads)
+    torch.set_num_threads(cfg.machine.threads)
     with stage.output(out, {"kind": kind, **config.used(cfg, kind)}, [path, pairs, reference]) as folder:
         margin = margins(path, pairs, reference, cfg, kind).double()
         score = torch.sigmoid(margin).numpy()

@@ -72,7 +72,7 @@ def rank(completions: Path, out: Path, cfg: config.Scale, by: str, data: Path | 
         else:
             import torch
 
-            torch.set_num_threads(cfg.threads)
+            torch.set_num_threads(cfg.machine.threads)
             scores = reward_scores(query, sampled, model)
         best, worst, told = best_and_worst(scores)
         if not told.any():

@@ -18,7 +18,7 @@ def reward_loss(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) ->
 
 def reward(pairs: Path, sft: Path, out: Path, cfg: config.Scale, seed: int) -> None:
     """Train a reward model from the SFT checkpoint on pairs.npz."""
-    torch.set_num_threads(cfg.threads)
+    torch.set_num_threads(cfg.machine.threads)
     used = config.used(cfg, "reward") | {"seed": seed}
     with stage.output(out, used, [pairs, sft]) as folder:
         query, chosen, rejected = train.load_pairs(pairs)

@@ -68,7 +68,7 @@ def completions(policy, query: torch.Tensor, length: int, settings: config.Sampl
 
 def sample(policy: Path, prompts: Path, out: Path, cfg: config.Scale, samples: str, seed: int) -> None:
     """Sample every prompt of a split with the settings `samples.<name>` of params.yaml."""
-    torch.set_num_threads(cfg.threads)
+    torch.set_num_threads(cfg.machine.threads)
     settings = getattr(cfg.samples, samples)
     used = {"samples": {samples: settings.model_dump()}, "seed": seed}
     with stage.output(out, used, [policy, prompts]) as folder:

@@ -19,7 +19,7 @@ def sft_loss(logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 
 def sft(data: Path, base: Path, out: Path, cfg: config.Scale) -> None:
     """Fine-tune the base on sft.npz; a single SFT seed, as in the paper."""
-    torch.set_num_threads(cfg.threads)
+    torch.set_num_threads(cfg.machine.threads)
     used = config.used(cfg, "sft")
     with stage.output(out, used, [data, base]) as folder:
         rows = np.load(data / "sft.npz")

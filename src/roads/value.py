@@ -22,7 +22,7 @@ def value(policy: Path, pairs: Path, reference: Path, out: Path, cfg: config.Sca
 
     beta is DPO's, pi_ref the SFT policy for every policy, whatever it was trained from.
     """
-    torch.set_num_threads(cfg.threads)
+    torch.set_num_threads(cfg.machine.threads)
     settings, beta = cfg.samples.value, cfg.dpo.beta
     used = {"samples": {"value": settings.model_dump()}, "beta": beta, "seed": seed}
     with stage.output(out, used, [policy, pairs, reference]) as folder:
