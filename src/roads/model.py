@@ -15,7 +15,7 @@ from roads.tldr import EOS, PAD
 disable_progress_bar()  # of loading and saving; the long work has bars of its own
 
 
-def new_policy(cfg: config.Model, vocab_size: int, seed: int) -> GPTNeoXForCausalLM:
+def new_policy(cfg: config.New, vocab_size: int, seed: int) -> GPTNeoXForCausalLM:
     """A policy of Pythia's architecture with random weights, fp32."""
     torch.manual_seed(seed)
     return GPTNeoXForCausalLM(GPTNeoXConfig(

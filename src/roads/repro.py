@@ -193,7 +193,7 @@ def command() -> int:
 
     parser = argparse.ArgumentParser(prog="python -m roads.repro", description=__doc__.splitlines()[0])
     parser.add_argument("targets", nargs="*", help="what to bring up to date (default: all)")
-    parser.add_argument("--jobs", type=int, help="at once (default: one per core, or per GPU where the scale wants one)")
+    parser.add_argument("--jobs", type=int, help="at once (default: one per core, or per GPU)")
     parser.add_argument(SINGLE, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.single_item:

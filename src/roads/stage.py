@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-
 LAUNCH = "ROADS_LAUNCH"  # the file of configs/accelerate that training stages are started with; `make … LAUNCH=name`
 
 
