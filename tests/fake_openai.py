@@ -45,8 +45,7 @@ class Fake:
         class Bound(Handler):
             server_openai = fake
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", port), Bound)
-        self.http.daemon_threads = True
+        self.http = Server(("127.0.0.1", port), Bound)
         self.port = self.http.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}/v1"
 
@@ -117,6 +116,14 @@ def say(prompt: str, times: int) -> str:
         words = prompt.split("### Post:\n")[1].split("\n\n### Instructions")[0].split()
         return f"Summary: {' '.join(words[2 * times - 2:2 * times] or words[:2])}"
     return f"You said: {prompt}"
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256  # 5 by default: more connections at once would be reset
+
+    def handle_error(self, request, client_address):
+        """Clients that are gone are part of the play."""
 
 
 class Handler(BaseHTTPRequestHandler):
