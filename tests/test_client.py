@@ -1,6 +1,5 @@
 """The client of an outside judge, against a real server that fails in every way of fake_openai.py."""
 
-import json
 import os
 import signal
 import socket
@@ -22,7 +21,7 @@ from roads.stage import UserError
 KEY = "sk-a-secret-of-this-test"
 JUDGE = SimpleNamespace(kind="openai", model="gpt-4o-2024-08-06", prompt="summary", temperature=0.0, max_tokens=100)
 BATCH = SimpleNamespace(**vars(JUDGE) | {"kind": "batch"})
-SPENDING = SimpleNamespace(budget=100.0, input=2.5, output=10.0, batch_discount=0.5, concurrency=8, timeout=3.0,
+SPENDING = SimpleNamespace(budget=100.0, input=2.5, output=10.0, batch_discount=0.5, concurrency=8, timeout=20.0,
                            retries=4)
 
 
@@ -173,13 +172,13 @@ def test_the_budget_is_never_passed_and_a_larger_one_goes_on(cache, serve):
 
 def test_kill_9_loses_no_answer_and_pays_for_none_twice(cache, serve):
     fake = serve(delay=0.02)
-    running = process(cache, 60, concurrency=4, timeout=1.0)
+    running = process(cache, 60, concurrency=4, timeout=2.0)
     wait_for(lambda: len(fake.billed) > 20)
     running.send_signal(signal.SIGKILL)
     running.communicate()
     stored = rows(cache, "key", "answer IS NOT NULL")
     fake.delay = 0
-    assert client.answers(MESSAGES, JUDGE, spending(timeout=1.0), cache) == SAID
+    assert client.answers(MESSAGES, JUDGE, spending(timeout=2.0), cache) == SAID
     lost = rows(cache, "key", "answer IS NULL")  # they were under way; the server may have billed them
     again = {client.key_of(prompt, JUDGE) for prompt, n in fake.asked.items() if n > 1}
     assert len(stored) >= 15 and len(lost) <= 4 and again <= {key for key, in lost} and not again & set(stored)
@@ -240,6 +239,20 @@ def test_no_key_no_endpoint_and_a_wrong_key(cache, serve, monkeypatch):
     assert client.answers(MESSAGES[:3], JUDGE, SPENDING, cache) == SAID[:3]
 
 
+@pytest.mark.parametrize("url", ["127.0.0.1:8000/v1", "http://127.0.0.1:port/v1", "file:///v1"])
+def test_an_endpoint_that_is_no_url(cache, monkeypatch, url):
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    with pytest.raises(UserError, match="^OPENAI_BASE_URL: expected http"):
+        client.answers(MESSAGES, JUDGE, SPENDING, cache)
+
+
+@pytest.mark.parametrize("host, local", [
+    ("localhost:80", True), ("judge", True), ("10.1.2.3:8000", True), ("::1", True),
+    ("api.openai.com", False), ("8.8.8.8:80", False)])  # fmt: skip
+def test_a_local_endpoint(host, local):
+    assert client._local(host) == local
+
+
 def test_an_unusable_cache_is_named(tmp_path):
     (tmp_path / "x").write_text("no database " * 100)
     with pytest.raises(UserError, match=r"x: file is not a database; expected the SQLite file"):
@@ -270,6 +283,7 @@ def test_a_batch_is_waited_for_after_kill_9_and_never_submitted_twice(cache, ser
     # One request an answer, for a change: what is in a batch is not asked beside it.
     assert client.answers(MESSAGES, JUDGE, SPENDING, cache, poll=0.02) == SAID
     assert len(fake.batches) == 1 and len(fake.billed) == len(rows(cache)) == 60
+    assert dollars(cache) == pytest.approx(fake.dollars(2.5, 10) / 2)
 
 
 def test_a_batch_whose_id_was_lost_is_found_by_its_tag(cache, serve):
@@ -388,6 +402,5 @@ def test_estimate_asks_nothing(tmp_path, cache, serve, monkeypatch, capsys):
 
 def test_the_worst_price_is_above_the_true_one():
     for text in ("Plain English words, as in a post about a cat.", "\N{CAT FACE}" * 40, "猫はとても可愛い" * 9):
-        assert client.worst_price(text, JUDGE, SPENDING) > client.price(len(text) / 4, 100, JUDGE, SPENDING)
-    assert client.worst_price("猫" * 40, JUDGE, SPENDING) > client.price(120, 100, JUDGE, SPENDING)
-    assert json.loads(json.dumps(client._request("x", JUDGE)))["model"] == JUDGE.model
+        assert client.worst_price(text, JUDGE, SPENDING) > client.price(len(text) / 4, 100, SPENDING, False)
+    assert client.worst_price("猫" * 40, JUDGE, SPENDING) > client.price(120, 100, SPENDING, False)

@@ -80,17 +80,17 @@ class Unanswerable(Exception):
     """The endpoint refuses this prompt, and will again."""
 
 
-def price(prompt_tokens: float, completion_tokens: float, judge, spending) -> float:
-    """Dollars of one request."""
+def price(prompt_tokens: float, completion_tokens: float, spending, batch: bool) -> float:
+    """Dollars of one request, by itself or in a batch."""
     full = (prompt_tokens * spending.input + completion_tokens * spending.output) / 1e6
-    return full * spending.batch_discount if judge.kind == "batch" else full
+    return full * spending.batch_discount if batch else full
 
 
 def worst_price(message: str, judge, spending) -> float:
     """Dollars at most: a token is 4 bytes of English or more; we count 3, and 1 byte of anything else."""
     plain = len(message.encode("ascii", "ignore"))
     tokens = plain / 3 + len(message.encode()) - plain + 16  # 16: what a chat wraps around a message
-    return price(tokens, judge.max_tokens, judge, spending)
+    return price(tokens, judge.max_tokens, spending, judge.kind == "batch")
 
 
 def key_of(message: str, judge, draw: int = 0) -> str:
@@ -169,11 +169,12 @@ class Cache:
         usage = usage if isinstance(usage, dict) else {}
         tokens = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
         known = all(isinstance(n, int) for n in tokens)
-        wrong = body and _dated(self.judge.model) and model != self.judge.model
+        wrong = _dated(self.judge.model) and "choices" in body and model != self.judge.model
+        batch = self.db.execute("SELECT batch FROM answers WHERE id = ?", [row]).fetchone()[0] is not None
         self.db.execute("UPDATE answers SET answer = ?, answered_by = ?, prompt_tokens = ?, completion_tokens = ?, "
                         "dollars = coalesce(?, dollars), until = 0 WHERE id = ?",
                         [None if wrong else _text(body), str(model), *tokens,
-                         price(*tokens, self.judge, self.spending) if known else None, row])
+                         price(*tokens, self.spending, batch) if known else None, row])
         if wrong:
             raise UserError(f"judge.model: asked for {self.judge.model}, but {_host()} answered as {model!r}; name the "
                             "model that is there")
@@ -244,7 +245,7 @@ def answers(messages: list[str], judge, spending, cache: Path = CACHE,
 
 async def _fetch(book: Cache, todo: dict[str, str], bar: tqdm, poll: float) -> None:
     """Ask until every key of todo has its answer."""
-    async with _connect(book) as client:
+    async with _connect() as client:
         # What is in a batch already, of another process or one that was killed, is not asked again: wait for it.
         await _collect(client, book, set(todo), bar, poll)
         while missing := {key: message for key, message in todo.items() if book.answer(key) is None}:
@@ -266,28 +267,38 @@ async def _fetch(book: Cache, todo: dict[str, str], bar: tqdm, poll: float) -> N
 def _host() -> str:
     """Where OPENAI_BASE_URL points, without user or password."""
     parts = urlsplit(os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1")
-    return parts.hostname + (f":{parts.port}" if parts.port else "") if parts.hostname else "?"
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError:  # a port that is no number
+        host = None
+    if not host or parts.scheme not in ("http", "https"):
+        raise UserError("OPENAI_BASE_URL: expected http://HOST:PORT/v1 or https://HOST/v1")
+    return f"{host}:{port}" if port else host
 
 
-def _connect(book: Cache):
+def _key() -> str:
+    return os.environ.get("OPENAI_API_KEY", "").strip()
+
+
+def _connect():
     """An AsyncOpenAI of the environment's endpoint and key."""
     from openai import AsyncOpenAI
 
-    if _host() == "?":
-        raise UserError("OPENAI_BASE_URL: expected http://HOST:PORT/v1 or https://HOST/v1")
-    key = os.environ.get("OPENAI_API_KEY") or ("none" if _local() else None)
+    host = _host()
+    key = _key() or ("none" if _local(host) else None)
     if not key:
-        raise UserError(f"OPENAI_API_KEY is not set, and {_host()} needs it; export it, or let OPENAI_BASE_URL name a "
+        raise UserError(f"OPENAI_API_KEY is not set, and {host} needs it; export it, or let OPENAI_BASE_URL name a "
                         "server of your own")
     return AsyncOpenAI(api_key=key, max_retries=0)
 
 
-def _local() -> bool:
-    host = _host().rsplit(":", 1)[0]
+def _local(host: str) -> bool:
+    """An endpoint of this machine or its network, which may ask for no key."""
+    name = host.rsplit(":", 1)[0]
     try:
-        return ipaddress.ip_address(host).is_private
+        return ipaddress.ip_address(name).is_private
     except ValueError:
-        return "." not in host  # localhost, or a machine of this network
+        return "." not in name  # localhost, or a container's name
 
 
 @contextmanager
@@ -300,9 +311,8 @@ def _errors() -> Iterator[None]:
     except openai.APIStatusError as error:
         body = error.body if isinstance(error.body, dict) else {}
         code, status, where = str(body.get("code") or body.get("type") or ""), error.status_code, _host()
-        said = " ".join(str(body.get("message") or "").split())[:200]
-        if key := os.environ.get("OPENAI_API_KEY"):
-            said = said.replace(key, "...")
+        said = " ".join(str(body.get("message") or "").split())
+        said = (said.replace(_key(), "...") if _key() else said)[:200]
         if "insufficient_quota" in (code, body.get("type")):
             raise UserError(f"{where}: insufficient_quota; add money to the account and run again") from None
         if status in (401, 403):

@@ -9,6 +9,7 @@ For Fig 10 that model writes as well: two-word summaries, and pairs of them with
 
 import re
 from collections.abc import Callable
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,8 +91,12 @@ def both_orders(cfg, tokenizer: Tokenizer, query: np.ndarray, first: np.ndarray,
 
 def fill(name: str, **slots: str) -> str:
     """The prompt of prompts/<name>.txt with its slots `{{slot}}` filled; what is filled in is not looked into."""
-    text = (resources.files("roads") / "prompts" / f"{name}.txt").read_text(encoding="utf-8")
-    return re.sub(r"{{(\w+)}}", lambda slot: slots[slot[1]], text).rstrip("\n")
+    return re.sub(r"{{(\w+)}}", lambda slot: slots[slot[1]], _template(name))
+
+
+@cache
+def _template(name: str) -> str:
+    return (resources.files("roads") / "prompts" / f"{name}.txt").read_text(encoding="utf-8").rstrip("\n")
 
 
 def posts_of(query: np.ndarray, tokenizer: Tokenizer) -> list[str]:
