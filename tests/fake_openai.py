@@ -30,10 +30,13 @@ class Fake:
             "garbage", "refusal", "model", "drop" (a batch's line that is in no file).
         delay: seconds an answer takes. polls: how often a batch is looked at before it is done.
         key: what OPENAI_API_KEY must be, if anything. retry_after: seconds, a header of 429.
+        tokens: of a prompt and an answer, what is billed: tokens read and written.
     """
 
-    def __init__(self, faults=(), delay=0.0, polls=2, key=None, retry_after="0.2", port=0):
-        self.faults, self.delay, self.polls, self.key, self.retry_after = list(faults), delay, polls, key, retry_after
+    def __init__(self, faults=(), delay=0.0, polls=2, key=None, retry_after="0.2", port=0,
+                 tokens=lambda prompt, text: (len(prompt) // 4, len(text) // 4 + 1)):
+        self.faults, self.delay, self.polls, self.key = list(faults), delay, polls, key
+        self.retry_after, self.tokens = retry_after, tokens
         self.lock = threading.Lock()
         self.asked = Counter()  # prompt -> how often, errors included
         self.times = []  # (prompt, seconds) of each request
@@ -74,7 +77,7 @@ class Fake:
         text = say(prompt, self.asked[prompt])
         text = {"garbage": "They are both fine summaries.", "empty": "", "refusal": None}.get(fault, text)
         message = {"role": "assistant", "content": text, "refusal": "I can't help with that." if text is None else None}
-        tokens = len(prompt) // 4, len(text or "") // 4 + 1
+        tokens = self.tokens(prompt, text or "")
         with self.lock:
             self.billed.append((prompt, *tokens))
         return {"id": "chatcmpl-1", "object": "chat.completion", "created": 0,

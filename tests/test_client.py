@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -157,15 +158,16 @@ def test_what_cannot_be_read_is_asked_twice_more_and_then_kept(cache, serve):
 
 
 def test_the_budget_is_never_passed_and_a_larger_one_goes_on(cache, serve):
-    fake = serve(["ok", "cut", "ok", "429"], delay=0.01)
-    short = SimpleNamespace(**vars(JUDGE) | {"max_tokens": 10})  # so that the worst price is near the true one
-    budget = 24 * client.worst_price(MESSAGES[0], short, SPENDING)
-    for part in (0.5, 0.5, 1.0):  # a restart is no new budget
+    short = SimpleNamespace(**vars(JUDGE) | {"max_tokens": 10})
+    # Every answer costs what it may cost at most, but for fractions of a token.
+    fake = serve(["ok", "cut", "ok", "429"], delay=0.01, tokens=lambda prompt, _: (len(prompt) // 3 + 16, 10))
+    worst = client.worst_price(MESSAGES[0], short, SPENDING)
+    for budget in (12.9 * worst, 12.9 * worst, 25.9 * worst):  # a restart is no new budget
         with pytest.raises(UserError, match=r"^spent \$0.0\d+ of \$0.0\d+ on gpt-4o.*raise spending.budget"):
-            client.answers(MESSAGES, short, spending(budget=budget * part), cache)
-        assert 0 < fake.dollars(2.5, 10) <= dollars(cache) <= budget * part
+            client.answers(MESSAGES, short, spending(budget=budget), cache)
+        assert budget - 2 * worst < fake.dollars(2.5, 10) <= dollars(cache) <= budget
         assert not rows(cache, where=f"answer IS NULL AND until > {time.time()}")  # none was left under way
-    assert 10 < len(fake.billed) == len(rows(cache)) < 60
+    assert len(fake.billed) == len(rows(cache)) == 25
     assert client.answers(MESSAGES, short, SPENDING, cache) == SAID
     assert len(fake.billed) == len(rows(cache)) == 61
 
@@ -284,6 +286,14 @@ def test_a_batch_is_waited_for_after_kill_9_and_never_submitted_twice(cache, ser
     assert client.answers(MESSAGES, JUDGE, SPENDING, cache, poll=0.02) == SAID
     assert len(fake.batches) == 1 and len(fake.billed) == len(rows(cache)) == 60
     assert dollars(cache) == pytest.approx(fake.dollars(2.5, 10) / 2)
+
+
+def test_two_at_once_submit_one_batch(cache, serve):
+    fake = serve(polls=12)
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(client.answers, MESSAGES, BATCH, SPENDING, cache, poll=0.02) for _ in range(2)]
+        assert [one.result() for one in both] == [SAID, SAID]
+    assert len(fake.batches) == 1 and set(fake.asked.values()) == {1} and len(rows(cache)) == 60
 
 
 def test_a_batch_whose_id_was_lost_is_found_by_its_tag(cache, serve):
