@@ -15,9 +15,14 @@ FIND_PYTHON = for p in $(or $(PYTHON),python3 python3.11 python3.12); do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
 	2>/dev/null && echo $$p && break; done
 PIP := $(PY) -m pip --disable-pip-version-check install -qq --no-deps --require-hashes
-REPRO = $(PY) -m roads.repro $(if $(JOBS),--jobs $(JOBS))
+ifneq ($(filter rehearsal%,$(SCALE)),)
+DATA := $(or $(DATA),data/rehearsal/openai.json)
+endif
 SCALE_NOW = $$(sed -n "s/^scale: *[\"']\{0,1\}\([A-Za-z0-9_-]*\).*/\1/p" params.yaml 2>/dev/null)
 SET_SCALE = $(if $(SCALE)$(DATA),$(PY) -m roads.config set $(if $(SCALE),--scale '$(SCALE)') $(if $(DATA),--data '$(DATA)'))
+# The rehearsal brings its own hub and judge.
+REPRO = case "$(SCALE_NOW)" in rehearsal*) with="$(PY) scripts/rehearsal.py";; esac; \
+	$$with $(PY) -m roads.repro $(if $(JOBS),--jobs $(JOBS))
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PYTHONPATH := src
@@ -28,11 +33,16 @@ export MPLBACKEND := Agg
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export DVC_NO_ANALYTICS := 1
+# Training stages start themselves again under `accelerate launch` with this file; DVC does not see it.
+ifneq ($(LAUNCH),)
+export ROADS_LAUNCH := configs/accelerate/$(LAUNCH).yaml
+endif
 
 help:  ## this list
-	@echo "make TARGET [SCALE=name] [DATA=path] [JOBS=n] [PYTHON=python3.12]"
+	@echo "make TARGET [SCALE=name] [DATA=path] [JOBS=n] [LAUNCH=name] [PYTHON=python3.12]"
 	@echo "  SCALE and DATA are written to params.yaml first; without them its scale, '$(SCALE_NOW)', is used."
-	@echo "  JOBS stages run at the same time: one per core unless you say otherwise, one at all with a GPU."
+	@echo "  JOBS stages run at the same time: one per core, or GPU, unless you say otherwise."
+	@echo "  LAUNCH=8-gpu trains every model on all GPUs, as configs/accelerate/8-gpu.yaml says; one stage at a time."
 	@printf '  %-12s %s\n' 'fig3 … fig12' 'one figure of the paper, into reports/'
 	@printf '  %-12s %s\n' '' 'or one more: $(EXTRA)'
 	@awk -F ':.*##' '/^[a-z0-9 ]+:.*##/ { printf "  %-12s %s\n", $$1, $$2 }' Makefile

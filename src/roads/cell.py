@@ -49,20 +49,23 @@ def cell(where: Path, sft: Path, out: Path, cfg: config.Scale, seed: int) -> Non
     """Write scores.npz: <policy> [N], a score per prompt of test_human, for SFT and every policy of the block;
     metrics.json: each one's metrics and KL from SFT, and how well the reward models tell held-out pairs apart."""
     torch.set_num_threads(cfg.machine.threads)
-    used = config.used(cfg, "policies", "source", "data", "reward", "dpo", "samples") | {"seed": seed}
+    used = config.used(cfg, "compute", "policies", "source", "data", "reward", "dpo", "samples", "judge")
+    used["seed"] = seed
     del used["samples"]["rouge"], used["samples"]["best_of_n"]
     key = train.key_of(used, [where, sft], "cell")
     with stage.output(out, used, [where, sft]) as folder:
         run = Steps(train.SCRATCH / key, 6 + bool({"online", "online_sft"} & set(cfg.policies)) + sum(
             {"dpo": 3, "dpo_2x": 3, "online_sft": 5, "online": 5}[name] for name in cfg.policies), out.as_posix())
-        arrays = [np.load(where / f"{split}.npz") for split in ("preferences", "more")]
+        run.where.mkdir(parents=True, exist_ok=True)
+        preferences, more = (np.load(where / f"{split}.npz") for split in ("preferences", "more"))
+        of_pairs = {name: preferences[name] for name in preferences if name not in more}  # where rows come with pairs
         for name, n in (("preferences", cfg.data.preferences), ("online", cfg.data.online)):
-            run.where.mkdir(parents=True, exist_ok=True)
-            np.savez(run.where / f"{name}.npz", **data.first(n, *arrays))
+            np.savez(run.where / f"{name}.npz", **data.first(n, preferences, more),
+                     **({key: rows[:n] for key, rows in of_pairs.items()} if name == "preferences" else {}))
         pairs, reward_model, policies, metrics = {}, None, {"sft": sft}, {}
         for name, prompts in (("preferences", run.where / "preferences.npz"), ("valid", where / "valid.npz")):
             drawn = run(f"candidates/{name}", sample.sample, sft, prompts, ..., cfg, "human", 0)
-            pairs[name] = run(f"pairs/{name}", rank.rank, drawn, ..., cfg, "human")
+            pairs[name] = run(f"pairs/{name}", rank.rank, drawn, ..., cfg, "human", where)
         if {"online", "online_sft"} & set(cfg.policies):
             reward_model = run("reward", reward.reward, pairs["preferences"], sft, ..., cfg, seed)
             metrics["global"] = held_out(reward_model, pairs["valid"], sft, cfg, "reward")

@@ -118,6 +118,7 @@ class Pretrained(Strict):
 class Compute(Strict):
     """How numbers are computed: it may move them, by rounding (precision, attention) or other draws (sampler)."""
 
+    device: Literal["cpu", "gpu"]
     precision: Literal["fp32", "bf16"]  # bf16: autocast; weights and optimiser stay fp32
     attention: Literal["sdpa", "flash"]
     sampler: Literal["hf", "vllm"]
@@ -244,8 +245,8 @@ class Scale(Strict):
             raise ValueError("spending: expected a block where the judge is asked over a network, and null elsewhere")
         if not (self.model.kind == "new") == (self.base is not None) == (self.data.base > 0):
             raise ValueError("base: expected a block and data.base > 0 for a new model, null and 0 for one pretrained")
-        if self.compute.attention == "flash" and self.compute.precision != "bf16":
-            raise ValueError("compute.attention: flash needs precision bf16")
+        if self.compute.attention == "flash" and (self.compute.precision, self.compute.device) != ("bf16", "gpu"):
+            raise ValueError("compute.attention: flash needs precision bf16 and device gpu")
         if self.data.online > self.data.preferences + self.data.more:
             raise ValueError(f"data.online: expected at most preferences + more, got {self.data.online}")
         if self.data.best_of_n > self.data.test:

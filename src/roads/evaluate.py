@@ -19,7 +19,7 @@ def evaluate(completions: Path, data: Path, out: Path, cfg: config.Scale, task: 
 
     Task human has the judge's consistent [N] and failed [N] as well.
     """
-    used = config.used(cfg, "source") if task == "human" else {}
+    used = config.used(cfg, "source", "judge") if task == "human" else {}
     with stage.output(out, {"task": task, **used}, [completions, data]) as folder:
         rows = np.load(completions / "completions.npz")
         query, sampled = rows["query"], rows["completions"][:, :1]
@@ -29,12 +29,15 @@ def evaluate(completions: Path, data: Path, out: Path, cfg: config.Scale, task: 
                    "mean_tokens_reference": float(tokens[:, 1].mean())}
         if task == "human":
             from roads import judge
-            from roads.world import World
 
-            world = World(cfg.source)
-            found = judge.compare(judge.gold(world, query), sampled[:, 0], references)
-            metrics |= judge.summary(found) | {"validity": float(world.validity(query, sampled[:, 0]).mean()),
-                                               "mean_quality": float(world.quality(query, sampled[:, 0]).mean())}
+            found = judge.compare(judge.of(cfg, query, data), sampled[:, 0], references)
+            metrics |= judge.summary(found)
+            if cfg.synthetic:
+                from roads.world import World
+
+                world = World(cfg.source)
+                metrics |= {"validity": float(world.validity(query, sampled[:, 0]).mean()),
+                            "mean_quality": float(world.quality(query, sampled[:, 0]).mean())}
         else:
             from roads.rouge import rouge_scores
             from roads.tldr import load_tokenizer

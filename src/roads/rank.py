@@ -1,6 +1,6 @@
 """Stage rank: completions -> chosen / rejected pairs.
 
-    python -m roads.rank COMPLETIONS OUT --scale mini --by human                  # annotators or judge, 2 samples
+    python -m roads.rank COMPLETIONS OUT --scale mini --by human --data DATA      # annotators, judge or the rows' own
     python -m roads.rank COMPLETIONS OUT --scale mini --by rouge --data DATA --split preferences
     python -m roads.rank COMPLETIONS OUT --scale mini --by reward --model RM      # online DPO
 
@@ -27,17 +27,22 @@ def annotate(quality: np.ndarray, tau: float, rng: np.random.Generator) -> np.nd
     return np.stack([first, ~first], axis=1).astype(float)
 
 
-def human_scores(query: np.ndarray, completions: np.ndarray, cfg: config.World, labels: str) -> np.ndarray:
-    """Scores [N, 2] of two completions each: by the world's annotators, or by the judge that winrates have (Fig 6)."""
-    from roads import judge
+def human_scores(query: np.ndarray, completions: np.ndarray, cfg: config.Scale, data: Path) -> np.ndarray:
+    """Scores [N, 2] of two completions each: by the world's annotators, by the judge that winrates have (Fig 6), or as
+    the rows have it, preferred first."""
+    labels = cfg.samples.human.labels
+    if labels == "rows":
+        return np.tile([1.0, 0.0], (len(query), 1))
+    if labels == "judge":
+        from roads import judge
+
+        first = judge.compare(judge.of(cfg, query, data), completions[:, 0], completions[:, 1])["score"]
+        return np.stack([first, 1 - first], axis=1)
     from roads.world import World
 
-    world = World(cfg)
-    if labels == "judge":
-        first = judge.compare(judge.gold(world, query), completions[:, 0], completions[:, 1])["score"]
-        return np.stack([first, 1 - first], axis=1)
+    world = World(cfg.source)
     quality = np.stack([world.quality(query, completions[:, i]) for i in range(completions.shape[1])], axis=1)
-    scores = annotate(quality, cfg.tau, np.random.default_rng([cfg.seed, 20, len(query)]))
+    scores = annotate(quality, cfg.source.tau, np.random.default_rng([cfg.source.seed, 20, len(query)]))
     same = (completions[:, 0] == completions[:, 1]).all(1)
     scores[same] = 0.0  # nothing to compare
     return scores
@@ -56,13 +61,13 @@ def reward_scores(query: np.ndarray, completions: np.ndarray, path: Path) -> np.
 def rank(completions: Path, out: Path, cfg: config.Scale, by: str, data: Path | None = None,
          split: str = "preferences", model: Path | None = None) -> None:
     """Score the completions and write the best and the worst of each prompt as a pair."""
-    used = config.used(cfg, "source") | {"labels": cfg.samples.human.labels} if by == "human" else {}
+    used = config.used(cfg, "source", "judge") | {"labels": cfg.samples.human.labels} if by == "human" else {}
     reads = [completions, *(path for path in (data, model) if path)]
     with stage.output(out, {"by": by, **used}, reads) as folder:
         rows = np.load(completions / "completions.npz")
         query, sampled = rows["query"], rows["completions"]
         if by == "human":
-            scores = human_scores(query, sampled, cfg.source, cfg.samples.human.labels)
+            scores = human_scores(query, sampled, cfg, data)
         elif by == "rouge":
             from roads.rouge import rouge_scores
             from roads.tldr import load_tokenizer
@@ -89,7 +94,7 @@ def rank(completions: Path, out: Path, cfg: config.Scale, by: str, data: Path | 
 def _command() -> None:
     parser = stage.arguments(__doc__, "completions", "out")
     parser.add_argument("--by", required=True, choices=["human", "rouge", "reward"])
-    parser.add_argument("--data", type=Path, help="the data folder, with the references (rouge)")
+    parser.add_argument("--data", type=Path, help="the data folder, with references and tokenizer (human, rouge)")
     parser.add_argument("--split", default="preferences", help="the split the completions are of (rouge)")
     parser.add_argument("--model", type=Path, help="the reward model (reward)")
     a = parser.parse_args()

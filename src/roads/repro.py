@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import fcntl
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +17,8 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-from roads import config
-from roads.stage import UserError, main
+from roads import config, preflight
+from roads.stage import LAUNCH, UserError, main
 
 TMP = Path(".dvc/tmp")
 TIMES = Path("runs/times.csv")  # stage, seconds: a line for every run of a stage; `make times` sums it up
@@ -58,13 +57,14 @@ def graph_of(repo, targets: list[str]) -> tuple[dict, set]:
     return {s: needs[s] for s in wanted}, {s for s in wanted if stale & (needs[s] | {s})}
 
 
-def out_of_date(targets: list[str]) -> dict[str, set[str]]:
-    """The stages that may have to run for the targets -> those among them that each one waits for."""
+def out_of_date(targets: list[str]) -> tuple[dict[str, set[str]], dict[str, str | list[str]]]:
+    """The stages that may have to run for the targets -> those among them that each one waits for, and its command."""
     from dvc.repo import Repo
 
     with Repo(_wait_for_lock=True) as repo:
         needs, todo = graph_of(repo, targets)
-        return {s.addressing: {n.addressing for n in needs[s] & todo} for s in todo}
+        return ({s.addressing: {n.addressing for n in needs[s] & todo} for s in todo},
+                {s.addressing: s.cmd for s in todo})
 
 
 def resolve(targets: list[str], params: config.Params) -> list[str]:
@@ -113,10 +113,12 @@ def single_item(stage: str) -> int:
     return main(["--wait-for-lock", "repro", "--quiet", SINGLE, stage])
 
 
-def run(stage: str, piped: bool, lock: int) -> int:
-    """Run one stage and return its exit code; piped: print its lines with its name in front."""
+def run(stage: str, piped: bool, lock: int, gpu: str | None) -> int:
+    """Run one stage, on a GPU of its own if there is one to give, and return its exit code; piped: print its lines with
+    its name in front."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if piped else {}
     env = os.environ | {"PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "10" if piped else "0.1"}
+    env |= {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
     cmd = [sys.executable, "-m", "roads.repro", SINGLE, stage]
     options = {"env": env, "text": True, "errors": "replace", "start_new_session": True, "pass_fds": [lock]}
     if stopping.is_set():
@@ -144,7 +146,8 @@ def stop(signum: int, frame) -> None:
     os._exit(128 + signum)
 
 
-def bring_up_to_date(todo: dict[str, set[str]], jobs: int, lock: int) -> int:
+def bring_up_to_date(todo: dict[str, set[str]], jobs: int, lock: int, gpus: list[str]) -> int:
+    """Run the stages, `jobs` at once; each of them gets one of the GPUs, or none where the list is empty."""
     order, ready, at_work, done, failed = TopologicalSorter(todo), [], {}, 0, []
     order.prepare()
     with ThreadPoolExecutor(jobs) as pool:
@@ -153,11 +156,13 @@ def bring_up_to_date(todo: dict[str, set[str]], jobs: int, lock: int) -> int:
             while ready and len(at_work) < jobs and not failed:
                 stage = ready.pop(0)
                 print(f"start {stage}", flush=True)
-                at_work[pool.submit(run, stage, jobs > 1, lock)] = stage, time.monotonic()
+                gpu = gpus.pop(0) if gpus else None
+                at_work[pool.submit(run, stage, jobs > 1, lock, gpu)] = stage, time.monotonic(), gpu
             if not at_work:
                 break
             for future in wait(at_work, return_when=FIRST_COMPLETED).done:
-                stage, since = at_work.pop(future)
+                stage, since, gpu = at_work.pop(future)
+                gpus += [gpu] if gpu else []
                 if future.result() == 0:
                     order.done(stage)
                     done += 1
@@ -173,32 +178,43 @@ def bring_up_to_date(todo: dict[str, set[str]], jobs: int, lock: int) -> int:
     return len(failed) > 0
 
 
+def workers(device: str, jobs: int | None) -> tuple[int, list[str]]:
+    """How many stages run at once, and the GPUs that they share out: none where a stage takes all of them (LAUNCH)."""
+    if device == "gpu" and not os.environ.get(LAUNCH):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(len(preflight.gpus())))))
+        gpus = [name for name in visible.split(",") if name]
+        return min(jobs or len(gpus), len(gpus)), gpus
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return jobs or (1 if device == "gpu" else cores), []
+
+
 def command() -> int:
     from dvc.exceptions import DvcException
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    jobs = 1 if shutil.which("nvidia-smi") else cores
     parser = argparse.ArgumentParser(prog="python -m roads.repro", description=__doc__.splitlines()[0])
     parser.add_argument("targets", nargs="*", help="what to bring up to date (default: all)")
-    parser.add_argument("--jobs", type=int, default=jobs, help="at once (default: cores; with a GPU, 1)")
+    parser.add_argument("--jobs", type=int, help="at once (default: one per core, or per GPU)")
     parser.add_argument(SINGLE, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.single_item:
         return single_item(args.single_item)
 
-    targets = resolve(args.targets, config.load())  # a bad params.yaml stops everything before anything runs
+    params = config.load()  # a bad params.yaml stops everything before anything runs
+    targets = resolve(args.targets, params)
     for sig in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
         signal.signal(sig, stop)
     lock = alone()
     try:
-        todo = out_of_date(targets)
+        todo, commands = out_of_date(targets)
     except DvcException as error:
         sys.exit(f"dvc: {error}")
     if not todo:
         print("Up to date:", *targets or ["every stage"])
         return 0
-    print(f"{len(todo)} stages to bring up to date, {args.jobs} at once", flush=True)
-    return bring_up_to_date(todo, args.jobs, lock)
+    preflight.check(commands, params)
+    jobs, gpus = workers(params.scales[params.scale].compute.device, args.jobs)
+    print(f"{len(todo)} stages to bring up to date, {jobs} at once", flush=True)
+    return bring_up_to_date(todo, jobs, lock, gpus)
 
 
 if __name__ == "__main__":

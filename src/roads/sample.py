@@ -74,7 +74,10 @@ def sample(policy: Path, prompts: Path, out: Path, cfg: config.Scale, samples: s
     with stage.output(out, used, [policy, prompts]) as folder:
         rows = np.load(prompts)
         query, length = torch.from_numpy(rows["query"]), rows["response"].shape[1]
-        sampled = completions(model.load_policy(policy).eval(), query, length, settings, seed).numpy()
+        if getattr(settings, "labels", None) == "rows":  # people's pairs, preferred first: nothing to sample
+            sampled = np.stack([rows["chosen"], rows["rejected"]], 1)
+        else:
+            sampled = completions(model.load_policy(policy).eval(), query, length, settings, seed).numpy()
         np.savez(folder / "completions.npz", query=rows["query"], completions=sampled)
         lengths = (sampled != PAD).sum(2)
         stage.write_json(folder / "metrics.json", {

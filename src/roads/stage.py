@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+LAUNCH = "ROADS_LAUNCH"  # the file of configs/accelerate that training stages are started with; `make … LAUNCH=name`
+
 
 class UserError(Exception):
     """Bad input: one line that names the file, line or key and what was expected. Exit code 2."""

@@ -1,0 +1,111 @@
+"""What would stop a run hours later, looked for before it starts: GPUs, their driver and memory, disk, judge, hub.
+
+repro.py calls `check` for the stages that it is about to run. Every problem is one line that says what to do.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from roads import config, cost
+from roads.stage import LAUNCH, UserError
+
+DRIVER = 580  # the first that CUDA 13 runs on
+TRAINED_BYTES = 16  # a parameter in training: its weight, gradient and two moments, in fp32
+ACTIVATIONS = 1.25  # times that, with gradient checkpointing
+
+
+def gpus() -> list[tuple[float, int]]:
+    """Memory in bytes and driver of every GPU that this process may use."""
+    command = ["nvidia-smi", "--query-gpu=memory.total,driver_version", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    rows = [line.split(",") for line in done.stdout.splitlines()] if done.returncode == 0 else []
+    found = [(float(memory) * 2**20, int(driver.split(".")[0])) for memory, driver in rows]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return found if visible is None else found[: len([name for name in visible.split(",") if name.strip()])]
+
+
+def launched() -> tuple[int, int]:
+    """GPUs of this machine that a training stage takes, and over how many, of all machines, its weights are spread."""
+    path = os.environ.get(LAUNCH)
+    if not path:
+        return 1, 1
+    if not Path(path).exists():
+        known = ", ".join(sorted(file.stem for file in Path(path).parent.glob("*.yaml")))
+        raise UserError(f"{path}: not found; LAUNCH is one of: {known}")
+    plan = YAML(typ="safe").load(Path(path).read_text(encoding="utf-8"))
+    processes = plan["num_processes"]
+    return processes // plan.get("num_machines", 1), processes if plan["distributed_type"] == "FSDP" else 1
+
+
+def check(commands: dict[str, str | list[str]], params: config.Params) -> None:
+    """Look at the machine for stages that will run: their names and commands.
+
+    Raises:
+        UserError: the first thing that is missing.
+    """
+    raw = {name: block.model_dump(exclude_none=True) for name, block in params.scales.items()}
+    works = [(scale_of(command), cost.work(command, raw)) for command in commands.values()]
+    blocks = {name: params.scales[name] for name, _ in works if name in params.scales}
+    _check_gpu(blocks, *launched())
+    _check_disk(sum(work.size for _, work in works if work))
+    _check_judge([params.scales[name] for name, work in works if work and work.judged])
+    _check_hub([block.model for name, block in blocks.items() if f"base@{name}" in commands])
+
+
+def scale_of(command: str | list[str]) -> str:
+    """The block that a stage's command names; '' for none."""
+    words = (command if isinstance(command, str) else command[0]).split()
+    return words[words.index("--scale") + 1] if "--scale" in words else ""
+
+
+def _check_gpu(blocks: dict[str, config.Scale], processes: int, shards: int) -> None:
+    wanting = {name: block for name, block in blocks.items() if block.compute.device == "gpu"}
+    if not wanting:
+        return
+    name, found = next(iter(wanting)), gpus()
+    if not found:
+        raise UserError(f"scale {name} needs an NVIDIA GPU and nvidia-smi shows none; run the image with `--gpus all`, "
+                        "or take SCALE=mini, which needs none")
+    driver = min(driver for _, driver in found)
+    if driver < DRIVER:
+        raise UserError(f"NVIDIA driver {driver}: CUDA 13 needs {DRIVER} or newer; update the driver of the host")
+    if processes > len(found):
+        raise UserError(f"LAUNCH asks for {processes} GPUs and there are {len(found)}; take another file of "
+                        "configs/accelerate")
+    for name, block in wanting.items():
+        memory = min(memory for memory, _ in found)
+        weights = cost.parameters(block.model_dump())
+        needed = weights * TRAINED_BYTES * ACTIVATIONS / shards
+        if needed > memory:
+            raise UserError(f"{name}: training {weights / 1e9:.1f}e9 parameters takes {needed / 2**30:.0f} GiB of "
+                            f"a GPU and the smallest here has {memory / 2**30:.0f}; spread them with "
+                            "LAUNCH=8-gpu-fsdp, or take a larger GPU")
+
+
+def _check_disk(size: float) -> None:
+    free = shutil.disk_usage("runs" if Path("runs").exists() else ".").free
+    if size > free:
+        raise UserError(f"these stages write about {size / 1e9:.0f} GB and {free / 1e9:.0f} GB are free; make room, or "
+                        "put runs/ and .dvc/cache on a larger disk")
+
+
+def _check_judge(blocks: list[config.Scale]) -> None:
+    for block in {block.judge.model: block for block in blocks}.values():
+        from roads import client
+
+        client.reachable(block.judge, block.spending)
+
+
+def _check_hub(models: list) -> None:
+    for model in models:
+        if model.kind == "pretrained" and not Path(model.name).is_dir():
+            from roads import base
+
+            base.reachable(model)

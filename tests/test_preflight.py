@@ -1,0 +1,92 @@
+"""What would stop a run hours later is one line before it starts."""
+
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+
+from roads import config, preflight
+from roads.stage import LAUNCH, UserError
+
+H100, L4 = (81559, "580.65.06"), (23034, "580.65.06")
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine with these GPUs, as a real nvidia-smi on PATH has it: (MiB, driver) each."""
+    monkeypatch.delenv(LAUNCH, raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def with_gpus(*gpus):
+        rows = "\n".join(f"{memory}, {driver}" for memory, driver in gpus)
+        script = tmp_path / "nvidia-smi"
+        script.write_text(f"#!/bin/sh\ncat <<END\n{rows}\nEND\n" if gpus else "#!/bin/sh\necho 'No devices'; exit 9\n")
+        script.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+    return with_gpus
+
+
+def stages(scale: str, module: str = "sft", name: str = "sft") -> dict[str, str]:
+    return {f"{name}@{scale}": f"python -m roads.{module} runs/{scale}/data runs/{scale}/base runs/{scale}/{name} "
+                               f"--scale {scale} --seed 0"}
+
+
+@pytest.fixture
+def params(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    return config.load()
+
+
+def test_a_world_needs_nothing(machine, params):
+    machine()
+    preflight.check(stages("mini"), params)
+
+
+@pytest.mark.parametrize("gpus, scale, message", [
+    ((), "lite", "scale lite needs an NVIDIA GPU and nvidia-smi shows none; run the image with `--gpus all`"),
+    (((81559, "550.1"),), "lite", "NVIDIA driver 550: CUDA 13 needs 580 or newer"),
+    ((L4,), "paper", r"paper: training 1.4e9 parameters takes 26 GiB of a GPU and the smallest here has 22"),
+    ((H100,), "paper-6900m", "training 6.9e9 parameters takes 128 GiB .* LAUNCH=8-gpu-fsdp"),
+])
+def test_the_wrong_gpu_is_one_line(machine, params, gpus, scale, message):
+    machine(*gpus)
+    with pytest.raises(UserError, match=message) as error:
+        preflight.check(stages(scale), params)
+    assert "\n" not in str(error.value)
+
+
+def test_the_right_gpu_is_not(machine, params):
+    machine(H100, H100)
+    preflight.check(stages("paper") | stages("paper-2800m"), params)
+
+
+def test_launch_is_looked_at(machine, params, monkeypatch, tmp_path):
+    machine(H100)
+    monkeypatch.setenv(LAUNCH, str(ROOT / "configs/accelerate/8-gpu.yaml"))
+    with pytest.raises(UserError, match="LAUNCH asks for 8 GPUs and there are 1"):
+        preflight.check(stages("paper"), params)
+    monkeypatch.setenv(LAUNCH, str(ROOT / "configs/accelerate/9-gpu.yaml"))
+    with pytest.raises(UserError, match="9-gpu.yaml: not found; LAUNCH is one of: .*8-gpu"):
+        preflight.check(stages("paper"), params)
+    machine(*[H100] * 8)
+    monkeypatch.setenv(LAUNCH, str(ROOT / "configs/accelerate/8-gpu-fsdp.yaml"))
+    preflight.check(stages("paper-6900m"), params)  # an eighth of it on each
+
+
+def test_only_the_gpus_that_may_be_used_count(machine, params, monkeypatch):
+    machine(H100, H100)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert len(preflight.gpus()) == 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UserError, match="nvidia-smi shows none"):
+        preflight.check(stages("lite"), params)
+
+
+def test_a_disk_too_small_is_one_line(machine, params, monkeypatch):
+    machine(H100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3e9))
+    with pytest.raises(UserError, match="these stages write about 6 GB and 3 GB are free"):
+        preflight.check(stages("paper"), params)
