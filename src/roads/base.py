@@ -65,6 +65,11 @@ def renumber(policy, eos_id: int, pad_id: int, vocab_size: int) -> None:
     policy.generation_config = GenerationConfig(**ids)  # its own may ask for other sampling than ours
 
 
+def reachable(wanted: config.Pretrained) -> None:
+    """Raises UserError where a pretrained model, or its revision, is not to be had."""
+    hub.fetch(wanted.name, wanted.revision, ["config.json"])
+
+
 def fetch(data: Path, out: Path, cfg: config.Scale) -> None:
     """Write the pretrained model that the scale names, fp32, and which commit of it this is.
 

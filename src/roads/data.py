@@ -162,7 +162,7 @@ def tokenizer_for(cfg: config.Scale, source: Path, rows: list[tldr.Row]) -> tupl
         for expected, token in enumerate(tldr.SPECIAL):
             found = tokenizer.token_to_id(token)
             if found != expected:
-                raise stage.UserError(f"{beside}: {token} has id {found}; expected {expected}, as in Pythia's tokenizer")
+                raise stage.UserError(f"{beside}: {token} has id {found}; expected {expected}, as in Pythia's")
         return tokenizer, {}
     vocab_size = getattr(cfg.source, "vocab_size", None)
     if vocab_size is None:
@@ -202,7 +202,7 @@ def from_posts(source: Path, cfg: config.Scale) -> tuple[object, dict[str, dict[
 
     def queries(split: str, task: tldr.Task = task) -> np.ndarray:
         out = []
-        for row in tqdm(rows[split], desc=f"tokens of {split}", unit="row", disable=None):
+        for row in tqdm(rows[split], desc=f"tokens of {split}", unit="row"):
             key = row.subreddit, row.title, row.post, task.end
             if key not in memory:
                 memory[key] = np.array(task.query_ids(row, tokenizer), np.int32)

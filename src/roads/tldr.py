@@ -134,7 +134,7 @@ class Task:
         text, post = head + row.post + self.end, row.post
         encoding = tokenizer.encode(text, add_special_tokens=False)
         if len(encoding) <= self.max_query_tokens:
-            return encoding.ids
+            return _of_text(encoding.ids)
         # Where no token spans the end of a word and the white space after it, whatever follows a word,
         # the tokens up to its end stay. A post that keeps the word of token `max_query_tokens` is
         # thus too long, because `end` comes on top: pass over such posts without tokenising them.
@@ -148,12 +148,17 @@ class Task:
             post = post[: post.rfind("\n")]  # -1 where there is none: drops the last character
             if len(post) < too_long or not post:
                 encoding = tokenizer.encode(head + post + self.end, add_special_tokens=False)
-        return encoding.ids
+        return _of_text(encoding.ids)
 
     def response_ids(self, summary: str, tokenizer: Tokenizer) -> list[int]:
         """At most `max_response_tokens` ids of " " + summary, the last one EOS even if it is cut."""
         ids = tokenizer.encode(" " + summary.strip(), add_special_tokens=False).ids
-        return ids[: self.max_response_tokens - 1] + [EOS]
+        return _of_text(ids)[: self.max_response_tokens - 1] + [EOS]
+
+
+def _of_text(ids: list[int]) -> list[int]:
+    """Without EOS and padding, which a tokenizer of whole words (Unigram, WordLevel) finds in a text that spells them."""
+    return [i for i in ids if i not in (EOS, PAD)]
 
 
 def _splits_after_words(tokenizer: Tokenizer) -> bool:
