@@ -439,6 +439,7 @@ def test_what_the_hub_says_is_one_line(tmp_path):
         server.server_close()
 
 
+@pytest.mark.slow
 def test_stages_of_the_rehearsal_by_their_command_lines(tmp_path, checkpoints):
     for name in ("src", "data/rehearsal"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
