@@ -157,7 +157,7 @@ class Task:
 
 
 def _of_text(ids: list[int]) -> list[int]:
-    """Without EOS and padding: a tokenizer of whole words (Unigram, WordLevel) finds them in a text that spells them."""
+    """Without EOS and padding, which a tokenizer of whole words (Unigram, WordLevel) finds where a text spells them."""
     return [i for i in ids if i not in (EOS, PAD)]
 
 
