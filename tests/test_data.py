@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -325,6 +326,32 @@ def test_two_word_data(tmp_path, checkpoints, monkeypatch):
     assert tokenizer.decode(chosen) == f" {title.split()[0]} Good"
     assert tokenizer.decode(found["sft"]["query"][0]).endswith("\n\nTL;DR:")
     assert (found["more"]["response"][:, -1] == PAD).all() and (found["more"]["response"] == EOS).any(1).all()
+
+
+def test_two_word_data_of_a_judge_over_http(tmp_path, checkpoints, monkeypatch):
+    fake_openai = pytest.importorskip("fake_openai")
+    cfg = scale("rehearsal-two-word", model={"name": str(checkpoints / "qwen")}, source={"max_preference_tokens": 12})
+    monkeypatch.chdir(tmp_path)  # the judge's answers are kept under runs/
+    with fake_openai.Fake() as fake:
+        monkeypatch.setenv("OPENAI_BASE_URL", fake.url)
+        monkeypatch.setenv("OPENAI_API_KEY", "any")
+        data.data(REHEARSAL / "openai.json", Path("data"), cfg)
+        asked = sum(fake.asked.values())
+        data.data(REHEARSAL / "openai.json", Path("again"), cfg)
+        assert sum(fake.asked.values()) == asked > 100
+    found, tokenizer = arrays(Path("data")), tldr.load_tokenizer(Path("data/tokenizer.json"))
+    for chosen, rejected in zip(found["preferences"]["chosen"], found["preferences"]["rejected"], strict=True):
+        chosen, rejected = tokenizer.decode(chosen).strip(), tokenizer.decode(rejected).strip()
+        assert len(chosen) >= len(rejected) and chosen != rejected and len(chosen.split()) <= 2
+    assert (found["preferences"]["chosen"] == arrays(Path("again"))["preferences"]["chosen"]).all()
+
+
+def test_the_rehearsal_has_what_its_script_writes(tmp_path):
+    runpy.run_path(str(ROOT / "scripts/rehearsal_rows.py"))["rows"](tmp_path)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 6
+    for path in files:
+        assert path.read_bytes() == (REHEARSAL / path.relative_to(tmp_path)).read_bytes()
 
 
 # Base
