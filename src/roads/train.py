@@ -182,7 +182,7 @@ def fit(model: nn.Module, loss_fn: Callable[[Tensor], tuple[Tensor, dict]], n: i
             clear_device_cache(garbage_collection=True)
             micro_batch = -(-most // 2)
             if rank == 0:
-                print(f"{label}: {most} rows do not fit; goes on with {micro_batch} at once", file=sys.stderr)
+                tqdm.write(f"{label}: {most} rows do not fit; goes on with {micro_batch} at once", file=sys.stderr)
         loss, *values = _sum(logged).tolist()
         if not math.isfinite(loss):
             raise FloatingPointError(f"{label}: loss is {loss} at step {len(log)}; lower the learning rate")
