@@ -15,8 +15,8 @@ from roads.tldr import PAD
 def language_model_loss(policy, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Weighted mean cross-entropy of tokens [B, L]; weights [B, L] >= 0, 0 at padding."""
     length = int((tokens != PAD).sum(1).max())
-    tokens, weights = tokens[:, :length].long(), weights[:, 1:length]
-    logits = policy(tokens, use_cache=False).logits[:, :-1]
+    tokens, weights = (part.to(policy.device) for part in (tokens[:, :length].long(), weights[:, 1:length]))
+    logits = policy(tokens, use_cache=False).logits[:, :-1].float()
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
     return (losses * weights).sum() / weights.sum()
 
@@ -29,11 +29,13 @@ def base(data: Path, out: Path, cfg: config.Scale) -> None:
         rows = np.load(data / "base.npz")
         tokens, weights = torch.from_numpy(rows["tokens"]), torch.from_numpy(rows["weights"])
         vocab_size = stage.read_json(data / "metrics.json")["vocab_size"]
-        policy = model.new_policy(cfg.model, vocab_size, seed=0)
+        policy = model.new_policy(cfg.model, vocab_size, seed=0, compute=cfg.compute)
+        model.for_training(policy, cfg)
         key = train.key_of(used, [data / "base.npz"], "base")
         log = train.fit(policy, lambda i: (language_model_loss(policy, tokens[i], weights[i]), {}),
-                        len(tokens), cfg.base, seed=0, key=key, label="base")
-        policy.save_pretrained(folder)
+                        len(tokens), cfg.base, seed=0, key=key, label="base", weights=weights[:, 1:].sum(1),
+                        lengths=train.tokens(tokens), micro_batch=cfg.machine.micro_batch)
+        train.save(policy, folder)
         stage.write_json(folder / "metrics.json", train.summary(log))
     train.forget(key)
 

@@ -25,19 +25,20 @@ def generate(policy, query: torch.Tensor, n: int, length: int, temperature: floa
     A completion without an EOS after length - 1 tokens is closed with one: the reward model reads there, and DPO
     learns to stop.
     """
-    query, _ = model.trim(query, query)
+    where = policy.device
+    query = model.trim(query, query)[0].to(where)
     hidden, cache = model.prefill(policy.base_model, query)
     mask = (query != PAD).long()
     start = mask.sum(1, keepdim=True)
-    tokens = torch.full((len(query) * n, length), PAD)
-    rows = torch.arange(len(tokens))  # completions that go on, and the prefix each of them is at
-    prefix = torch.arange(len(query)).repeat_interleave(n)
+    tokens = torch.full((len(query) * n, length), PAD, device=where)
+    rows = torch.arange(len(tokens), device=where)  # completions that go on, and the prefix each of them is at
+    prefix = torch.arange(len(query), device=where).repeat_interleave(n)
     for step in range(length):
         logits = policy.get_output_embeddings()(hidden).float() / temperature
         logits[:, PAD] = -torch.inf
         # Inverse of the distribution function. Finished rows draw as well: what a row gets must not depend on others.
         below = torch.softmax(logits, dim=-1).double().cumsum(1)[prefix]
-        drawn = torch.rand(len(tokens), 1, dtype=torch.double, generator=generator)[rows] * below[:, -1:]
+        drawn = torch.rand(len(tokens), 1, dtype=torch.double, generator=generator).to(where)[rows] * below[:, -1:]
         token = torch.searchsorted(below, drawn, right=True).squeeze(1)
         if step == length - 1:
             token = torch.full_like(rows, EOS)
@@ -50,10 +51,10 @@ def generate(policy, query: torch.Tensor, n: int, length: int, temperature: floa
         grown, prefix = torch.unique(prefix[going] * width + token[going], return_inverse=True)
         rows, parent = rows[going], grown // width
         cache.batch_select_indices(parent)
-        mask, start = torch.cat([mask[parent], torch.ones(len(parent), 1, dtype=torch.long)], 1), start[parent]
+        mask, start = torch.cat([mask[parent], mask.new_ones(len(parent), 1)], 1), start[parent]
         hidden = policy.base_model((grown % width)[:, None], attention_mask=mask, position_ids=start + step,
                                    past_key_values=cache).last_hidden_state[:, -1]
-    return tokens.view(len(query), n, length).int()
+    return tokens.view(len(query), n, length).int().cpu()
 
 
 def completions(policy, query: torch.Tensor, length: int, settings: config.Sampling, seed: int) -> torch.Tensor:
@@ -77,7 +78,7 @@ def sample(policy: Path, prompts: Path, out: Path, cfg: config.Scale, samples: s
         if getattr(settings, "labels", None) == "rows":  # people's pairs, preferred first: nothing to sample
             sampled = np.stack([rows["chosen"], rows["rejected"]], 1)
         else:
-            sampled = completions(model.load_policy(policy).eval(), query, length, settings, seed).numpy()
+            sampled = completions(model.load_policy(policy, cfg.compute).eval(), query, length, settings, seed).numpy()
         np.savez(folder / "completions.npz", query=rows["query"], completions=sampled)
         lengths = (sampled != PAD).sum(2)
         stage.write_json(folder / "metrics.json", {
