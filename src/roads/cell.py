@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from roads import config, data, dpo, evaluate, likelihood, model, rank, reward, sample, stage, train
+from roads import config, data, dpo, evaluate, likelihood, rank, reward, sample, stage, train
 
 
 class Steps:
@@ -39,8 +39,8 @@ class Steps:
 def mean_kl(policy: Path, sft: Path, prompts: Path, cfg: config.Scale, seed: int) -> dict[str, float]:
     """Reverse KL from the SFT policy in nats, by samples of the policy at T = 1, with its standard error."""
     rows = np.load(prompts)
-    query, net = torch.from_numpy(rows["query"]), model.load_policy(policy, cfg.compute).eval()
-    sampled = sample.completions(net, query, rows["response"].shape[1], cfg.samples.value, seed)
+    query = torch.from_numpy(rows["query"])
+    sampled = sample.completions(policy, query, rows["response"].shape[1], cfg.samples.value, seed, cfg)
     ratios = likelihood.implicit_rewards(policy, sft, query, sampled, cfg.compute).double().mean(1)
     return {"kl": float(ratios.mean()), "kl_standard_error": float(ratios.std() / len(ratios) ** 0.5)}
 
