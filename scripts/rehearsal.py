@@ -50,9 +50,9 @@ def main() -> int:
         HUB.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(HUB / "medium", ignore_errors=True)
         checkpoints(HUB, ROOT / "data/tldr_sample/train.jsonl")
-    from fake_openai import serve
+    from fake_openai import Fake
 
-    with serve() as server:
+    with Fake() as server:
         env = os.environ | {"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": "of the rehearsal"}
         return subprocess.run(sys.argv[1:], env=env).returncode
 

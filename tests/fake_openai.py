@@ -30,13 +30,13 @@ class Fake:
             "garbage", "refusal", "model", "drop" (a batch's line that is in no file).
         delay: seconds an answer takes. polls: how often a batch is looked at before it is done.
         key: what OPENAI_API_KEY must be, if anything. retry_after: seconds, a header of 429.
-        tokens: of a prompt and an answer, what is billed: tokens read and written.
+        tokens: of a prompt and an answer, what is billed: tokens read and written. models: what it says it has.
     """
 
     def __init__(self, faults=(), delay=0.0, polls=2, key=None, retry_after="0.2", port=0,
-                 tokens=lambda prompt, text: (len(prompt) // 4, len(text) // 4 + 1)):
+                 tokens=lambda prompt, text: (len(prompt) // 4, len(text) // 4 + 1), models=("gpt-4o-2024-08-06",)):
         self.faults, self.delay, self.polls, self.key = list(faults), delay, polls, key
-        self.retry_after, self.tokens = retry_after, tokens
+        self.retry_after, self.tokens, self.models = retry_after, tokens, models
         self.lock = threading.Lock()
         self.asked = Counter()  # prompt -> how often, errors included
         self.times = []  # (prompt, seconds) of each request
@@ -205,7 +205,8 @@ class Handler(BaseHTTPRequestHandler):
         elif path.startswith("/v1/files/") and path.endswith("/content"):
             self.reply(200, fake.files[path.split("/")[3]])
         elif path == "/v1/models":
-            self.reply(200, {"object": "list", "data": []})
+            models = [{"id": name, "object": "model", "created": 0, "owned_by": "us"} for name in fake.models]
+            self.reply(200, {"object": "list", "data": models})
         else:
             self.reply(*fake.error("404", {}))
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+from fake_openai import Fake
 
 from roads import config, preflight
 from roads.stage import LAUNCH, UserError
@@ -90,3 +91,40 @@ def test_a_disk_too_small_is_one_line(machine, params, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3e9))
     with pytest.raises(UserError, match="these stages write about 6 GB and 3 GB are free"):
         preflight.check(stages("paper"), params)
+
+
+# The judge is the one of scale rehearsal, behind a server of ours; the stage is one that asks it.
+ASKS = {"scores@rehearsal-human-dpo-0": "python -m roads.evaluate runs/rehearsal/human/completions/dpo/s0 "
+                                        "runs/rehearsal/data OUT --scale rehearsal --task human"}
+
+
+@pytest.mark.parametrize("address, key, message", [
+    (None, "k", "no 'gpt-4o-2024-08-06'; it has some-other-model"),
+    ("http://127.0.0.1:9/v1", "k", r"127.0.0.1:9: the judge does not answer \(no connection"),
+    ("127.0.0.1", "k", "OPENAI_BASE_URL: expected http://HOST:PORT/v1"),
+    ("https://judge.example.org/v1", "", "OPENAI_API_KEY is not set"),
+])
+def test_a_judge_that_is_not_there_is_one_line(params, monkeypatch, address, key, message):
+    with Fake(models=["some-other-model"]) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", address or server.url)
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(UserError, match=message) as error:
+            preflight.check(ASKS, params)
+        assert "\n" not in str(error.value) and not server.asked
+
+
+def test_a_judge_that_is_there_is_asked_nothing(params, monkeypatch):
+    with Fake() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        monkeypatch.setenv("OPENAI_API_KEY", "k")
+        preflight.check(ASKS, params)
+        assert not server.asked
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    preflight.check(stages("rehearsal"), params)  # this one asks nobody
+
+
+def test_a_model_that_is_nowhere_is_one_line(machine, params, monkeypatch):
+    machine(H100)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="EleutherAI/pythia-1.4b-deduped"):
+        preflight.check(stages("paper", "base", "base"), params)

@@ -301,6 +301,23 @@ def _local(host: str) -> bool:
         return "." not in name  # localhost, or a container's name
 
 
+def reachable(judge, timeout: float = 20.0) -> None:
+    """Raises UserError where the endpoint, the key or the judge's model is not to be had; asks and costs nothing."""
+
+    async def models() -> list[str]:
+        async with _connect() as client:
+            return [model.id async for model in client.with_options(timeout=timeout).models.list()]
+
+    try:
+        with _errors():
+            there = asyncio.run(models())
+    except (Lost, Refused) as error:
+        raise UserError(f"{_host()}: the judge does not answer ({error}); check OPENAI_BASE_URL") from None
+    if judge.model not in there:
+        some = ", ".join(there[:3]) or "none"
+        raise UserError(f"judge.model: {_host()} has no {judge.model!r}; it has {some}{', ...' * (len(there) > 3)}")
+
+
 @contextmanager
 def _errors() -> Iterator[None]:
     """The SDK's errors as ours: Lost, Refused, or a UserError for what no retry mends. The key is in none of them."""

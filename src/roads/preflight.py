@@ -100,7 +100,7 @@ def _check_judge(blocks: list[config.Scale]) -> None:
     for block in {block.judge.model: block for block in blocks}.values():
         from roads import client
 
-        client.reachable(block.judge, block.spending)
+        client.reachable(block.judge)
 
 
 def _check_hub(models: list) -> None:
