@@ -167,7 +167,8 @@ def test_the_stages_of_mini_take_what_the_model_says(monkeypatch):
 
 PYTHIA = {
     "source": {"kind": "openai", "max_query_tokens": 512, "max_response_tokens": 53, "max_preference_tokens": 53},
-    "data": {"base": 0, "sft": 116722, "preferences": 92858, "online": 92858, "valid": 83802, "test": 600, "best_of_n": 600},
+    "data": {"base": 0, "sft": 116722, "preferences": 92858, "online": 92858, "valid": 83802, "test": 600,
+             "best_of_n": 600},
     "model": {"kind": "pretrained", "parameters": 1.4e9}, "policies": ["dpo", "dpo_2x", "online_sft", "online"],
     "sft": {"batch_size": 64, "epochs": 1}, "reward": {"batch_size": 64, "epochs": 1},
     "local": {"batch_size": 128, "epochs": 1}, "dpo": {"batch_size": 128, "epochs": 1},
@@ -244,11 +245,12 @@ def test_two_words_are_written_and_compared():
 
 
 def test_attention_counts_where_a_small_model_reads_much():
-    """1 layer of width 8 and 4 words: 12 d^2 + 2 V d = 832 parameters; every token reads 618 others, 4 d each."""
+    """1 layer of width 8: 24 d^2 FLOPs a token, 4 d for each of 618 that it reads, and 2 d for each of 4 words at
+    106."""
     new = {"kind": "new", "layers": 1, "hidden_size": 8}
     source = PYTHIA["source"] | {"kind": "jsonl", "vocab_size": 4}
     flops = work(f"{DPO} --local", model=new, source=source).flops
-    assert flops == 3 * 92858 * 618 * (2 * 832 + 4 * 8 * 618)
+    assert flops == 3 * 92858 * (618 * (24 * 64 + 4 * 8 * 618) + 106 * 2 * 8 * 4)
     assert cost.parameters({"model": new, "source": source | {"vocab_size": None}}) > 8e5
 
 

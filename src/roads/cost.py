@@ -1,9 +1,9 @@
 """The cost model: what a stage's command does at a scale, and how long a device takes for it.
 
 Seconds = start-up + FLOPs / (FLOP/s) + sampled tokens / (tokens/s) + optimiser steps x their overhead. It takes 2 N
-FLOPs a token to run N parameters, as much again for attention where a small model reads a long prompt, and three times
-that to train; no row is dropped, no prefix is shared, and every sequence is as long as the scale allows, so that a plan
-errs on the long side.
+FLOPs a token to run N parameters (and for a new model, of known shape: those of attention, and of its head only where
+words are predicted), three times that to train; no row is dropped, no prefix is shared, and every sequence is as long
+as the scale allows, so that a plan errs on the long side.
 """
 
 import shlex
@@ -104,11 +104,13 @@ class Command:
             return source["slots"] + 2
         return source["max_preference_tokens" if source["kind"] == "two_word" else "max_response_tokens"]
 
-    def forward(self, tokens: int, context: int) -> float:
-        """FLOPs of running tokens that attend to `context` others each."""
+    def forward(self, tokens: int, context: int, words: int = 0) -> float:
+        """FLOPs of running tokens that attend to `context` others each; at `words` of them the next is predicted."""
         model = self.block["model"]
-        attention = 4 * model["layers"] * model["hidden_size"] * context if model["kind"] == "new" else 0
-        return tokens * (2 * self.parameters + attention)
+        if model["kind"] == "pretrained":  # of unknown shape: every parameter is used for every token, and that is all
+            return 2 * tokens * model["parameters"]
+        layers, width = model["layers"], model["hidden_size"]
+        return tokens * layers * width * (24 * width + 4 * context) + 2 * words * _vocab(self.block) * width
 
     def rows(self, place: str) -> int:
         """Rows of the split that a place is about; ties may leave fewer pairs than that."""
@@ -140,38 +142,43 @@ def _is_world(block: dict) -> bool:
     return block["source"]["kind"] == "world"
 
 
+def _vocab(block: dict) -> int:
+    source = block["source"]
+    if _is_world(block):
+        return 3 + source["karma_buckets"] + source["subreddits"] + source["slots"] * source["words"]
+    return source.get("vocab_size") or PYTHIA_VOCAB
+
+
 def parameters(block: dict) -> float:
     """Parameters of a block's model: as it says where that is pretrained, or else those of GPT-NeoX, head untied."""
-    source, model = block["source"], block["model"]
+    model = block["model"]
     if model["kind"] == "pretrained":
         return model["parameters"]
-    vocab = (3 + source["karma_buckets"] + source["subreddits"] + source["slots"] * source["words"]
-             if _is_world(block) else source.get("vocab_size") or PYTHIA_VOCAB)
-    return 12 * model["layers"] * model["hidden_size"] ** 2 + 2 * vocab * model["hidden_size"]
+    return 12 * model["layers"] * model["hidden_size"] ** 2 + 2 * _vocab(block) * model["hidden_size"]
 
 
-def train(c: Command, rows: int, recipe: dict, sides: int = 1, reference: bool = False) -> Work:
-    """Epochs over rows of `sides` sequences each; `reference`: their log-probs under another model first, once."""
-    if sides == 2:  # the prompt is run once for both
-        once = c.forward(rows * (c.prompt + 2 * c.response), c.prompt + 2 * c.response)
-    else:
-        once = c.forward(rows * (c.prompt + c.response), c.prompt + c.response)
+def train(c: Command, rows: int, recipe: dict, sides: int = 1, words: int = 0, reference: bool = False) -> Work:
+    """Epochs over rows of a prompt and `sides` completions, at `words` tokens of which the next one is predicted;
+    `reference`: their log-probs under another model first, once."""
+    length = c.prompt + sides * c.response
+    once = c.forward(rows * length, length, rows * words)
     return Work(flops=once * (3 * recipe["epochs"] + reference),
                 steps=-(-rows // recipe["batch_size"]) * recipe["epochs"], size=FLOAT * c.parameters)
 
 
 def sample(c: Command, prompts: int, n: int) -> Work:
     """The prompt is run once, its n completions are decoded from its cache."""
-    decoded = c.forward(prompts * n * c.response, c.prompt + c.response // 2) / 2
-    return Work(flops=c.forward(prompts * c.prompt, c.prompt), decoded=decoded,
+    words = prompts * n * c.response
+    return Work(flops=c.forward(prompts * c.prompt, c.prompt),
+                decoded=c.forward(words, c.prompt + c.response // 2, words) / 2,
                 size=INT * prompts * (c.prompt + n * c.response))
 
 
-def score(c: Command, prompts: int, n: int, models: int = 1) -> Work:
-    """Forward passes of n completions of every prompt, which is run once."""
-    nodes = n * c.response
-    return Work(flops=models * (c.forward(prompts * c.prompt, c.prompt)
-                                + c.forward(prompts * nodes, c.prompt + nodes)))
+def score(c: Command, prompts: int, n: int, policies: int = 0) -> Work:
+    """Forward passes of n completions of every prompt, which is run once: rewards, or log-probs of some policies."""
+    words = n * c.response
+    once = c.forward(c.prompt, c.prompt) + c.forward(words, c.prompt + words, words if policies else 0)
+    return Work(flops=(policies or 1) * prompts * once)
 
 
 def pairs(c: Command, rows: int) -> Work:
@@ -189,7 +196,7 @@ def _data(c: Command) -> Work:
 def _base(c: Command) -> Work:
     if c.block["model"]["kind"] == "pretrained":  # fetched, or read from a folder
         return Work(size=FLOAT * c.parameters)
-    return train(c, c.rows("base"), c.block["base"])
+    return train(c, c.rows("base"), c.block["base"], words=c.prompt + c.response)
 
 
 def _sample(c: Command) -> Work:
@@ -201,7 +208,8 @@ def _sample(c: Command) -> Work:
 
 def _dpo(c: Command, rows: int, name: str = "dpo", times: int = 1) -> Work:
     recipe = c.block[name]
-    return train(c, rows, recipe | {"epochs": recipe["epochs"] * times}, sides=2, reference=name == "dpo")
+    return train(c, rows, recipe | {"epochs": recipe["epochs"] * times}, sides=2, words=2 * c.response,
+                 reference=name == "dpo")
 
 
 def _rank(c: Command) -> Work:
@@ -218,13 +226,13 @@ def _evaluate(c: Command) -> Work:
 
 def _likelihood(c: Command) -> Work:
     rows = c.rows(c.places[1])
-    return score(c, rows, 2, models=2 if c.options["kind"] == "dpo" else 1) + Work(size=8 * rows)
+    return score(c, rows, 2, policies=2 if c.options["kind"] == "dpo" else 0) + Work(size=8 * rows)
 
 
 def _kl(c: Command, prompts: int, more: int = 0) -> Work:
     """Samples of a policy, scored by it and its reference; `more` completions of each prompt scored with them."""
     n = c.block["samples"]["value"]["n"]
-    return sample(c, prompts, n) + score(c, prompts, n + more, models=2)
+    return sample(c, prompts, n) + score(c, prompts, n + more, policies=2)
 
 
 def _value(c: Command) -> Work:
@@ -234,7 +242,7 @@ def _value(c: Command) -> Work:
 
 def _best_of_n(c: Command) -> Work:
     rows, counts = c.rows("test_best_of_n"), 5  # N is 1, 2, 5, 10 and 25
-    scored = score(c, rows, c.block["samples"]["best_of_n"]["n"], models=2 if c.options["kind"] == "dpo" else 1)
+    scored = score(c, rows, c.block["samples"]["best_of_n"]["n"], policies=2 if c.options["kind"] == "dpo" else 0)
     return scored + Work(size=8 * counts * rows) + c.compared(counts * rows)
 
 
@@ -254,7 +262,7 @@ def _cell(c: Command) -> Work:
             n = samples["online"]["n"]
             total += sample(c, data["online"], n) + score(c, data["online"], n) + _dpo(c, data["online"])
         total += _kl(c, data["best_of_n"])
-    total += score(c, data["valid"], 2, models=2) if "dpo" in policies else Work()
+    total += score(c, data["valid"], 2, policies=2) if "dpo" in policies else Work()
     for _ in ("sft", *policies):
         total += sample(c, data["test"], samples["evaluate"]["n"]) + c.compared(data["test"])
     return replace(total, size=8 * data["test"] * (1 + len(policies)))  # the models are thrown away
@@ -264,7 +272,7 @@ def _cell(c: Command) -> Work:
 KINDS: dict[str, Callable[[Command], Work]] = {
     "data": _data,
     "base": _base,
-    "sft": lambda c: train(c, c.rows("sft"), c.block["sft"]),
+    "sft": lambda c: train(c, c.rows("sft"), c.block["sft"], words=c.response),
     "reward": lambda c: train(c, c.rows(c.places[0]), c.block["reward"], sides=2),
     "dpo": lambda c: _dpo(c, c.rows(c.places[0]), "local" if "local" in c.options else "dpo",
                           int(c.options.get("times", 1))),

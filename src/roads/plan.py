@@ -285,7 +285,7 @@ def _command() -> None:
     parser.add_argument("--figure", default="all", help="3, fig3, an extra figure's name, or all (the default)")
     parser.add_argument("--scale", help="a block of params.yaml (default: the active one)")
     parser.add_argument("--data", help="folder of posts, for a scale that reads one")
-    parser.add_argument("--device", choices=list(cost.DEVICES), help="default: H100 where the scale wants a GPU, else cpu")
+    parser.add_argument("--device", choices=list(cost.DEVICES), help="default: H100 where a scale needs a GPU, or cpu")
     parser.add_argument("--dollars-per-hour", type=float, help="what one GPU costs you")
     a = parser.parse_args()
     try:
