@@ -24,11 +24,11 @@ from roads.tldr import EOS
 
 RESULTS = Path(__file__).resolve().parent / "scale.json"
 VOCAB, RESPONSE = 2048, 24
-SHAPES = [(64, 2), (128, 3), (256, 4)]  # width and layers
+SHAPES = [(64, 2), (128, 3), (192, 4)]  # width and layers
 PROMPTS = [64, 128, 256, 512]  # tokens
 N = [1, 2, 5, 10, 25]
 PAIRS = [4, 16]
-TOKENS = 2048  # of the prompts that are sampled, or scored, at once
+TOKENS = 1024  # of the prompts that are sampled, or scored, at once
 SECONDS = 0.2  # a point is measured until that has passed, twice at least
 QUICK = {"shapes": SHAPES[:1], "prompts": [64, 128], "n": [1, 5], "pairs": [4]}
 
@@ -57,7 +57,7 @@ def work(point: dict) -> cost.Work:
     if point["what"] == "DPO step":
         return cost.train(c, rows, {"batch_size": rows, "epochs": 1}, sides=2, words=2 * RESPONSE)
     if point["what"] == "sampling":
-        return cost.sample(c, rows, point["n"])
+        return cost.sample(c, rows, {"n": point["n"], "temperature": 1.0})
     return cost.score(c, rows, point["n"], policies=int(point["what"] == "reference"))
 
 
@@ -104,20 +104,18 @@ def seconds(run) -> float:
 
 
 def fit(points: list[dict]) -> dict[str, float]:
-    """flops, decode and step of cost.Device and the seconds of a call, by least squares of the relative error; none
-    below 0."""
+    """flops, decode, step and layer of cost.Device, by least squares of the relative error; no term below 0."""
     from scipy.optimize import nnls
 
     works = [work(point) for point in points]
-    terms = np.array([[w.flops, w.decoded / 1e9, w.steps, 1.0] for w in works])
+    terms = np.array([[w.flops, w.decoded / 1e9, w.steps, w.layers] for w in works])
     measured = np.array([point["measured"] for point in points])
-    per_flop, per_decoded, step, call = nnls(terms / measured[:, None], np.ones(len(points)))[0]
-    return {"flops": 1 / per_flop, "decode": 1 / per_decoded, "step": step, "call": call}
+    per_flop, per_decoded, step, layer = map(float, nnls(terms / measured[:, None], np.ones(len(points)))[0])
+    return {"flops": 1 / per_flop, "decode": 1 / per_decoded, "step": step, "layer": layer}
 
 
 def predicted(point: dict, fitted: dict) -> float:
-    device = cost.Device(fitted["flops"], fitted["decode"], fitted["step"], fitted["call"], fitted["call"])
-    return work(point).seconds(device)
+    return work(point).seconds(cost.Device(**fitted, startup=0))
 
 
 def scale(points: list[dict]) -> dict:
@@ -156,7 +154,7 @@ def section(found: dict) -> str:
     return "\n".join([
         *lines, "", f"{on['cpu']}, one core; responses of {found['response']} tokens, none of which share a prefix.",
         f"Fitted: {fitted['flops']:.3g} FLOP/s; {fitted['decode']:.3g} tokens/s of a model of 1e9 parameters; on top "
-        f"{1e3 * fitted['step']:.2g} ms a step and {1e3 * fitted['call']:.2g} ms a call.",
+        f"{1e3 * fitted['step']:.2g} ms an optimiser step and {1e3 * fitted['layer']:.2g} ms a layer of a batch.",
         f"{held['points']} points were not fitted: the model is off by {held['median']:.0%} in the median and by "
         f"{held['largest']:.0%} at most; {held['within_30']:.0%} of them are within 30%."])
 

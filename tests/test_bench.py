@@ -104,12 +104,12 @@ def test_scale_measures_fits_and_predicts(tmp_path):
 
 
 def test_the_fit_finds_the_numbers_that_made_the_points():
-    device = cost.Device(flops=4e10, decode=20, step=0.01, startup=0.005, startup_light=0.005)
+    device = cost.Device(flops=4e10, decode=20, step=0.01, layer=0.002, startup=0)
     points = scale.grid()
     for point in points:
         point["measured"] = scale.work(point).seconds(device)
     fitted = scale.fit(points[::2])
-    assert fitted == pytest.approx({"flops": 4e10, "decode": 20, "step": 0.01, "call": 0.005}, rel=1e-3)
+    assert fitted == pytest.approx({"flops": 4e10, "decode": 20, "step": 0.01, "layer": 0.002}, rel=1e-3)
     assert [scale.predicted(p, fitted) for p in points] == pytest.approx([p["measured"] for p in points], rel=1e-3)
 
 

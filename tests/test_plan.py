@@ -172,8 +172,10 @@ PYTHIA = {
     "model": {"kind": "pretrained", "parameters": 1.4e9}, "policies": ["dpo", "dpo_2x", "online_sft", "online"],
     "sft": {"batch_size": 64, "epochs": 1}, "reward": {"batch_size": 64, "epochs": 1},
     "local": {"batch_size": 128, "epochs": 1}, "dpo": {"batch_size": 128, "epochs": 1},
-    "samples": {"human": {"n": 2, "labels": "rows"}, "online": {"n": 25}, "evaluate": {"n": 1}, "value": {"n": 2},
-                "best_of_n": {"n": 25}},
+    "samples": {"human": {"n": 2, "labels": "rows"}, "online": {"n": 25, "temperature": 0.1},
+                "evaluate": {"n": 1, "temperature": 0.01}, "value": {"n": 2, "temperature": 1.0},
+                "best_of_n": {"n": 25, "temperature": 0.1}},
+    "compute": {"sampler": "vllm"},
     "judge": {"kind": "openai", "model": "gpt-4o-2024-08-06"}, "spending": {"input": 2.5, "output": 10.0,
                                                                             "batch_discount": 0.5},
 }  # fmt: skip
@@ -200,6 +202,7 @@ def test_a_pythia_is_hours_of_a_gpu():
     assert hours(DPO, "A100") > 3 * dpo
     assert hours(DPO, model={"kind": "pretrained", "parameters": 2.8e9}) == pytest.approx(2 * dpo, rel=0.02)
     assert work(ONLINE[0]).decoded == 1.4e9 * 92858 * 25 * 53
+    assert work(ONLINE[0], compute={"sampler": "hf"}).decoded == 1.4e9 * 92858 * 25 * cost.SHARED * 53
     total = sum(map(hours, ["sft D B O", REWARD, DPO, *ONLINE, WINRATE]))
     print(f"Online DPO of a Pythia of 1.4B: {total:.1f} H100-hours a seed")
     assert 3 < total < 10
@@ -230,7 +233,7 @@ def test_pairs_that_come_with_the_data_are_neither_sampled_nor_judged():
     for command in (sampled, ranked):
         found = work(command)
         assert found.flops == found.decoded == found.judged == 0 < found.size
-    judged = PYTHIA["samples"] | {"human": {"n": 2, "labels": "judge"}}
+    judged = PYTHIA["samples"] | {"human": {"n": 2, "temperature": 0.1, "labels": "judge"}}
     assert work(sampled, samples=judged).decoded == 1.4e9 * 92858 * 2 * 53
     assert work(ranked, samples=judged).dollars == pytest.approx(2 * 175, rel=0.05)  # as others paid, in one order
     cell = "cell D S O --seed 0"

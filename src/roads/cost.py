@@ -1,11 +1,13 @@
 """The cost model: what a stage's command does at a scale, and how long a device takes for it.
 
-Seconds = start-up + FLOPs / (FLOP/s) + sampled tokens / (tokens/s) + optimiser steps x their overhead. It takes 2 N
-FLOPs a token to run N parameters (and for a new model, of known shape: those of attention, and of its head only where
-words are predicted), three times that to train; no row is dropped, no prefix is shared, and every sequence is as long
-as the scale allows, so that a plan errs on the long side.
+Seconds = start-up + FLOPs / (FLOP/s) + sampled tokens / (tokens/s) + the overheads of optimiser steps and of layers. It
+takes 2 N FLOPs a token to run N parameters (and for a new model, of known shape: those of attention, and of its head
+only where words are predicted), three times that to train; no row is dropped, only cold samples share prefixes, and
+every sequence is as long as the scale allows, so that a plan errs on the long side.
 """
 
+import json
+import math
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -19,6 +21,7 @@ class Device:
     flops: float  # FLOP/s of training and forward passes: peak x utilisation
     decode: float  # sampled tokens/s with 1e9 parameters, all completions together; in inverse proportion to them
     step: float  # seconds on top of that for every optimiser step
+    layer: float  # seconds on top for every layer that a batch goes through: a sampled token is a pass through all
     startup: float  # seconds: Python, DVC, torch, the model
     startup_light: float = 3.0  # the same without torch
 
@@ -27,14 +30,19 @@ class Device:
 # parameters. Decoding on an H100: a third of what vLLM is reported to reach there with 8B parameters (12,500 tokens/s),
 # as the paper's completions are short; an A100 at half of that, an H200 by its memory bandwidth. None of the GPU
 # numbers was measured with this code.
-# CPU: one core. benchmarks/scale.py fits it on a grid of models, prompts and N, as scale.json says in full; until that
-# is there, what fits the stages of docs/stages.md, scale mini.
+# CPU: one core, as benchmarks/scale.py fits it on a grid of models, prompts and N; start-up from docs/stages.md.
 DEVICES = {
-    "cpu": Device(flops=57e9, decode=130, step=0.001, startup=5, startup_light=4),
-    "A100": Device(flops=312e12 * 0.4, decode=16_000, step=0, startup=60),
-    "H100": Device(flops=989e12 * 0.4, decode=33_000, step=0, startup=60),
-    "H200": Device(flops=989e12 * 0.4, decode=46_000, step=0, startup=60),
+    "cpu": Device(flops=60e9, decode=18, step=0.003, layer=0.0005, startup=5, startup_light=4),
+    "A100": Device(flops=312e12 * 0.4, decode=16_000, step=0, layer=0, startup=60),
+    "H100": Device(flops=989e12 * 0.4, decode=33_000, step=0, layer=0, startup=60),
+    "H200": Device(flops=989e12 * 0.4, decode=46_000, step=0, layer=0, startup=60),
 }
+FITTED = Path(__file__).parents[2] / "benchmarks/scale.json"  # on whatever machine ran it last
+if FITTED.exists():
+    DEVICES["cpu"] = replace(DEVICES["cpu"], **json.loads(FITTED.read_text(encoding="utf-8"))["fit"])
+COPIED = 20  # what a number of the cache costs a sampled token, next to a weight: caches are copied at every step
+ROWS, BATCH = 1600, 2**13  # completions sampled, and tokens scored, at once
+COLD, SHARED = 0.1, 0.25  # n samples at this temperature share so many prefixes that only this part of them is run
 # The judge: 600 tokens read and 33 written an answer make, at $2.50 and $10 per million, the $1.1 that 600 pairs in one
 # order have cost others (and $175 for 92,900). Prices are the block's own: spending.
 READ, WRITTEN = 600, 33
@@ -51,6 +59,7 @@ class Work:
     flops: float = 0  # of training and forward passes
     decoded: float = 0  # sampled tokens x parameters (what attention reads counts as some)
     steps: int = 0  # of the optimiser
+    layers: int = 0  # that batches go through while sampling and scoring
     judged: int = 0  # answers of an outside judge
     dollars: float = 0  # for them
     size: float = 0  # bytes written
@@ -60,7 +69,8 @@ class Work:
 
     def seconds(self, device: Device) -> float:
         startup = device.startup if self.flops or self.decoded else device.startup_light
-        return startup + self.flops / device.flops + self.decoded / (1e9 * device.decode) + self.steps * device.step
+        return (startup + self.flops / device.flops + self.decoded / (1e9 * device.decode) + self.steps * device.step
+                + self.layers * device.layer)
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,15 @@ class Command:
             return 2 * tokens * model["parameters"]
         layers, width = model["layers"], model["hidden_size"]
         return tokens * layers * width * (24 * width + 4 * context) + 2 * words * _vocab(self.block) * width
+
+    @property
+    def depth(self) -> int:
+        """Layers, where they are known."""
+        return self.block["model"].get("layers", 0)
+
+    def distinct(self, samples: dict) -> float:
+        """How many of n completions are as much work as all, given that equal prefixes are run once."""
+        return samples["n"] * SHARED if samples["n"] > 1 and samples["temperature"] <= COLD else samples["n"]
 
     def rows(self, place: str) -> int:
         """Rows of the split that a place is about; ties may leave fewer pairs than that."""
@@ -166,19 +185,22 @@ def train(c: Command, rows: int, recipe: dict, sides: int = 1, words: int = 0, r
                 steps=-(-rows // recipe["batch_size"]) * recipe["epochs"], size=FLOAT * c.parameters)
 
 
-def sample(c: Command, prompts: int, n: int) -> Work:
-    """The prompt is run once, its n completions are decoded from its cache."""
-    words = prompts * n * c.response
+def sample(c: Command, prompts: int, samples: dict) -> Work:
+    """The prompt is run once, its n completions are decoded from its cache. vLLM decodes equal prefixes too."""
+    n = samples["n"]
+    vllm = c.block.get("compute", {}).get("sampler") == "vllm"
+    words = prompts * (n if vllm else c.distinct(samples)) * c.response
     return Work(flops=c.forward(prompts * c.prompt, c.prompt),
-                decoded=c.forward(words, c.prompt + c.response // 2, words) / 2,
-                size=INT * prompts * (c.prompt + n * c.response))
+                decoded=c.forward(words, COPIED * (c.prompt + c.response // 2), words) / 2,
+                layers=-(-prompts * n // ROWS) * c.response * c.depth, size=INT * prompts * (c.prompt + n * c.response))
 
 
-def score(c: Command, prompts: int, n: int, policies: int = 0) -> Work:
+def score(c: Command, prompts: int, n: float, policies: int = 0) -> Work:
     """Forward passes of n completions of every prompt, which is run once: rewards, or log-probs of some policies."""
     words = n * c.response
     once = c.forward(c.prompt, c.prompt) + c.forward(words, c.prompt + words, words if policies else 0)
-    return Work(flops=(policies or 1) * prompts * once)
+    batches = math.ceil(prompts * (c.prompt + words) / BATCH)
+    return Work(flops=(policies or 1) * prompts * once, layers=(policies or 1) * 2 * batches * c.depth)
 
 
 def pairs(c: Command, rows: int) -> Work:
@@ -203,7 +225,7 @@ def _sample(c: Command) -> Work:
     settings = c.block["samples"][c.options["samples"]]
     if settings.get("labels") == "rows":  # the pairs come with the data
         return pairs(c, c.rows(c.places[1]))
-    return sample(c, c.rows(c.places[1]), settings["n"])
+    return sample(c, c.rows(c.places[1]), settings)
 
 
 def _dpo(c: Command, rows: int, name: str = "dpo", times: int = 1) -> Work:
@@ -215,7 +237,7 @@ def _dpo(c: Command, rows: int, name: str = "dpo", times: int = 1) -> Work:
 def _rank(c: Command) -> Work:
     rows, by = c.rows(c.places[0]), c.options["by"]
     if by == "reward":
-        return score(c, rows, c.block["samples"]["online"]["n"]) + pairs(c, rows)
+        return score(c, rows, c.distinct(c.block["samples"]["online"])) + pairs(c, rows)
     return pairs(c, rows) + (c.labelled(rows) if by == "human" else Work())
 
 
@@ -231,8 +253,8 @@ def _likelihood(c: Command) -> Work:
 
 def _kl(c: Command, prompts: int, more: int = 0) -> Work:
     """Samples of a policy, scored by it and its reference; `more` completions of each prompt scored with them."""
-    n = c.block["samples"]["value"]["n"]
-    return sample(c, prompts, n) + score(c, prompts, n + more, policies=2)
+    samples = c.block["samples"]["value"]
+    return sample(c, prompts, samples) + score(c, prompts, samples["n"] + more, policies=2)
 
 
 def _value(c: Command) -> Work:
@@ -242,7 +264,8 @@ def _value(c: Command) -> Work:
 
 def _best_of_n(c: Command) -> Work:
     rows, counts = c.rows("test_best_of_n"), 5  # N is 1, 2, 5, 10 and 25
-    scored = score(c, rows, c.block["samples"]["best_of_n"]["n"], policies=2 if c.options["kind"] == "dpo" else 0)
+    scored = score(c, rows, c.distinct(c.block["samples"]["best_of_n"]),
+                   policies=2 if c.options["kind"] == "dpo" else 0)
     return scored + Work(size=8 * counts * rows) + c.compared(counts * rows)
 
 
@@ -252,19 +275,19 @@ def _cell(c: Command) -> Work:
     total = Work()
     for rows in (data["preferences"], data["valid"]):
         if samples["human"]["labels"] != "rows":
-            total += sample(c, rows, samples["human"]["n"]) + c.labelled(rows)
+            total += sample(c, rows, samples["human"]) + c.labelled(rows)
     if {"online", "online_sft"} & set(policies):
         total += train(c, data["preferences"], c.block["reward"], sides=2) + score(c, data["valid"], 2)
     for policy in policies:
         if policy in ("dpo", "dpo_2x"):
             total += _dpo(c, data["preferences"], times=2 if policy == "dpo_2x" else 1)
         else:
-            n = samples["online"]["n"]
-            total += sample(c, data["online"], n) + score(c, data["online"], n) + _dpo(c, data["online"])
+            total += sample(c, data["online"], samples["online"]) + _dpo(c, data["online"])
+            total += score(c, data["online"], c.distinct(samples["online"]))
         total += _kl(c, data["best_of_n"])
     total += score(c, data["valid"], 2, policies=2) if "dpo" in policies else Work()
     for _ in ("sft", *policies):
-        total += sample(c, data["test"], samples["evaluate"]["n"]) + c.compared(data["test"])
+        total += sample(c, data["test"], samples["evaluate"]) + c.compared(data["test"])
     return replace(total, size=8 * data["test"] * (1 + len(policies)))  # the models are thrown away
 
 
