@@ -66,7 +66,8 @@ def tiny() -> config.Scale:
 
 @pytest.fixture
 def policy():
-    return model.new_policy(config.Model(hidden_size=32, layers=2, heads=2, max_positions=64), 20, seed=3).eval()
+    size = config.New(kind="new", hidden_size=32, layers=2, heads=2, max_positions=64)
+    return model.new_policy(size, 20, seed=3).eval()
 
 
 @pytest.fixture

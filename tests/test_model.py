@@ -55,7 +55,7 @@ def test_candidate_scores_equal_one_forward_each(tmp_path, reward_model, rows):
     query = rows[0].int().numpy()
     order = torch.tensor([[0, 1, 0], [2, 2, 3], [1, 3, 2], [3, 0, 3]])
     completions = rows[1][order].int().numpy()  # [4, 3, 5], some twice under one prompt
-    scores = reward_scores(query, completions, tmp_path)
+    scores = reward_scores(query, completions, tmp_path, model.PLAIN)
     for i in range(4):
         for j in range(3):
             single = reward_model(*alone(rows[0][i], rows[1][order[i, j]])).item()

@@ -26,10 +26,11 @@ def best_of_n(completions: Path, data: Path, path: Path, reference: Path, out: P
         rows = np.load(completions / "completions.npz")
         query, sampled = map(torch.from_numpy, (rows["query"], rows["completions"]))
         if kind == "reward":
-            rm = model.RewardModel.load(path).eval()
+            rm = model.RewardModel.load(path, cfg.compute).eval()
             rewards = model.in_batches(model.candidate_rewards, rm, query, sampled, label=kind)
         else:
-            rewards = likelihood.implicit_rewards(path, reference if kind == "dpo" else None, query, sampled)
+            rewards = likelihood.implicit_rewards(path, reference if kind == "dpo" else None, query, sampled,
+                                                  cfg.compute)
         references = np.load(data / "test_human.npz")["response"][: len(query)]
         ask = judge.of(cfg, rows["query"], data)
         every = np.arange(len(query))

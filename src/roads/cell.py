@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from roads import config, data, dpo, evaluate, likelihood, model, rank, reward, sample, stage, train
+from roads import config, data, dpo, evaluate, likelihood, rank, reward, sample, stage, train
 
 
 class Steps:
@@ -36,12 +36,12 @@ class Steps:
         return path
 
 
-def mean_kl(policy: Path, sft: Path, prompts: Path, settings: config.Sampling, seed: int) -> dict[str, float]:
+def mean_kl(policy: Path, sft: Path, prompts: Path, cfg: config.Scale, seed: int) -> dict[str, float]:
     """Reverse KL from the SFT policy in nats, by samples of the policy at T = 1, with its standard error."""
     rows = np.load(prompts)
-    query, net = torch.from_numpy(rows["query"]), model.load_policy(policy).eval()
-    sampled = sample.completions(net, query, rows["response"].shape[1], settings, seed)
-    ratios = likelihood.implicit_rewards(policy, sft, query, sampled).double().mean(1)
+    query = torch.from_numpy(rows["query"])
+    sampled = sample.completions(policy, query, rows["response"].shape[1], cfg.samples.value, seed, cfg)
+    ratios = likelihood.implicit_rewards(policy, sft, query, sampled, cfg.compute).double().mean(1)
     return {"kl": float(ratios.mean()), "kl_standard_error": float(ratios.std() / len(ratios) ** 0.5)}
 
 
@@ -90,7 +90,7 @@ def cell(where: Path, sft: Path, out: Path, cfg: config.Scale, seed: int) -> Non
             metrics[name] = stage.read_json(done / "metrics.json")
             if name != "sft":
                 with contextlib.redirect_stderr(io.StringIO()):
-                    metrics[name] |= mean_kl(policy, sft, where / "test_best_of_n.npz", cfg.samples.value, seed)
+                    metrics[name] |= mean_kl(policy, sft, where / "test_best_of_n.npz", cfg, seed)
         np.savez(folder / "scores.npz", **scores)
         stage.write_json(folder / "metrics.json", metrics)
     shutil.rmtree(run.where)

@@ -1,67 +1,143 @@
-"""Policy and reward model, both on the GPT-NeoX trunk of Pythia: make, load, save; response log-probs and rewards."""
+"""Policy and reward model, both on the trunk of a causal LM: make, load, save; response log-probs and rewards."""
 
+import functools
+import importlib.util
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedModel,
+)
 from transformers.utils.logging import disable_progress_bar
 
-from roads import config
+from roads import config, stage
 from roads.tldr import EOS, PAD
 
 LOGITS = 2**26  # at a time: 256 MiB
+# The CPU, fp32, sdpa: what a model is loaded with unless a scale says otherwise.
+PLAIN = config.Compute(device="cpu", precision="fp32", attention="sdpa", sampler="hf")
 
 disable_progress_bar()  # of loading and saving; the long work has bars of its own
 
 
-def new_policy(cfg: config.New, vocab_size: int, seed: int) -> GPTNeoXForCausalLM:
-    """A policy of Pythia's architecture with random weights, fp32."""
+def new_policy(cfg: config.New, vocab_size: int, seed: int, compute: config.Compute = PLAIN) -> PreTrainedModel:
+    """A policy of Pythia's architecture with random weights, fp32; precision and device as `load_policy` has them."""
     torch.manual_seed(seed)
-    return GPTNeoXForCausalLM(GPTNeoXConfig(
+    policy = GPTNeoXForCausalLM(GPTNeoXConfig(
         vocab_size=vocab_size, hidden_size=cfg.hidden_size, num_hidden_layers=cfg.layers,
         num_attention_heads=cfg.heads, intermediate_size=4 * cfg.hidden_size, rotary_pct=1.0,
         max_position_embeddings=cfg.max_positions, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=PAD,
     ))
+    return _placed(policy, compute)
 
 
-def load_policy(path: Path) -> GPTNeoXForCausalLM:
-    return GPTNeoXForCausalLM.from_pretrained(path, dtype=torch.float32)
+def load_policy(path: Path, compute: config.Compute = PLAIN) -> PreTrainedModel:
+    """The policy in a folder, whatever its architecture: fp32 weights, on the CPU or this process's GPU.
+
+    Attention is sdpa: scoring and sampling need masks of their own. `for_training` says when it is flash.
+    """
+    policy = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+    return _placed(policy, compute)
+
+
+def _placed(policy: PreTrainedModel, compute: config.Compute) -> PreTrainedModel:
+    policy.to(device(compute))
+    if compute.precision == "bf16":
+        _autocast(policy.base_model)
+        _autocast(policy.get_output_embeddings())
+    return policy
+
+
+def device(compute: config.Compute) -> torch.device:
+    """The CPU, or a GPU: where several processes train together, each one's own. The process joins the others here.
+
+    Raises:
+        UserError: compute.device is gpu and torch sees none.
+    """
+    if compute.device == "gpu" and not torch.cuda.is_available():
+        raise stage.UserError(f"compute.device: gpu, and torch {torch.__version__} sees none; run the image with"
+                              " `--gpus all`, or take a scale that computes on the CPU")
+    return PartialState(cpu=compute.device == "cpu").device
+
+
+def _autocast(module: nn.Module) -> None:
+    """Run the module's forward in bf16 from now on, its weights staying fp32, whoever calls it."""
+    forward, kind = module.forward, next(module.parameters()).device.type
+
+    @functools.wraps(forward)
+    def in_bf16(*args, **kwargs):
+        with torch.autocast(kind, torch.bfloat16):
+            return forward(*args, **kwargs)
+
+    module.forward = in_bf16
+
+
+def for_training(net: "PreTrainedModel | RewardModel", cfg: config.Scale) -> None:
+    """Set what training alone has: flash attention, and activations that are computed again to save memory.
+
+    Raises:
+        UserError: compute.attention is flash and the package flash_attn is not there.
+    """
+    trunk = net.trunk if isinstance(net, RewardModel) else net
+    if cfg.compute.attention == "flash":
+        if importlib.util.find_spec("flash_attn") is None:
+            raise stage.UserError("compute.attention: flash needs the package flash_attn (the image has it);"
+                                  " install it or set sdpa")
+        trunk.set_attn_implementation("flash_attention_2")
+    if cfg.machine.gradient_checkpointing:
+        trunk.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 class RewardModel(nn.Module):
     """Trunk + one linear layer, read at the EOS of the response (Eq. 6); head ~ N(0, 1/sqrt(d + 1))."""
 
-    def __init__(self, trunk: GPTNeoXModel):
+    def __init__(self, trunk: PreTrainedModel):
         super().__init__()
         self.trunk = trunk
+        self._no_split_modules = trunk._no_split_modules
         width = trunk.config.hidden_size
         self.head = nn.Linear(width, 1)
         nn.init.normal_(self.head.weight, std=(width + 1) ** -0.5)
         nn.init.zeros_(self.head.bias)
 
     @classmethod
-    def from_policy(cls, path: Path, seed: int) -> "RewardModel":
-        policy = load_policy(path)
+    def from_policy(cls, path: Path, seed: int, compute: config.Compute = PLAIN) -> "RewardModel":
+        """On the trunk of the policy in a folder; the head's weights follow from the seed, on any device."""
+        policy = load_policy(path, compute)
         torch.manual_seed(seed)
-        return cls(policy.base_model)
+        return cls(policy.base_model).to(policy.device)
 
     @classmethod
-    def load(cls, path: Path) -> "RewardModel":
-        model = cls(GPTNeoXModel.from_pretrained(path, dtype=torch.float32))
+    def load(cls, path: Path, compute: config.Compute = PLAIN) -> "RewardModel":
+        """What `save_pretrained` wrote; precision and device as `load_policy` has them."""
+        model = cls(AutoModel.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa"))
         model.head.load_state_dict(load_file(Path(path) / "head.safetensors"))
+        model.to(device(compute))
+        if compute.precision == "bf16":
+            _autocast(model.trunk)  # the head, one number wide, stays fp32
         return model
 
-    def save_pretrained(self, path: Path) -> None:
-        self.trunk.save_pretrained(path)
-        save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, Path(path) / "head.safetensors")
+    def save_pretrained(self, path: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write the trunk and the head; from `state_dict` where this process has only a shard of the weights."""
+        weights = state_dict or self.state_dict()
+        trunk, head = ({name.removeprefix(part): value.contiguous() for name, value in weights.items()
+                        if name.startswith(part)} for part in ("trunk.", "head."))
+        self.trunk.save_pretrained(path, state_dict=trunk)
+        save_file(head, Path(path) / "head.safetensors")
 
     def forward(self, query: Tensor, response: Tensor) -> Tensor:
         """Rewards [B] of responses [B, R] (padded right) to queries [B, Q] (padded left)."""
         query, response = trim(query, response)
-        hidden = self.trunk(**_inputs(query, response)).last_hidden_state
+        hidden = self.trunk(**_inputs(query, response, self.head.weight.device)).last_hidden_state.float()
         last = query.shape[1] + (response != PAD).sum(1) - 1
         return self.head(hidden[torch.arange(len(last)), last]).squeeze(1)
 
@@ -78,14 +154,15 @@ def _positions(real: Tensor) -> Tensor:
     return (real.long().cumsum(1) - 1).clamp(min=0)
 
 
-def _inputs(query: Tensor, response: Tensor) -> dict[str, Tensor]:
-    """The trunk's inputs for query + response."""
+def _inputs(query: Tensor, response: Tensor, where: torch.device) -> dict[str, Tensor]:
+    """The trunk's inputs for query + response, on its device."""
     tokens = torch.cat([query, response], dim=1).long()
     real = tokens != PAD
     # Padding on the right is never attended to by what comes before it: only the left needs a mask.
-    if bool(real[:, 0].all()):
-        return {"input_ids": tokens, "use_cache": False}
-    return {"input_ids": tokens, "attention_mask": real.long(), "position_ids": _positions(real), "use_cache": False}
+    inputs = {"input_ids": tokens}
+    if not bool(real[:, 0].all()):
+        inputs |= {"attention_mask": real.long(), "position_ids": _positions(real)}
+    return {name: value.to(where) for name, value in inputs.items()} | {"use_cache": False}
 
 
 def prefill(trunk, query: Tensor) -> tuple[Tensor, DynamicCache]:
@@ -156,7 +233,7 @@ def candidate_rewards(rm: RewardModel, query: Tensor, completions: Tensor) -> Te
     """Rewards [B, n] of completions [B, n, R] to queries [B, Q]."""
     states, at = _run_candidates(rm.trunk, query, completions)
     last = at.gather(2, (completions != PAD).sum(2, keepdim=True))
-    return rm.head(states[last.squeeze(2)]).squeeze(2)
+    return rm.head(states[last.squeeze(2)].float()).squeeze(2)
 
 
 @torch.inference_mode()
@@ -204,8 +281,8 @@ def response_logps(policy, query: Tensor, response: Tensor, temperature: float =
         Log-probabilities [B] in nats, fp32. Logits are computed at response positions only.
     """
     query, response = trim(query, response)
-    hidden = policy.base_model(**_inputs(query, response)).last_hidden_state
-    return _sum_logps(policy, hidden[:, query.shape[1] - 1 : -1], response, temperature)
+    hidden = policy.base_model(**_inputs(query, response, policy.device)).last_hidden_state
+    return _sum_logps(policy, hidden[:, query.shape[1] - 1 : -1], response.to(policy.device), temperature)
 
 
 def _sum_logps(policy, hidden: Tensor, response: Tensor, temperature: float) -> Tensor:
@@ -229,20 +306,31 @@ def _run_pair(trunk, query: Tensor, chosen: Tensor, rejected: Tensor) -> list[tu
     sees = torch.ones(len(part), len(part), dtype=torch.bool).tril() & ((part == 0) | (part[:, None] == part))
     mask = sees & real[:, None] | torch.eye(len(part), dtype=torch.bool)  # a softmax over nothing would be nan
     positions = _positions(real) - (part == 2) * (chosen != PAD).sum(1, keepdim=True)
-    hidden = trunk(input_ids=tokens, attention_mask=mask[:, None], position_ids=positions.clamp(min=0),
-                   use_cache=False).last_hidden_state
+    where = trunk.device
+    hidden = trunk(input_ids=tokens.to(where), attention_mask=mask[:, None].to(where),
+                   position_ids=positions.clamp(min=0).to(where), use_cache=False).last_hidden_state
     before, *states = hidden.split([query.shape[1], chosen.shape[1], rejected.shape[1]], dim=1)
-    return [(side, torch.cat([before[:, -1:], own], 1)) for side, own in zip((chosen, rejected), states, strict=True)]
+    return [(side.to(where), torch.cat([before[:, -1:], own], 1))
+            for side, own in zip((chosen, rejected), states, strict=True)]
+
+
+def _flash(trunk: PreTrainedModel) -> bool:
+    """Flash attention takes no mask of ours: the two sides then run one after the other."""
+    return trunk.config._attn_implementation == "flash_attention_2"
 
 
 def pair_logps(policy, query: Tensor, chosen: Tensor, rejected: Tensor, temperature: float = 1.0):
     """`response_logps` [B] of chosen and of rejected; their prompt [B, Q] is run once for both."""
+    if _flash(policy):
+        return [response_logps(policy, query, side, temperature) for side in (chosen, rejected)]
     sides = _run_pair(policy.base_model, query, chosen, rejected)
     return [_sum_logps(policy, hidden[:, :-1], side, temperature) for side, hidden in sides]
 
 
 def pair_rewards(rm: RewardModel, query: Tensor, chosen: Tensor, rejected: Tensor):
     """Rewards [B] of chosen and of rejected; their prompt [B, Q] is run once for both."""
+    if _flash(rm.trunk):
+        return [rm(query, side) for side in (chosen, rejected)]
     sides = _run_pair(rm.trunk, query, chosen, rejected)
     rows = torch.arange(len(query))
-    return [rm.head(hidden[rows, (side != PAD).sum(1)]).squeeze(1) for side, hidden in sides]
+    return [rm.head(hidden[rows, (side != PAD).sum(1)].float()).squeeze(1) for side, hidden in sides]

@@ -48,13 +48,13 @@ def human_scores(query: np.ndarray, completions: np.ndarray, cfg: config.Scale, 
     return scores
 
 
-def reward_scores(query: np.ndarray, completions: np.ndarray, path: Path) -> np.ndarray:
+def reward_scores(query: np.ndarray, completions: np.ndarray, path: Path, compute: config.Compute) -> np.ndarray:
     """Rewards [N, n]."""
     import torch
 
     from roads.model import RewardModel, candidate_rewards, in_batches
 
-    rm = RewardModel.load(path).eval()
+    rm = RewardModel.load(path, compute).eval()
     return in_batches(candidate_rewards, rm, *map(torch.from_numpy, (query, completions)), label="rewards").numpy()
 
 
@@ -78,7 +78,7 @@ def rank(completions: Path, out: Path, cfg: config.Scale, by: str, data: Path | 
             import torch
 
             torch.set_num_threads(cfg.machine.threads)
-            scores = reward_scores(query, sampled, model)
+            scores = reward_scores(query, sampled, model, cfg.compute)
         best, worst, told = best_and_worst(scores)
         if not told.any():
             raise stage.UserError(f"{completions}: all completions of every prompt tie; raise the temperature")

@@ -22,16 +22,18 @@ def reward(pairs: Path, sft: Path, out: Path, cfg: config.Scale, seed: int) -> N
     used = config.used(cfg, "reward") | {"seed": seed}
     with stage.output(out, used, [pairs, sft]) as folder:
         query, chosen, rejected = train.load_pairs(pairs)
-        rm = model.RewardModel.from_policy(sft, seed)
+        rm = model.RewardModel.from_policy(sft, seed, cfg.compute)
+        model.for_training(rm, cfg)
 
         def loss(i):
             chosen_rewards, rejected_rewards = model.pair_rewards(rm, query[i], chosen[i], rejected[i])
-            accuracy = (chosen_rewards > rejected_rewards).float().mean().item()
+            accuracy = (chosen_rewards > rejected_rewards).float().mean()
             return reward_loss(chosen_rewards, rejected_rewards).mean(), {"accuracy": accuracy}
 
         key = train.key_of(used, [pairs, sft], "reward")
-        log = train.fit(rm, loss, len(query), cfg.reward, seed, key, label=f"reward s{seed}")
-        rm.save_pretrained(folder)
+        log = train.fit(rm, loss, len(query), cfg.reward, seed, key, label=f"reward s{seed}",
+                        lengths=train.tokens(query, chosen, rejected), micro_batch=cfg.machine.micro_batch)
+        train.save(rm, folder)
         stage.write_json(folder / "metrics.json", train.summary(log))
     train.forget(key)
 
@@ -44,4 +46,4 @@ def _command() -> None:
 
 
 if __name__ == "__main__":
-    stage.main(_command)
+    stage.main(_command, launch=True)

@@ -5,16 +5,21 @@
 Writes completions.npz: query [N, Q] and completions [N, n, R], padded right; every completion ends in EOS.
 """
 
+import hashlib
+import os
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from roads import config, model, stage
+from roads import config, model, sample_vllm, stage
 from roads.tldr import EOS, PAD
 
 ROWS = 1600  # completions sampled at once
+SCRATCH = Path("runs/.scratch")
 
 
 @torch.inference_mode()
@@ -25,19 +30,20 @@ def generate(policy, query: torch.Tensor, n: int, length: int, temperature: floa
     A completion without an EOS after length - 1 tokens is closed with one: the reward model reads there, and DPO
     learns to stop.
     """
-    query, _ = model.trim(query, query)
+    where = policy.device
+    query = model.trim(query, query)[0].to(where)
     hidden, cache = model.prefill(policy.base_model, query)
     mask = (query != PAD).long()
     start = mask.sum(1, keepdim=True)
-    tokens = torch.full((len(query) * n, length), PAD)
-    rows = torch.arange(len(tokens))  # completions that go on, and the prefix each of them is at
-    prefix = torch.arange(len(query)).repeat_interleave(n)
+    tokens = torch.full((len(query) * n, length), PAD, device=where)
+    rows = torch.arange(len(tokens), device=where)  # completions that go on, and the prefix each of them is at
+    prefix = torch.arange(len(query), device=where).repeat_interleave(n)
     for step in range(length):
         logits = policy.get_output_embeddings()(hidden).float() / temperature
         logits[:, PAD] = -torch.inf
         # Inverse of the distribution function. Finished rows draw as well: what a row gets must not depend on others.
         below = torch.softmax(logits, dim=-1).double().cumsum(1)[prefix]
-        drawn = torch.rand(len(tokens), 1, dtype=torch.double, generator=generator)[rows] * below[:, -1:]
+        drawn = torch.rand(len(tokens), 1, dtype=torch.double, generator=generator).to(where)[rows] * below[:, -1:]
         token = torch.searchsorted(below, drawn, right=True).squeeze(1)
         if step == length - 1:
             token = torch.full_like(rows, EOS)
@@ -50,20 +56,64 @@ def generate(policy, query: torch.Tensor, n: int, length: int, temperature: floa
         grown, prefix = torch.unique(prefix[going] * width + token[going], return_inverse=True)
         rows, parent = rows[going], grown // width
         cache.batch_select_indices(parent)
-        mask, start = torch.cat([mask[parent], torch.ones(len(parent), 1, dtype=torch.long)], 1), start[parent]
+        mask, start = torch.cat([mask[parent], mask.new_ones(len(parent), 1)], 1), start[parent]
         hidden = policy.base_model((grown % width)[:, None], attention_mask=mask, position_ids=start + step,
                                    past_key_values=cache).last_hidden_state[:, -1]
-    return tokens.view(len(query), n, length).int()
+    return tokens.view(len(query), n, length).int().cpu()
 
 
-def completions(policy, query: torch.Tensor, length: int, settings: config.Sampling, seed: int) -> torch.Tensor:
-    """Completions [N, n, length] of every query [N, Q]; the same whatever is sampled before or after."""
-    chunks = torch.arange(len(query)).split(max(1, ROWS // settings.n))
-    sampled = []
-    for number, i in enumerate(tqdm(chunks, desc=f"sample s{seed}", unit="batch")):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        sampled.append(generate(policy, query[i], settings.n, length, settings.temperature, generator))
+def completions(policy: Path, query: torch.Tensor, length: int, settings: config.Sampling, seed: int,
+                cfg: config.Scale) -> torch.Tensor:
+    """Completions [N, n, length] of every query [N, Q] by the policy in a folder, with the sampler of cfg.compute.
+
+    A prompt's are the same whatever is sampled before or after. Batches that are done wait in runs/.scratch for the
+    last one: a killed run goes on where it was.
+    """
+    vllm = cfg.compute.sampler == "vllm"
+    batches = torch.arange(len(query)).split(max(1, (sample_vllm.ROWS if vllm else ROWS) // settings.n))
+    key = _key(policy, query, length, settings.n, settings.temperature, seed, cfg.compute.model_dump(), len(batches))
+    files = [SCRATCH / f"sample-{key}-{number}.npy" for number in range(len(batches))]
+    sampled = [_load(file) for file in files]
+    if done := sum(part is not None for part in sampled):
+        print(f"sample s{seed}: goes on, {done} of {len(files)} batches are done", file=sys.stderr)
+    with (sample_vllm.engine(policy, query.shape[1] + length, cfg) if vllm else
+          nullcontext(model.load_policy(policy, cfg.compute).eval())) as net:
+        for number, i in enumerate(tqdm(batches, desc=f"sample s{seed}", unit="batch")):
+            if sampled[number] is not None:
+                continue
+            args = net, query[i], settings.n, length, settings.temperature
+            if vllm:
+                sampled[number] = sample_vllm.generate(*args, seed * sample_vllm.SEEDS + int(i[0]) * settings.n)
+            else:
+                sampled[number] = generate(*args, torch.Generator().manual_seed(seed * 1_000_003 + number))
+            if number < len(batches) - 1:
+                _save(files[number], sampled[number])
+    for file in files:
+        file.unlink(missing_ok=True)
     return torch.cat(sampled)
+
+
+def _key(policy: Path, query: torch.Tensor, *settings) -> str:
+    """Hash of the weights, the prompts and the settings that completions follow from."""
+    digest = hashlib.sha256(repr(settings).encode() + query.numpy().tobytes())
+    for file in sorted(Path(policy).glob("*.safetensors")):
+        digest.update(hashlib.file_digest(file.open("rb"), "sha256").digest())
+    return digest.hexdigest()[:20]
+
+
+def _load(file: Path) -> torch.Tensor | None:
+    try:
+        return torch.from_numpy(np.load(file))
+    except FileNotFoundError:
+        return None
+
+
+def _save(file: Path, part: torch.Tensor) -> None:
+    """Write a batch; it is whole or not there, also where another run is at the same one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_suffix(f".{os.getpid()}.npy")
+    np.save(scratch, part.numpy())
+    os.replace(scratch, file)
 
 
 def sample(policy: Path, prompts: Path, out: Path, cfg: config.Scale, samples: str, seed: int) -> None:
@@ -77,7 +127,7 @@ def sample(policy: Path, prompts: Path, out: Path, cfg: config.Scale, samples: s
         if getattr(settings, "labels", None) == "rows":  # people's pairs, preferred first: nothing to sample
             sampled = np.stack([rows["chosen"], rows["rejected"]], 1)
         else:
-            sampled = completions(model.load_policy(policy).eval(), query, length, settings, seed).numpy()
+            sampled = completions(policy, query, length, settings, seed, cfg).numpy()
         np.savez(folder / "completions.npz", query=rows["query"], completions=sampled)
         lengths = (sampled != PAD).sum(2)
         stage.write_json(folder / "metrics.json", {

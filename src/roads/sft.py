@@ -14,7 +14,7 @@ from roads.tldr import PAD
 
 def sft_loss(logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Mean negative log-likelihood per response token; logps [B] sums over responses of lengths [B]."""
-    return -logps.sum() / lengths.sum()
+    return -logps.sum() / lengths.sum().to(logps.device)
 
 
 def sft(data: Path, base: Path, out: Path, cfg: config.Scale) -> None:
@@ -24,14 +24,17 @@ def sft(data: Path, base: Path, out: Path, cfg: config.Scale) -> None:
     with stage.output(out, used, [data, base]) as folder:
         rows = np.load(data / "sft.npz")
         query, response = torch.from_numpy(rows["query"]), torch.from_numpy(rows["response"])
-        policy = model.load_policy(base)
+        policy = model.load_policy(base, cfg.compute)
+        model.for_training(policy, cfg)
+        lengths = (response != PAD).sum(1)
 
         def loss(i):
-            return sft_loss(model.response_logps(policy, query[i], response[i]), (response[i] != PAD).sum(1)), {}
+            return sft_loss(model.response_logps(policy, query[i], response[i]), lengths[i]), {}
 
         key = train.key_of(used, [data / "sft.npz", base], "sft")
-        log = train.fit(policy, loss, len(query), cfg.sft, seed=0, key=key, label="sft")
-        policy.save_pretrained(folder)
+        log = train.fit(policy, loss, len(query), cfg.sft, seed=0, key=key, label="sft", weights=lengths,
+                        lengths=train.tokens(query, response), micro_batch=cfg.machine.micro_batch)
+        train.save(policy, folder)
         stage.write_json(folder / "metrics.json", train.summary(log))
     train.forget(key)
 
@@ -43,4 +46,4 @@ def _command() -> None:
 
 
 if __name__ == "__main__":
-    stage.main(_command)
+    stage.main(_command, launch=True)

@@ -45,7 +45,8 @@ def output(out: Path, config: dict, reads: list[Path] = ()) -> Iterator[Path]:
     for path in reads:
         if not Path(path).exists():
             raise UserError(f"{path}: not found; `dvc repro` makes the inputs of a stage in order")
-    scratch = out.with_name(f".{out.name}.writing")
+    rank = int(os.environ.get("RANK", 0))  # of `accelerate launch`: the first process alone writes `out`
+    scratch = out.with_name(f".{out.name}.writing{f'-{rank}' if rank else ''}")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     start = time.perf_counter()
@@ -54,6 +55,9 @@ def output(out: Path, config: dict, reads: list[Path] = ()) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+    if rank:
+        shutil.rmtree(scratch)
+        return
     write_json(scratch / "params.json", config)
     shutil.rmtree(out, ignore_errors=True)
     os.replace(scratch, out)
@@ -71,9 +75,33 @@ def arguments(doc: str, *paths: str) -> argparse.ArgumentParser:
     return parser
 
 
-def main(command: Callable[[], int | None]) -> None:
-    """Run a command line and exit with its code; a `UserError` or a full disk is one line and exit code 2."""
+def _launch() -> None:
+    """Become `accelerate launch` of this very command line; of several machines NODE_RANK and MASTER_ADDR say which.
+
+    Raises:
+        UserError: no such configuration.
+    """
+    path = os.environ.pop(LAUNCH, "")  # the processes that it starts find none
+    if not path:
+        return
+    if not Path(path).exists():
+        known = ", ".join(sorted(str(file) for file in Path("configs/accelerate").glob("*.yaml")))
+        raise UserError(f"{LAUNCH}={path}: not found; expected one of: {known}")
+    names = {"NODE_RANK": "--machine_rank", "MASTER_ADDR": "--main_process_ip", "MASTER_PORT": "--main_process_port"}
+    options = [word for name, option in names.items() if name in os.environ for word in (option, os.environ[name])]
+    module = sys.modules["__main__"].__spec__.name
+    os.execv(sys.executable, [sys.executable, "-m", "accelerate.commands.launch", "--config_file", path, *options,
+                              "--module", module, *sys.argv[1:]])
+
+
+def main(command: Callable[[], int | None], launch: bool = False) -> None:
+    """Run a command line and exit with its code; a `UserError` or a full disk is one line and exit code 2.
+
+    With `launch` it starts itself again under `accelerate launch` where ROADS_LAUNCH names a configuration.
+    """
     try:
+        if launch:
+            _launch()
         sys.exit(command())
     except UserError as error:
         message = str(error)

@@ -27,12 +27,12 @@ def value(policy: Path, pairs: Path, reference: Path, out: Path, cfg: config.Sca
     used = {"samples": {"value": settings.model_dump()}, "beta": beta, "seed": seed}
     with stage.output(out, used, [policy, pairs, reference]) as folder:
         query, chosen, rejected = train.load_pairs(pairs)
-        net = model.load_policy(policy).eval()
-        sampled = sample.completions(net, query, chosen.shape[1], settings, seed)
+        sampled = sample.completions(policy, query, chosen.shape[1], settings, seed, cfg)
         # The pair's two completions and the policy's own share their prompt.
         both = torch.cat([torch.stack([chosen, rejected], 1), sampled], 1)
-        ours, theirs = (model.in_batches(model.candidate_logps, net, query, both, label=name)
-                        for net, name in ((net, "policy"), (model.load_policy(reference).eval(), "reference")))
+        ours, theirs = (model.in_batches(model.candidate_logps, model.load_policy(path, cfg.compute).eval(), query,
+                                         both, label=name) for path, name in ((policy, "policy"),
+                                                                              (reference, "reference")))
         ratios = (ours - theirs).double()
         log_likelihood, kl = logsigmoid(beta * (ratios[:, 0] - ratios[:, 1])), ratios[:, 2:].mean(1)
         scores = {"score": log_likelihood - beta * kl, "log_likelihood": log_likelihood, "kl": kl,
