@@ -111,7 +111,7 @@ def fit(points: list[dict]) -> dict[str, float]:
     terms = np.array([[w.flops, w.decoded / 1e9, w.steps, w.layers] for w in works])
     measured = np.array([point["measured"] for point in points])
     per_flop, per_decoded, step, layer = map(float, nnls(terms / measured[:, None], np.ones(len(points)))[0])
-    return {"flops": 1 / per_flop, "decode": 1 / per_decoded, "step": step, "layer": layer}
+    return {"flops": 1 / max(per_flop, 1e-15), "decode": 1 / max(per_decoded, 1e-6), "step": step, "layer": layer}
 
 
 def predicted(point: dict, fitted: dict) -> float:
