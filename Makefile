@@ -103,8 +103,9 @@ dag: setup  ## the graph of stages, as Mermaid text
 times: setup  ## seconds of every kind of stage, from their last runs
 	@$(PY) scripts/times.py
 
-bench: setup $(TRL)/.installed  ## measure against TRL, transformers and rouge-score; rewrites docs/measured.md (some eight minutes)
+bench: setup $(TRL)/.installed  ## measure against TRL, transformers and rouge-score; and cost against scale; rewrites docs/measured.md (some eight minutes)
 	@$(PY) benchmarks/bench.py --trl $(TRL) $(if $(DATA),--data '$(DATA)')
+	@$(PY) benchmarks/scale.py
 
 # TRL's environment: the same torch as .venv's.
 $(TRL)/.installed: requirements/trl.txt $(VENV)/.installed

@@ -5,8 +5,8 @@
 
 Model: Pythia-70m's shape with random weights, fp32. Rows: TL;DR posts and summaries at their real lengths. Whatever is
 compared runs in turn, repeat by repeat, on the same rows with the same number of threads; a ratio is that of one
-repeat, and the median and the range of the repeats are reported. Writes benchmarks/results.json and the section of
-docs/measured.md between <!-- bench --> and <!-- end -->.
+repeat, and the median and the range of the repeats are reported. After every part benchmarks/results.json and the
+section of docs/measured.md between <!-- bench --> and <!-- end --> are written; they say what is not measured yet.
 """
 
 import argparse
@@ -45,7 +45,8 @@ class Settings:
     bpe: int = 8192  # tokens of the small BPE: cuts these posts about as finely as Pythia's tokenizer does
     query: int = 512  # tokens at most, as in the paper; so is the next
     response: int = 53
-    repeats: int = 7
+    repeats: int = 5
+    sampled: int = 3  # repeats of sampling, the slowest part
     warm_up: int = 2  # steps of DPO
     batch_size: int = 4  # pairs
     lr: float = 1e-5
@@ -259,6 +260,31 @@ def scoring(rows, s: Settings) -> Iterator[dict]:
             distinct=statistics.mean(len(np.unique(part, axis=0)) for part in completions))
 
 
+@torch.inference_mode()
+def reference(rows, s: Settings) -> list[dict]:
+    """Log-probs of a batch of pairs under the reference, against a forward pass of chosen and one of rejected."""
+    query, response = rows[2:]
+    policy = new_policy(s)
+    both = torch.stack([response, response.roll(1, 0)], 1)
+
+    def part(i):
+        return slice(i * s.batch_size, (i + 1) * s.batch_size)
+
+    def ours(i):
+        return model.candidate_logps(policy, query[part(i)], both[part(i)])
+
+    def theirs(i):
+        sides = both[part(i)].unbind(1)
+        return torch.stack([model.response_logps(policy, query[part(i)], side) for side in sides], 1)
+
+    seconds, found = in_turn({"ours": ours, "theirs": theirs}, s.repeats)
+    away = max(float((values["ours"] / values["theirs"] - 1).abs().max()) for values in found)
+    if away > 1e-4:
+        raise RuntimeError(f"log-probs differ by {away} of theirs")
+    return [result(f"reference log-probs, {s.batch_size} pairs", "chosen, then rejected", seconds["ours"],
+                   seconds["theirs"], None, same={"largest relative difference of a log-prob": away})]
+
+
 def ranking(rows, s: Settings) -> list[dict]:
     """ROUGE-L of a post's candidates, against rouge-score. Every repeat stems every word anew."""
     summaries = rows[0]
@@ -295,7 +321,7 @@ def sampling(rows, s: Settings) -> Iterator[dict]:
                 pad_token_id=tldr.PAD, suppress_tokens=[tldr.PAD], forced_eos_token_id=tldr.EOS)
             return found[:, prompts.shape[1] :].view(s.prompts, s.n, -1)
 
-        seconds, found = in_turn({"ours": ours, "theirs": theirs}, s.repeats)
+        seconds, found = in_turn({"ours": ours, "theirs": theirs}, s.sampled)
         tokens = {name: statistics.mean(float((v[name] != tldr.PAD).sum(2).float().mean()) for v in found)
                   for name in ("ours", "theirs")}
         distinct = {name: statistics.mean(len(np.unique(part, axis=0)) for v in found for part in v[name])
@@ -351,36 +377,48 @@ def section(found: dict) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in on["versions"].items())
     return "\n".join([
         *lines, "",
-        f"Medians of {s['repeats']} repeats, in turn, after a warm-up; memory and reference log-probs: once.",
+        *([f"Not measured yet: {', '.join(found['missing'])}.", ""] if found["missing"] else []),
+        f"Medians of {s['repeats']} repeats ({s['sampled']} of sampling), in turn, after a warm-up; memory and TRL's "
+        "reference log-probs: once.",
         f"torch has {on['threads']} threads on every side, ROUGE one; fp32. {found['rows']}.",
         f"{on['cpu']}, {on['cores']} cores, {on['ram_gib']} GiB.", f"{versions}.", "", *notes])
 
 
-def rewrite(path: Path, text: str) -> None:
-    """Replace what stands between <!-- bench --> and <!-- end -->."""
+def rewrite(path: Path, text: str, name: str = "bench") -> None:
+    """Replace what stands between <!-- name --> and the next <!-- end -->."""
     old = path.read_text(encoding="utf-8")
-    new, times = re.subn(r"(<!-- bench -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{text}\n{m[2]}", old, flags=re.S)
+    new, times = re.subn(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{text}\n{m[2]}", old, flags=re.S)
     if times != 1:
-        raise UserError(f"{path}: {times} sections between <!-- bench --> and <!-- end -->; expected 1")
+        raise UserError(f"{path}: {times} sections between <!-- {name} --> and <!-- end -->; expected 1")
     path.write_text(new, encoding="utf-8")
 
 
-def bench(data: Path, trl: Path | None, threads: int, s: Settings) -> dict:
-    """Every comparison; without TRL's environment, all but TRL's."""
+def bench(data: Path, trl: Path | None, threads: int, s: Settings, save=lambda found: None) -> dict:
+    """Every comparison; without TRL's environment, all but TRL's. `save` is called with what there is after each."""
     torch.set_num_threads(threads)
     rows = load(data, s)
     lengths = [float((part != tldr.PAD).sum(1).float().mean()) for part in rows[2:]]
-    found = {"settings": asdict(s), "machine": machine(threads, trl), "results": [],
+    parts = {"DPO step": partial(dpo_step, trl=trl, threads=threads), "reference log-probs": reference,
+             "ROUGE-L": ranking, "candidates": scoring, "sampling": sampling}
+    found = {"settings": asdict(s), "machine": machine(threads, trl), "results": [], "missing": list(parts),
              "rows": f"{data.name}: {lengths[0]:.0f} tokens a query, {lengths[1]:.0f} a response"}
-    for compare in (partial(dpo_step, trl=trl, threads=threads), ranking, scoring, sampling):
+    for name, compare in parts.items():
+        print(f"{name} (to come: {', '.join(found['missing'][1:]) or 'nothing'})", flush=True)
         start = time.perf_counter()
         for r in compare(rows, s):
             goal = "" if r["goal"] is None else f"; goal: {verdict(r)}"
-            print(f"{r['what']}, {r['against']}: {r['median']:.2f} ({r['low']:.2f} to {r['high']:.2f}){goal}",
+            print(f"  {r['what']}, {r['against']}: {r['median']:.2f} ({r['low']:.2f} to {r['high']:.2f}){goal}",
                   flush=True)
             found["results"].append(r)
+        found["missing"].remove(name)
+        save(found)
         print(f"  {time.perf_counter() - start:.0f} s", flush=True)
     return found
+
+
+def write(found: dict) -> None:
+    stage.write_json(HERE / "results.json", found)
+    rewrite(ROOT / "docs/measured.md", section(stage.read_json(HERE / "results.json")))  # in the file's order
 
 
 def main() -> None:
@@ -391,9 +429,7 @@ def main() -> None:
     a = parser.parse_args()
     if not (a.trl / "bin/python").exists():
         raise UserError(f"{a.trl}: no virtual environment; `make bench` makes it")
-    found = bench(a.data, a.trl, a.threads, Settings())
-    stage.write_json(HERE / "results.json", found)
-    rewrite(ROOT / "docs/measured.md", section(stage.read_json(HERE / "results.json")))  # in the file's order
+    bench(a.data, a.trl, a.threads, Settings(), write)
 
 
 if __name__ == "__main__":

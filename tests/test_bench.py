@@ -1,4 +1,4 @@
-"""`make bench`: every comparison but TRL's on a tiny model, and the section of docs/measured.md that it writes."""
+"""`make bench`: every comparison but TRL's on a tiny model, cost against scale, and the sections that they write."""
 
 import json
 import statistics
@@ -11,20 +11,28 @@ from roads.stage import UserError
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench  # noqa: E402
+import scale  # noqa: E402
+
+from roads import cost  # noqa: E402
 
 DATA = ROOT / "data/tldr_sample"
 TINY = bench.Settings(hidden_size=32, layers=2, heads=2, vocab_size=1100, bpe=1000, query=160, response=24, repeats=2,
-                      batch_size=3, n=4, posts=5)
+                      sampled=2, batch_size=3, n=4, posts=5)
 
 
 @pytest.fixture(scope="module")
 def found():
-    return json.loads(json.dumps(bench.bench(DATA, None, 1, TINY)))  # JSON takes it
+    saved = []
+    done = bench.bench(DATA, None, 1, TINY, lambda found: saved.append(json.loads(json.dumps(found))))  # JSON takes it
+    assert saved[0]["missing"] == ["reference log-probs", "ROUGE-L", "candidates", "sampling"]
+    assert "Not measured yet: reference log-probs, ROUGE-L" in bench.section(saved[0])
+    assert saved[-1] == json.loads(json.dumps(done)) and "Not measured" not in bench.section(saved[-1])
+    return saved[-1]
 
 
 def test_results_are_well_formed(found):
     kinds = [(r["what"], r["against"]) for r in found["results"]]
-    assert len(kinds) == len(set(kinds)) == 7
+    assert len(kinds) == len(set(kinds)) == 8
     assert {against for _, against in kinds} == {
         "chosen, then rejected", "rouge-score", "a forward pass over each", "transformers"}
     for r in found["results"]:
@@ -77,6 +85,47 @@ def test_the_committed_section_is_that_of_the_committed_results():
     found = json.loads(results.read_text(encoding="utf-8"))
     assert f"<!-- bench -->\n{bench.section(found)}\n<!-- end -->" in (ROOT / "docs/measured.md").read_text("utf-8")
     assert any(r["against"] == "TRL" for r in found["results"])
+
+
+# Cost against scale
+
+
+def test_scale_measures_fits_and_predicts(tmp_path):
+    points = [p for p in scale.grid(**scale.QUICK | {"pairs": [2]}) if p["prompt"] == 64]
+    found = json.loads(json.dumps(scale.scale(points)))
+    assert {p["what"] for p in found["points"]} == {"DPO step", "reference", "scoring", "sampling"}
+    assert all(p["measured"] > 0 and p["modelled"] > 0 for p in found["points"])
+    assert found["held_out"]["points"] == sum(p["held_out"] for p in found["points"]) == 2
+    doc = tmp_path / "doc.md"
+    doc.write_text("<!-- bench -->\nkept\n<!-- end -->\n<!-- scale -->\nold\n<!-- end -->\n", encoding="utf-8")
+    bench.rewrite(doc, scale.section(found), "scale")
+    text = doc.read_text(encoding="utf-8")
+    assert "kept" in text and "old" not in text and "| scoring, N = 5 | 64, 2 |" in text
+
+
+def test_the_fit_finds_the_numbers_that_made_the_points():
+    device = cost.Device(flops=4e10, decode=20, step=0.01, layer=0.002, startup=0)
+    points = scale.grid()
+    for point in points:
+        point["measured"] = scale.work(point).seconds(device)
+    fitted = scale.fit(points[::2])
+    assert fitted == pytest.approx({"flops": 4e10, "decode": 20, "step": 0.01, "layer": 0.002}, rel=1e-3)
+    assert [scale.predicted(p, fitted) for p in points] == pytest.approx([p["measured"] for p in points], rel=1e-3)
+
+
+def test_the_committed_fit_predicts_what_it_did_not_see():
+    """Within 30% a point in nine of ten, and all of them together; docs/measured.md has the file's table."""
+    if not scale.RESULTS.exists():
+        pytest.skip("make bench writes it")
+    found = json.loads(scale.RESULTS.read_text(encoding="utf-8"))
+    held = [p for p in found["points"] if p["held_out"]]
+    assert len(held) >= len(found["points"]) / 4
+    modelled = [scale.predicted(p, found["fit"]) for p in held]
+    assert modelled == pytest.approx([p["modelled"] for p in held])
+    measured = [p["measured"] for p in held]
+    assert sum(abs(m / t - 1) <= 0.3 for m, t in zip(modelled, measured, strict=True)) >= 0.9 * len(held)
+    assert sum(modelled) == pytest.approx(sum(measured), rel=0.3)
+    assert f"<!-- scale -->\n{scale.section(found)}\n<!-- end -->" in (ROOT / "docs/measured.md").read_text("utf-8")
 
 
 def test_bad_input_is_one_line(tmp_path):

@@ -1,10 +1,13 @@
 """The cost model: what a stage's command does at a scale, and how long a device takes for it.
 
-Seconds = start-up + FLOPs / (FLOP/s) + sampled tokens / (tokens/s) + optimiser steps x their overhead. It takes 6 N
-FLOPs a token to train N parameters and 2 N to run them; no row is dropped, and every sequence is as long as the scale
-allows, so that a plan errs on the long side.
+Seconds = start-up + FLOPs / (FLOP/s) + sampled tokens / (tokens/s) + the overheads of optimiser steps and of layers. It
+takes 2 N FLOPs a token to run N parameters (and for a new model, of known shape: those of attention, and of its head
+only where words are predicted), three times that to train; no row is dropped, only cold samples share prefixes, and
+every sequence is as long as the scale allows, so that a plan errs on the long side.
 """
 
+import json
+import math
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -18,6 +21,7 @@ class Device:
     flops: float  # FLOP/s of training and forward passes: peak x utilisation
     decode: float  # sampled tokens/s with 1e9 parameters, all completions together; in inverse proportion to them
     step: float  # seconds on top of that for every optimiser step
+    layer: float  # seconds on top for every layer that a batch goes through: a sampled token is a pass through all
     startup: float  # seconds: Python, DVC, torch, the model
     startup_light: float = 3.0  # the same without torch
 
@@ -26,22 +30,26 @@ class Device:
 # parameters. Decoding on an H100: a third of what vLLM is reported to reach there with 8B parameters (12,500 tokens/s),
 # as the paper's completions are short; an A100 at half of that, an H200 by its memory bandwidth. None of the GPU
 # numbers was measured with this code.
-# CPU: one core, fitted to the stages of docs/stages.md, scale mini. Real posts take up to three times as long.
+# CPU: one core, as benchmarks/scale.py fits it on a grid of models, prompts and N; start-up from docs/stages.md.
 DEVICES = {
-    "cpu": Device(flops=57e9, decode=130, step=0.001, startup=5, startup_light=4),
-    "A100": Device(flops=312e12 * 0.4, decode=16_000, step=0, startup=60),
-    "H100": Device(flops=989e12 * 0.4, decode=33_000, step=0, startup=60),
-    "H200": Device(flops=989e12 * 0.4, decode=46_000, step=0, startup=60),
+    "cpu": Device(flops=60e9, decode=18, step=0.003, layer=0.0005, startup=5, startup_light=4),
+    "A100": Device(flops=312e12 * 0.4, decode=16_000, step=0, layer=0, startup=60),
+    "H100": Device(flops=989e12 * 0.4, decode=33_000, step=0, layer=0, startup=60),
+    "H200": Device(flops=989e12 * 0.4, decode=46_000, step=0, layer=0, startup=60),
 }
-GPU_FROM = 1e8  # parameters: a scale with more is planned on GPUs unless --device says otherwise
-
-# The judge, at its list price of $2.50 and $10 per million tokens read and written: 600 and 33 tokens an answer make
-# the $1.1 that 600 pairs in one order have cost others (and $175 for 92,900).
-JUDGE = "gpt-4o"
-DOLLARS_AN_ANSWER = 600 * 2.50e-6 + 33 * 10.00e-6
+FITTED = Path(__file__).parents[2] / "benchmarks/scale.json"  # on whatever machine ran it last
+if FITTED.exists():
+    DEVICES["cpu"] = replace(DEVICES["cpu"], **json.loads(FITTED.read_text(encoding="utf-8"))["fit"])
+COPIED = 20  # what a number of the cache costs a sampled token, next to a weight: caches are copied at every step
+ROWS, BATCH = 1600, 2**13  # completions sampled, and tokens scored, at once
+COLD, SHARED = 0.1, 0.25  # n samples at this temperature share so many prefixes that only this part of them is run
+# The judge: 600 tokens read and 33 written an answer make, at $2.50 and $10 per million, the $1.1 that 600 pairs in one
+# order have cost others (and $175 for 92,900). Prices are the block's own: spending.
+READ, WRITTEN = 600, 33
 ORDERS = 2  # every comparison is asked in both
 
 FLOAT = INT = 4  # bytes: weights are saved in fp32, token ids as int32
+PYTHIA_VOCAB = 50304  # of posts that bring their own tokenizer
 
 
 @dataclass(frozen=True)
@@ -49,9 +57,11 @@ class Work:
     """What a stage does. Works add up: a stage that trains and then samples is the sum of both."""
 
     flops: float = 0  # of training and forward passes
-    decoded: float = 0  # sampled tokens x parameters
+    decoded: float = 0  # sampled tokens x parameters (what attention reads counts as some)
     steps: int = 0  # of the optimiser
-    judged: int = 0  # comparisons by an outside judge
+    layers: int = 0  # that batches go through while sampling and scoring
+    judged: int = 0  # answers of an outside judge
+    dollars: float = 0  # for them
     size: float = 0  # bytes written
 
     def __add__(self, other: "Work") -> "Work":
@@ -59,7 +69,8 @@ class Work:
 
     def seconds(self, device: Device) -> float:
         startup = device.startup if self.flops or self.decoded else device.startup_light
-        return startup + self.flops / device.flops + self.decoded / (1e9 * device.decode) + self.steps * device.step
+        return (startup + self.flops / device.flops + self.decoded / (1e9 * device.decode) + self.steps * device.step
+                + self.layers * device.layer)
 
 
 @dataclass(frozen=True)
@@ -97,9 +108,28 @@ class Command:
 
     @property
     def response(self) -> int:
-        """Tokens, at most, EOS included."""
+        """Tokens, at most, EOS included, of what is sampled and of the sides of a pair."""
         source = self.block["source"]
-        return source["slots"] + 2 if _is_world(self.block) else source["max_response_tokens"]
+        if _is_world(self.block):
+            return source["slots"] + 2
+        return source["max_preference_tokens" if source["kind"] == "two_word" else "max_response_tokens"]
+
+    def forward(self, tokens: int, context: int, words: int = 0) -> float:
+        """FLOPs of running tokens that attend to `context` others each; at `words` of them the next is predicted."""
+        model = self.block["model"]
+        if model["kind"] == "pretrained":  # of unknown shape: every parameter is used for every token, and that is all
+            return 2 * tokens * model["parameters"]
+        layers, width = model["layers"], model["hidden_size"]
+        return tokens * layers * width * (24 * width + 4 * context) + 2 * words * _vocab(self.block) * width
+
+    @property
+    def depth(self) -> int:
+        """Layers, where they are known."""
+        return self.block["model"].get("layers", 0)
+
+    def distinct(self, samples: dict) -> float:
+        """How many of n completions are as much work as all, given that equal prefixes are run once."""
+        return samples["n"] * SHARED if samples["n"] > 1 and samples["temperature"] <= COLD else samples["n"]
 
     def rows(self, place: str) -> int:
         """Rows of the split that a place is about; ties may leave fewer pairs than that."""
@@ -109,41 +139,68 @@ class Command:
             split = "online" if any(part.startswith("online") for part in path.parts) else "preferences"
         return data.get(split, data["preferences"])
 
-    def outside(self, comparisons: int) -> int:
-        """How many of the comparisons an outside judge is asked for: in a world none, which knows the answers."""
-        return 0 if _is_world(self.block) else comparisons
+    def answers(self, n: int) -> Work:
+        """n answers of the block's judge; a world's own costs nothing."""
+        judge = self.block.get("judge") or {"kind": "gold"}
+        if judge["kind"] == "gold":
+            return Work()
+        prices = self.block["spending"]
+        dollars = n * (READ * prices["input"] + WRITTEN * prices["output"]) / 1e6
+        return Work(judged=n, dollars=dollars * (prices["batch_discount"] if judge["kind"] == "batch" else 1))
+
+    def compared(self, pairs: int) -> Work:
+        """Pairs that the judge is shown, in both orders."""
+        return self.answers(ORDERS * pairs)
+
+    def labelled(self, rows: int) -> Work:
+        """Pairs of task human: labelled by the judge, or for nothing."""
+        return self.compared(rows) if self.block["samples"]["human"]["labels"] == "judge" else Work()
 
 
 def _is_world(block: dict) -> bool:
     return block["source"]["kind"] == "world"
 
 
+def _vocab(block: dict) -> int:
+    source = block["source"]
+    if _is_world(block):
+        return 3 + source["karma_buckets"] + source["subreddits"] + source["slots"] * source["words"]
+    return source.get("vocab_size") or PYTHIA_VOCAB
+
+
 def parameters(block: dict) -> float:
-    """Parameters of a block's model: `parameters` where it says so, or else those of GPT-NeoX, head untied."""
-    source, model = block["source"], block["model"]
-    if "parameters" in model:
+    """Parameters of a block's model: as it says where that is pretrained, or else those of GPT-NeoX, head untied."""
+    model = block["model"]
+    if model["kind"] == "pretrained":
         return model["parameters"]
-    vocab = (3 + source["karma_buckets"] + source["subreddits"] + source["slots"] * source["words"]
-             if _is_world(block) else source["vocab_size"])
-    return 12 * model["layers"] * model["hidden_size"] ** 2 + 2 * vocab * model["hidden_size"]
+    return 12 * model["layers"] * model["hidden_size"] ** 2 + 2 * _vocab(block) * model["hidden_size"]
 
 
-def train(c: Command, rows: int, recipe: dict, sides: int = 1, reference: bool = False) -> Work:
-    """Epochs over rows of `sides` sequences each; `reference`: their log-probs under another model first, once."""
-    tokens = rows * sides * (c.prompt + c.response)
-    return Work(flops=c.parameters * tokens * (6 * recipe["epochs"] + 2 * reference),
+def train(c: Command, rows: int, recipe: dict, sides: int = 1, words: int = 0, reference: bool = False) -> Work:
+    """Epochs over rows of a prompt and `sides` completions, at `words` tokens of which the next one is predicted;
+    `reference`: their log-probs under another model first, once."""
+    length = c.prompt + sides * c.response
+    once = c.forward(rows * length, length, rows * words)
+    return Work(flops=once * (3 * recipe["epochs"] + reference),
                 steps=-(-rows // recipe["batch_size"]) * recipe["epochs"], size=FLOAT * c.parameters)
 
 
-def sample(c: Command, prompts: int, n: int) -> Work:
-    """The prompt is run once, its n completions are decoded from its cache."""
-    return Work(flops=2 * c.parameters * prompts * c.prompt, decoded=c.parameters * prompts * n * c.response,
-                size=INT * prompts * (c.prompt + n * c.response))
+def sample(c: Command, prompts: int, samples: dict) -> Work:
+    """The prompt is run once, its n completions are decoded from its cache. vLLM decodes equal prefixes too."""
+    n = samples["n"]
+    vllm = c.block.get("compute", {}).get("sampler") == "vllm"
+    words = prompts * (n if vllm else c.distinct(samples)) * c.response
+    return Work(flops=c.forward(prompts * c.prompt, c.prompt),
+                decoded=c.forward(words, COPIED * (c.prompt + c.response // 2), words) / 2,
+                layers=-(-prompts * n // ROWS) * c.response * c.depth, size=INT * prompts * (c.prompt + n * c.response))
 
 
-def score(c: Command, prompts: int, n: int, models: int = 1) -> Work:
-    """Forward passes of n completions of every prompt, which is run once."""
-    return Work(flops=2 * c.parameters * models * prompts * (c.prompt + n * c.response))
+def score(c: Command, prompts: int, n: float, policies: int = 0) -> Work:
+    """Forward passes of n completions of every prompt, which is run once: rewards, or log-probs of some policies."""
+    words = n * c.response
+    once = c.forward(c.prompt, c.prompt) + c.forward(words, c.prompt + words, words if policies else 0)
+    batches = math.ceil(prompts * (c.prompt + words) / BATCH)
+    return Work(flops=(policies or 1) * prompts * once, layers=(policies or 1) * 2 * batches * c.depth)
 
 
 def pairs(c: Command, rows: int) -> Work:
@@ -151,35 +208,53 @@ def pairs(c: Command, rows: int) -> Work:
 
 
 def _data(c: Command) -> Work:
-    return Work(size=INT * (c.prompt + c.response) * (sum(c.block["data"].values()) + c.block["data"]["base"]))
+    data = c.block["data"]
+    asked = Work()
+    if c.block["source"]["kind"] == "two_word":  # two summaries are written of each post, and compared
+        asked = c.answers((2 + ORDERS) * (data["preferences"] + data["valid"] + data["test"]))
+    return asked + Work(size=INT * (c.prompt + c.response) * (sum(data.values()) + data["base"]))
+
+
+def _base(c: Command) -> Work:
+    if c.block["model"]["kind"] == "pretrained":  # fetched, or read from a folder
+        return Work(size=FLOAT * c.parameters)
+    return train(c, c.rows("base"), c.block["base"], words=c.prompt + c.response)
+
+
+def _sample(c: Command) -> Work:
+    settings = c.block["samples"][c.options["samples"]]
+    if settings.get("labels") == "rows":  # the pairs come with the data
+        return pairs(c, c.rows(c.places[1]))
+    return sample(c, c.rows(c.places[1]), settings)
 
 
 def _dpo(c: Command, rows: int, name: str = "dpo", times: int = 1) -> Work:
     recipe = c.block[name]
-    return train(c, rows, recipe | {"epochs": recipe["epochs"] * times}, sides=2, reference=name == "dpo")
+    return train(c, rows, recipe | {"epochs": recipe["epochs"] * times}, sides=2, words=2 * c.response,
+                 reference=name == "dpo")
 
 
 def _rank(c: Command) -> Work:
     rows, by = c.rows(c.places[0]), c.options["by"]
     if by == "reward":
-        return score(c, rows, c.block["samples"]["online"]["n"]) + pairs(c, rows)
-    return pairs(c, rows) + Work(judged=0 if by == "rouge" else c.outside(rows))
+        return score(c, rows, c.distinct(c.block["samples"]["online"])) + pairs(c, rows)
+    return pairs(c, rows) + (c.labelled(rows) if by == "human" else Work())
 
 
 def _evaluate(c: Command) -> Work:
     rows = c.rows(f"test_{c.options['task']}")
-    return Work(size=8 * rows, judged=0 if c.options["task"] == "rouge" else c.outside(rows))
+    return Work(size=8 * rows) + (c.compared(rows) if c.options["task"] == "human" else Work())
 
 
 def _likelihood(c: Command) -> Work:
     rows = c.rows(c.places[1])
-    return score(c, rows, 2, models=2 if c.options["kind"] == "dpo" else 1) + Work(size=8 * rows)
+    return score(c, rows, 2, policies=2 if c.options["kind"] == "dpo" else 0) + Work(size=8 * rows)
 
 
 def _kl(c: Command, prompts: int, more: int = 0) -> Work:
     """Samples of a policy, scored by it and its reference; `more` completions of each prompt scored with them."""
-    n = c.block["samples"]["value"]["n"]
-    return sample(c, prompts, n) + score(c, prompts, n + more, models=2)
+    samples = c.block["samples"]["value"]
+    return sample(c, prompts, samples) + score(c, prompts, samples["n"] + more, policies=2)
 
 
 def _value(c: Command) -> Work:
@@ -189,8 +264,9 @@ def _value(c: Command) -> Work:
 
 def _best_of_n(c: Command) -> Work:
     rows, counts = c.rows("test_best_of_n"), 5  # N is 1, 2, 5, 10 and 25
-    scored = score(c, rows, c.block["samples"]["best_of_n"]["n"], models=2 if c.options["kind"] == "dpo" else 1)
-    return scored + Work(size=8 * counts * rows, judged=counts * c.outside(rows))
+    scored = score(c, rows, c.distinct(c.block["samples"]["best_of_n"]),
+                   policies=2 if c.options["kind"] == "dpo" else 0)
+    return scored + Work(size=8 * counts * rows) + c.compared(counts * rows)
 
 
 def _cell(c: Command) -> Work:
@@ -198,32 +274,32 @@ def _cell(c: Command) -> Work:
     data, samples, policies = c.block["data"], c.block["samples"], c.block["policies"]
     total = Work()
     for rows in (data["preferences"], data["valid"]):
-        labelled = c.outside(rows) if samples["human"]["labels"] == "judge" else 0
-        total += sample(c, rows, samples["human"]["n"]) + Work(judged=labelled)
+        if samples["human"]["labels"] != "rows":
+            total += sample(c, rows, samples["human"]) + c.labelled(rows)
     if {"online", "online_sft"} & set(policies):
         total += train(c, data["preferences"], c.block["reward"], sides=2) + score(c, data["valid"], 2)
     for policy in policies:
         if policy in ("dpo", "dpo_2x"):
             total += _dpo(c, data["preferences"], times=2 if policy == "dpo_2x" else 1)
         else:
-            n = samples["online"]["n"]
-            total += sample(c, data["online"], n) + score(c, data["online"], n) + _dpo(c, data["online"])
+            total += sample(c, data["online"], samples["online"]) + _dpo(c, data["online"])
+            total += score(c, data["online"], c.distinct(samples["online"]))
         total += _kl(c, data["best_of_n"])
-    total += score(c, data["valid"], 2, models=2) if "dpo" in policies else Work()
+    total += score(c, data["valid"], 2, policies=2) if "dpo" in policies else Work()
     for _ in ("sft", *policies):
-        total += sample(c, data["test"], samples["evaluate"]["n"]) + Work(judged=c.outside(data["test"]))
+        total += sample(c, data["test"], samples["evaluate"]) + c.compared(data["test"])
     return replace(total, size=8 * data["test"] * (1 + len(policies)))  # the models are thrown away
 
 
 # A new kind of work goes here, under the name of its module; what is not here is 'unknown' until it has run once.
 KINDS: dict[str, Callable[[Command], Work]] = {
     "data": _data,
-    "base": lambda c: train(c, c.rows("base"), c.block["base"]),
-    "sft": lambda c: train(c, c.rows("sft"), c.block["sft"]),
+    "base": _base,
+    "sft": lambda c: train(c, c.rows("sft"), c.block["sft"], words=c.response),
     "reward": lambda c: train(c, c.rows(c.places[0]), c.block["reward"], sides=2),
     "dpo": lambda c: _dpo(c, c.rows(c.places[0]), "local" if "local" in c.options else "dpo",
                           int(c.options.get("times", 1))),
-    "sample": lambda c: sample(c, c.rows(c.places[1]), c.block["samples"][c.options["samples"]]["n"]),
+    "sample": _sample,
     "rank": _rank,
     "evaluate": _evaluate,
     "likelihood": _likelihood,

@@ -179,7 +179,8 @@ class Cell:
     fate: str
     seconds: float | None
     source: str  # of the seconds: measured, modelled or unknown
-    judged: int
+    judged: int  # answers of an outside judge
+    dollars: float  # for them
     size: float | None
     needs: set[str]
 
@@ -189,7 +190,7 @@ def plan(figure: str, scale: str | None = None, data: str | None = None, device:
     seconds = {} if device else measured()
     with switched(scale, data) as (repo, scale, blocks):
         needs, todo = graph_of(repo, targets_of(repo, figure))
-        device = device or ("cpu" if cost.parameters(blocks[scale]) < cost.GPU_FROM else "H100")
+        device = device or ("H100" if blocks[scale]["compute"]["device"] == "gpu" else "cpu")
         cells = []
         for stage, fate in fates(repo, needs, todo).items():
             done = cost.work(stage.cmd, blocks)
@@ -197,9 +198,9 @@ def plan(figure: str, scale: str | None = None, data: str | None = None, device:
             at = seconds.get(stage.addressing)
             source = "measured" if at else "modelled" if done else "unknown"
             size = sum(out.meta.size or 0 for out in stage.outs) or (done.size if done else None)
-            cells.append(Cell(stage.addressing, fate, at or modelled, source, done.judged if done else 0, size,
-                              {other.addressing for other in needs[stage]}))
-        return cells, device, blocks[scale].get("threads", 1) if device == "cpu" else 1
+            cells.append(Cell(stage.addressing, fate, at or modelled, source, done.judged if done else 0,
+                              done.dollars if done else 0, size, {other.addressing for other in needs[stage]}))
+        return cells, device, blocks[scale]["machine"]["threads"] if device == "cpu" else 1
 
 
 def longest(cells: list[Cell]) -> float:
@@ -265,9 +266,10 @@ def totals(cells: list[Cell], device: str, width: int, cores: int, price: float 
     if not cpu:
         lines.append(f"GPU      ${hours * price:,.2f} at ${price:g} an hour" if price else
                      "GPU      say --dollars-per-hour for its price; they differ too much to assume one")
-    asked = cost.ORDERS * sum(cell.judged for cell in run)
-    what = f"{asked:,} answers of {cost.JUDGE}, both orders" if asked else "nothing that runs asks an outside judge"
-    lines.append(f"judge    ${asked * cost.DOLLARS_AN_ANSWER:.2f}: {what}")
+    asked, dollars = sum(cell.judged for cell in run), sum(cell.dollars for cell in run)
+    what = (f"{asked:,} answers, both orders, {cost.READ} tokens read and {cost.WRITTEN} written each" if asked else
+            "nothing that runs asks an outside judge")
+    lines.append(f"judge    ${dollars:,.2f}: {what}")
     lines.append(f"disk     {_size(sum(cell.size or 0 for cell in run))}, and as much again in .dvc/cache unless the "
                  "file system shares blocks")
     if unknown := sorted({entry_of(cell.name) for cell in run if cell.source == "unknown"}):
@@ -283,7 +285,7 @@ def _command() -> None:
     parser.add_argument("--figure", default="all", help="3, fig3, an extra figure's name, or all (the default)")
     parser.add_argument("--scale", help="a block of params.yaml (default: the active one)")
     parser.add_argument("--data", help="folder of posts, for a scale that reads one")
-    parser.add_argument("--device", choices=list(cost.DEVICES), help="default: cpu, or H100 where models are large")
+    parser.add_argument("--device", choices=list(cost.DEVICES), help="default: H100 where a scale needs a GPU, or cpu")
     parser.add_argument("--dollars-per-hour", type=float, help="what one GPU costs you")
     a = parser.parse_args()
     try:
