@@ -36,13 +36,24 @@ def random_rows(n: int, width: int, generator, left: bool = False) -> torch.Tens
     return rows.where(at < length - 1, PAD).where(at != length - 1, EOS)
 
 
+def small(architecture: type):
+    """The configuration of a small model; Qwen2's ties its embeddings."""
+    return architecture(
+        vocab_size=20, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=PAD,
+        tie_word_embeddings=architecture is Qwen2Config)
+
+
 def problem(kind: str, n: int, seen: list | None = None, sleep: float = 0.0):
     """A tiny policy or reward model, its loss, and what `fit` is told of its rows."""
     generator = torch.Generator().manual_seed(1)
     query = random_rows(n, 6, generator, left=True)
     chosen, rejected = (random_rows(n, 5, generator) for _ in range(2))
-    size = config.New(kind="new", hidden_size=32, layers=2, heads=2, max_positions=64)
-    net = model.new_policy(size, 20, seed=3)
+    net = model.new_policy(config.New(kind="new", hidden_size=32, layers=2, heads=2, max_positions=64), 20, seed=3)
+    if kind == "tied":  # input and output embeddings are one, and activations are computed again
+        torch.manual_seed(3)
+        net = AutoModelForCausalLM.from_config(small(Qwen2Config))
+        net.gradient_checkpointing_enable({"use_reentrant": False})
     lengths = (chosen != PAD).sum(1)
     if kind == "reward":
         net = model.RewardModel(net.base_model)
@@ -51,12 +62,12 @@ def problem(kind: str, n: int, seen: list | None = None, sleep: float = 0.0):
         if seen is not None:
             seen.append(i.tolist())
         time.sleep(sleep)
-        if kind == "sft":
+        if kind != "reward":
             return sft.sft_loss(model.response_logps(net, query[i], chosen[i]), lengths[i]), {}
         better, worse = model.pair_rewards(net, query[i], chosen[i], rejected[i])
         return reward.reward_loss(better, worse).mean(), {"accuracy": (better > worse).float().mean()}
 
-    told = {"lengths": train.tokens(query, chosen, rejected)} | ({"weights": lengths} if kind == "sft" else {})
+    told = {"lengths": train.tokens(query, chosen, rejected)} | ({} if kind == "reward" else {"weights": lengths})
     return net, loss, told
 
 
@@ -104,12 +115,13 @@ def losses(folder: Path, number: int = 0) -> list[float]:
 @pytest.mark.parametrize("launch", LAUNCHES)
 def test_two_processes_train_as_one(tmp_path, monkeypatch, launch):
     """Batches of 8, the last of 7 rows, and of one row, of which the second process has none."""
-    jobs = [{"kind": "reward", "n": 23}, {"kind": "sft", "n": 17, "micro_batch": 3}]
+    jobs = [{"kind": "reward", "n": 23}, {"kind": "sft", "n": 17, "micro_batch": 3},
+            {"kind": "tied", "n": 16, "epochs": 1}]
     finish(start(tmp_path / "two", launch, [{"folder": str(i), **job} for i, job in enumerate(jobs)]))
     monkeypatch.chdir(tmp_path)
     for i, job in enumerate(jobs):
         one, two = tmp_path / f"one-{i}", tmp_path / f"two/{i}"
-        log = fit(one, job["kind"], job["n"])
+        log = fit(one, job["kind"], job["n"], epochs=job.get("epochs", 2))
         assert losses(two) == pytest.approx(losses(one), rel=1e-5) and losses(two, 1) == losses(two)
         assert json.loads((two / "log-0.json").read_text())[-1] == pytest.approx(log[-1], rel=1e-5)
         for name in ("model", "head") if job["kind"] == "reward" else ("model",):
@@ -179,6 +191,17 @@ def test_a_launch_without_its_file_is_one_line(monkeypatch, capsys):
         stage.main(lambda: pytest.fail("it ran"), launch=True)
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and "9-gpu.yaml: not found" in line and "configs/accelerate/8-gpu-fsdp.yaml" in line
+
+
+def test_one_process_alone_writes_the_output(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    with stage.output(tmp_path / "out", {}) as folder:
+        (folder / "model").touch()
+    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
+    monkeypatch.setenv("RANK", "0")
+    with stage.output(tmp_path / "out", {}) as folder:
+        (folder / "model").touch()
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["model", "params.json"]
 
 
 # Pieces of a batch, and memory
@@ -353,10 +376,7 @@ def inputs(tmp_path, monkeypatch):
 @pytest.mark.parametrize("architecture", [LlamaConfig, Qwen2Config])
 def test_any_causal_language_model_goes_through_the_stages(tiny, inputs, architecture):
     torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    net = AutoModelForCausalLM.from_config(architecture(
-        vocab_size=20, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=EOS, eos_token_id=EOS,
-        pad_token_id=PAD, tie_word_embeddings=architecture is Qwen2Config, **size))
+    net = AutoModelForCausalLM.from_config(small(architecture))
     net.save_pretrained("base")
     data, pairs = Path("data"), Path("pairs")
     sft.sft(data, Path("base"), Path("sft"), tiny)

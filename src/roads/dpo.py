@@ -39,14 +39,15 @@ def dpo(pairs: Path, reference: Path, out: Path, cfg: config.Scale, seed: int, t
     used = {"local" if local else "dpo": recipe.model_dump(), "temperature": temperature, "seed": seed}
     with stage.output(out, used, [pairs, reference]) as folder:
         query, chosen, rejected = train.load_pairs(pairs)
+        read = train.key_of({}, [pairs, reference])
         policy = model.load_policy(reference, cfg.compute)
         name = "local" if local else "online" if online else "dpo"
         if local:
             reference_logps = torch.zeros(len(query), 2, device=policy.device)
         else:  # once for all epochs, and for every seed of the same pairs
-            reference_key = train.key_of(config.used(cfg, "compute"), [pairs, reference], temperature)
-            reference_logps = train.reference_logps(policy, query, torch.stack([chosen, rejected], 1), temperature,
-                                                    reference_key).to(policy.device)
+            reference_logps = train.reference_logps(
+                policy, query, torch.stack([chosen, rejected], 1), temperature,
+                train.key_of(config.used(cfg, "compute"), [], read, temperature)).to(policy.device)
         model.for_training(policy, cfg)
 
         def loss(i):
@@ -54,7 +55,7 @@ def dpo(pairs: Path, reference: Path, out: Path, cfg: config.Scale, seed: int, t
             losses = dpo_loss(*logps, *reference_logps[i].T, recipe.beta)
             return losses.mean(), {"accuracy": (losses < losses.new_tensor(2.0).log()).float().mean()}
 
-        key = train.key_of(used, [pairs, reference], name)
+        key = train.key_of(used, [], read, name)
         log = train.fit(policy, loss, len(query), recipe, seed, key, f"{name} s{seed}", recipe.shards,
                         lengths=train.tokens(query, chosen, rejected), micro_batch=cfg.machine.micro_batch)
         train.save(policy, folder)

@@ -241,8 +241,7 @@ def _resume(folder: Path, objective: _Objective, optimizer: torch.optim.Optimize
     if not sharded():
         if not (folder / "checkpoint.pt").exists():
             return [], None
-        where = next(objective.parameters()).device
-        state = torch.load(folder / "checkpoint.pt", weights_only=True, map_location=where)
+        state = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
         objective.model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         return state["log"], state["micro_batch"]
@@ -266,11 +265,14 @@ def save(model: nn.Module, folder: Path) -> None:
         if rank == 0:
             model.save_pretrained(folder)
         return
-    whole = {}
-    for name, value in model.state_dict().items():
+    whole, tied = {}, set()
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) in tied:  # embeddings of input and output may be one: written once
+            continue
+        tied.add(id(value))
         value = value.full_tensor() if hasattr(value, "full_tensor") else value
         if rank == 0:
-            whole[name] = value.cpu()
+            whole[name] = value.detach().cpu()
     if rank == 0:
         model.save_pretrained(folder, state_dict=whole)
 
