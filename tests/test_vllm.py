@@ -23,14 +23,14 @@ VLLM = importlib.util.find_spec("vllm") is not None
 needs_vllm = pytest.mark.skipif(not VLLM, reason="vLLM has an environment of its own: make test-vllm")
 CPU = config.Compute(device="cpu", precision="fp32", attention="sdpa", sampler="vllm")
 VOCAB, LENGTH = 20, 6
-SHARP = 400  # times the logits: then T = 0.01 leaves one token
+WARM = 50.0  # a temperature: the policy's logits, a standard deviation of some 60, are then as those of others at 1
 
 
-def saved(path, heads=2, scale=8.0):
-    """A policy of random weights whose logits have a standard deviation of some `scale` / 6, in a folder."""
+def saved(path, heads=2):
+    """A policy of random weights in a folder, so sharp that T = 0.01 leaves one token."""
     net = model.new_policy(config.New(kind="new", hidden_size=64, layers=2, heads=heads, max_positions=64), VOCAB, 3)
     with torch.no_grad():
-        net.get_output_embeddings().weight *= scale
+        net.get_output_embeddings().weight *= 400
     net.save_pretrained(path)
     return path
 
@@ -85,11 +85,8 @@ def test_what_vllm_cannot_do_is_said_before_it_loads(tmp_path, scale):
 
 
 @needs_vllm
-def test_cold_tokens_are_those_of_transformers(tmp_path, prompts, scale):
-    folder = saved(tmp_path / "sharp", scale=SHARP)
-    with sample_vllm.engine(folder, 9 + LENGTH, scale) as llm:
-        found = sample_vllm.generate(llm, prompts, 3, LENGTH, 0.01, 0)
-    net = model.load_policy(folder).eval()
+def test_cold_tokens_are_those_of_transformers(llm, policy, prompts):
+    found, net = sample_vllm.generate(llm, prompts, 3, LENGTH, 0.01, 0), model.load_policy(policy).eval()
     assert torch.equal(found, sample.generate(net, prompts, 3, LENGTH, 0.01, torch.Generator().manual_seed(0)))
     for query, completion in zip(prompts, found[:, 0], strict=True):  # and of transformers' own loop
         query = query[query != PAD][None].long()
@@ -100,7 +97,7 @@ def test_cold_tokens_are_those_of_transformers(tmp_path, prompts, scale):
 
 
 @needs_vllm
-@pytest.mark.parametrize("temperature", [0.1, 1.5])
+@pytest.mark.parametrize("temperature", [0.1, 1.5 * WARM])
 def test_completions_end_in_one_eos(llm, prompts, temperature):
     found = sample_vllm.generate(llm, prompts, 25, LENGTH, temperature, 7)
     assert found.shape == (8, 25, LENGTH) and found.dtype == torch.int32
@@ -108,17 +105,17 @@ def test_completions_end_in_one_eos(llm, prompts, temperature):
     for row in found.view(-1, LENGTH):
         end = row.tolist().index(EOS)
         assert (row[end + 1 :] == PAD).all() and not (row[:end] == PAD).any()
-    assert lengths.max() == LENGTH and (temperature < 1 or lengths.min() < 3)
+    assert lengths.max() == LENGTH and (temperature < WARM or lengths.min() < 3)
 
 
 @needs_vllm
 def test_a_completion_follows_from_its_seed_alone(llm, prompts):
-    found = sample_vllm.generate(llm, prompts, 25, LENGTH, 1.0, 100)
-    assert torch.equal(found[3:], sample_vllm.generate(llm, prompts[3:], 25, LENGTH, 1.0, 100 + 3 * 25))
-    assert torch.equal(found[0, 20:], sample_vllm.generate(llm, prompts[:1], 5, LENGTH, 1.0, 120)[0])
-    assert not torch.equal(found, sample_vllm.generate(llm, prompts, 25, LENGTH, 1.0, 100 + 8 * 25))
+    found = sample_vllm.generate(llm, prompts, 25, LENGTH, WARM, 100)
+    assert torch.equal(found[3:], sample_vllm.generate(llm, prompts[3:], 25, LENGTH, WARM, 100 + 3 * 25))
+    assert torch.equal(found[0, 20:], sample_vllm.generate(llm, prompts[:1], 5, LENGTH, WARM, 120)[0])
+    assert not torch.equal(found, sample_vllm.generate(llm, prompts, 25, LENGTH, WARM, 100 + 8 * 25))
     # vLLM gives completion k of a prompt its seed + k: prompts whose seeds are neighbours would share their draws.
-    twice = sample_vllm.generate(llm, prompts[:1].repeat(2, 1), 25, LENGTH, 1.0, 0)
+    twice = sample_vllm.generate(llm, prompts[:1].repeat(2, 1), 25, LENGTH, WARM, 0)
     assert (twice[0, 1:] == twice[1, :-1]).all(1).float().mean() < 0.5
 
 
@@ -127,7 +124,7 @@ def test_tokens_follow_the_softmax(llm, policy, prompts):
     """Of 10,000 completions the first two tokens, against their exact probabilities."""
     from scipy.stats import chisquare
 
-    temperature, n = 0.8, 2500
+    temperature, n = 0.8 * WARM, 2500
     net, query = model.load_policy(policy).eval(), prompts[4].long()
     drawn = sample_vllm.generate(llm, prompts[4:5].repeat(4, 1), n, 4, temperature, 0).view(-1, 4).long()
     with torch.no_grad():
