@@ -1,6 +1,7 @@
 """The judge's protocol, the value of Eq. 2 by hand, and best-of-N."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from roads.world import World
     ('Comparison: B says more.\nPreferred: "B"', "B"),
     ("Preferred: <B>\n", "B"),
     ("Preferred: B.", "B"),
+    ("**Comparison:** B.\n**Preferred:** \"B\"", "B"),
+    ("Preferred: **A**", "A"),
     ("I prefer A", ""),
     ("Preferred: both", ""),
     ("Preferred: Appealing", ""),
@@ -24,6 +27,35 @@ from roads.world import World
 ])  # fmt: skip
 def test_an_answer_is_read(answer, expected):
     assert judge.parse(answer) == expected
+
+
+@pytest.mark.parametrize("answer, expected", [
+    ("Summary: cat sleeps", "cat sleeps"),
+    ("Summary: <Relationship advice>", "Relationship advice"),
+    ('**Summary:** "Cat."', "Cat"),
+    ("Summary: a cat sleeps", ""),
+    ("Summary: one\nSummary: two", ""),
+    ("Summary:", ""),
+    ("A cat", ""),
+])  # fmt: skip
+def test_a_two_word_summary_is_read(answer, expected):
+    assert judge.two_words(answer) == expected
+
+
+@pytest.mark.parametrize("name", ["summary", "two_word", "write_two_word"])
+def test_a_prompt_has_its_slots_and_no_other(name):
+    slots = ["post"] if name == "write_two_word" else ["post", "summarya", "summaryb"]
+    text = judge.fill(name, **{slot: "{{post}} " + slot for slot in slots})
+    assert text.count("{{post}}") == len(slots) and all(f"{{{{post}}}} {slot}\n" in text for slot in slots)
+    assert (name == "summary") == ("two-word" not in text)
+
+
+def test_a_judge_is_that_of_its_scale(tiny, tmp_path):
+    rng = np.random.default_rng(0)
+    query = World(tiny.source).prompts(50, rng)
+    ours, theirs = (World(tiny.source).summaries(query, rng) for _ in range(2))
+    ask = judge.of(SimpleNamespace(judge=SimpleNamespace(kind="gold"), source=tiny.source), query, tmp_path)
+    assert ask(ours, theirs) == judge.gold(World(tiny.source), query)(ours, theirs)
 
 
 def test_both_orders_a_tie_where_they_disagree_and_failures_counted():

@@ -243,7 +243,9 @@ def test_load_tokenizer(tmp_path, small):
     small.save(str(path))
     assert load_tokenizer(path).encode("a <|endoftext|> b").ids == small.encode("a <|endoftext|> b").ids
     path.write_text(small.to_str().replace("<|padding|>", "<pad>"))
-    with pytest.raises(UserError, match=r"tokenizer.json: <\|padding\|> has id None; expected 1"):
+    assert load_tokenizer(path).id_to_token(PAD) == "<pad>"
+    path.write_text(train_bpe([], 258).to_str().replace('"special":true', '"special":false'))
+    with pytest.raises(UserError, match=r"tokenizer.json: <\|endoftext\|> .* expected 0"):
         load_tokenizer(path)
     path.write_text("{}")
     with pytest.raises(UserError, match="expected a tokenizer.json"):

@@ -1,6 +1,9 @@
-"""Stage base: pretrain the small base model on documents, the stand-in for a downloaded Pythia.
+"""Stage base: where every policy begins. A small model pretrained here, or one of the hub.
 
-    python -m roads.base DATA OUT --scale mini
+    python -m roads.base DATA OUT --scale mini       # pretrain on base.npz, the stand-in for Pythia
+    python -m roads.base DATA OUT --scale paper      # fetch the model that params.yaml names
+
+Of whatever tokenizer, EOS is token 0 and padding token 1 from here on: see `renumber`.
 """
 
 from pathlib import Path
@@ -8,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from roads import config, model, stage, train
-from roads.tldr import PAD
+from roads import config, hub, model, stage, tldr, train
+from roads.tldr import EOS, PAD
 
 
 def language_model_loss(policy, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -40,10 +43,67 @@ def base(data: Path, out: Path, cfg: config.Scale) -> None:
     train.forget(key)
 
 
+@torch.no_grad()
+def renumber(policy, eos_id: int, pad_id: int, vocab_size: int) -> None:
+    """Bring the rows of EOS and padding to 0 and 1, in the embeddings and in the output head, as data.py does in the
+    tokenizer; for a padding token that the model has not, add a row, the mean of the others."""
+    if policy.get_input_embeddings().weight.shape[0] < vocab_size:
+        policy.resize_token_embeddings(vocab_size, mean_resizing=False)
+        head = policy.get_output_embeddings()
+        for tensor in (policy.get_input_embeddings().weight, head.weight, getattr(head, "bias", None)):
+            if tensor is not None:
+                tensor[-1] = tensor[:-1].mean(0)
+    head = policy.get_output_embeddings()
+    tensors = [policy.get_input_embeddings().weight, head.weight, getattr(head, "bias", None)]
+    if head.weight is tensors[0]:  # tied
+        del tensors[0]
+    for tensor in tensors:
+        for a, b in tldr.swaps(eos_id, pad_id) if tensor is not None else ():
+            tensor[[a, b]] = tensor[[b, a]]
+    from transformers import GenerationConfig
+
+    ids = {"bos_token_id": EOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    policy.config.update(ids)
+    policy.generation_config = GenerationConfig(**ids)  # its own may ask for other sampling than ours
+
+
+def reachable(wanted: config.Pretrained) -> None:
+    """Raises UserError where a pretrained model, or its revision, is not to be had."""
+    hub.fetch(wanted.name, wanted.revision, ["config.json"])
+
+
+def fetch(data: Path, out: Path, cfg: config.Scale) -> None:
+    """Write the pretrained model that the scale names, fp32, and which commit of it this is.
+
+    Raises:
+        UserError: no such model or revision, none to be had, or one with fewer tokens than its tokenizer.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with stage.output(out, config.used(cfg, "model", "base"), [data]) as folder:
+        tokens = stage.read_json(data / "metrics.json")
+        source, commit = hub.fetch(cfg.model.name, cfg.model.revision, ["config.json"])
+        where = f"model {cfg.model.name}"
+        try:
+            rows = AutoConfig.from_pretrained(source).get_text_config().vocab_size
+            is_new = tokens["pad_id"] == tokens["vocab_size"] - 1  # data.py puts a new padding token last
+            if rows < tokens["vocab_size"] - is_new:
+                raise stage.UserError(f"{where}: {rows} embeddings for {tokens['vocab_size']} tokens of its tokenizer")
+            policy = AutoModelForCausalLM.from_pretrained(source if commit is None else cfg.model.name, revision=commit,
+                                                          dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise stage.UserError(f"{where}: not a causal language model that transformers loads ({reason})") from None
+        renumber(policy, tokens["eos_id"], tokens["pad_id"], tokens["vocab_size"])
+        policy.save_pretrained(folder)
+        stage.write_json(folder / "metrics.json", {"commit": commit, "parameters": policy.num_parameters()})
+
+
 def _command() -> None:
     parser = stage.arguments(__doc__, "data", "out")
     a = parser.parse_args()
-    base(a.data, a.out, config.load_scale(a.scale))
+    cfg = config.load_scale(a.scale)
+    (fetch if cfg.model.kind == "pretrained" else base)(a.data, a.out, cfg)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Stage data: rows -> tokens. Source: the synthetic world, or jsonl rows of real text.
+"""Stage data: rows -> tokens. Source: the synthetic world, OpenAI's posts and comparisons, or jsonl rows of your own.
 
     python -m roads.data src/roads/world.py OUT --scale mini
-    python -m roads.data FOLDER OUT --scale real-cpu      # train.jsonl, valid.jsonl, test.jsonl
+    python -m roads.data FOLDER OUT --scale real-cpu      # train.jsonl, valid.jsonl, test.jsonl, maybe comparisons
+    python -m roads.data data/openai.json OUT --scale paper      # what to download, and what must be in it
 
 Writes tokenizer.json and one .npz per split. Queries [n, Q] are padded left, responses [n, R] right.
     base.npz         tokens [n, L], weights [n, L]: documents for pretraining and the loss weight of each token
@@ -13,13 +14,20 @@ Writes tokenizer.json and one .npz per split. Queries [n, Q] are padded left, re
     test_human.npz   query, response: prompts for winrates (the SFT test set) and the references to beat
     test_best_of_n.npz   the first of them
     test_rouge.npz   query, response: prompts for ROUGE-L (the validation preference set) and the references to match
+Where the pairs come with the data, preferences.npz and valid.npz have chosen and rejected [n, P] too, and the reference
+is the preferred summary.
 """
 
+import hashlib
+import json
+from collections import Counter
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from roads import config, stage, tldr
+from roads import config, hub, stage, tldr
 from roads.world import World
 
 SPLITS = ("sft", "preferences", "valid", "test", "more")
@@ -56,30 +64,192 @@ def from_world(cfg: config.Scale) -> tuple[object, dict[str, dict[str, np.ndarra
     return tokenizer, splits
 
 
-def from_text(folder: Path, cfg: config.Scale) -> tuple[object, dict[str, dict[str, np.ndarray]]]:
-    """The tokenizer and the splits of real posts; base, SFT and preferences share the training rows, with which more
-    goes on where preferences end."""
-    files = {"sft": "train", "preferences": "train", "more": "train", "valid": "valid", "test": "test"}
-    read = {name: tldr.read_rows(folder / f"{name}.jsonl") for name in ("train", "valid", "test")}
-    if (folder / "tokenizer.json").exists():
-        tokenizer = tldr.load_tokenizer(folder / "tokenizer.json")
-    else:
-        texts = [text for row in read["train"] for text in (row.title, row.post, row.summary)]
-        tokenizer = tldr.train_bpe(texts, cfg.source.vocab_size)
-    task = tldr.Task(cfg.source.max_query_tokens, cfg.source.max_response_tokens)
-    encoded = {name: ([task.query_ids(row, tokenizer) for row in rows],
-                      [task.response_ids(row.summary, tokenizer) for row in rows]) for name, rows in read.items()}
+def in_folder(folder: Path) -> tuple[dict, dict]:
+    """Posts and comparisons of a folder, by split and in order; comparisons only where there is a file of them."""
+    posts = {name: tldr.read_rows(folder / f"{name}.jsonl") for name in ("train", "valid", "test")}
+    files = {name: folder / f"comparisons_{name}.jsonl" for name in ("train", "valid")}
+    there = any(path.exists() for path in files.values())
+    return posts, {name: tldr.read_comparisons(path) for name, path in files.items()} if there else {}
+
+
+def download(source: Path) -> tuple[dict, dict, dict]:
+    """Posts and comparisons that a file like data/openai.json names, checked against what it expects of them.
+
+    Each split comes in an order drawn once, so that the first n rows are a sample of them all.
+
+    Returns:
+        Posts by split, comparisons by split, and what was found: rows, SHA-256 and commit of each.
+    Raises:
+        UserError: not such a file, nothing to be had from the hub, or other rows than expected.
+    """
+    try:
+        wanted = stage.read_json(source)
+        parts = {part: [(name, split["files"], split["rows"], split["sha256"]) for name, split in
+                        wanted[part]["splits"].items()] for part in ("sft", "comparisons")}
+        places = {part: (wanted[part]["repository"], wanted[part]["revision"]) for part in parts}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise stage.UserError(f"{source}: {type(error).__name__} {error}; expected what data/openai.json has") from None
+    rows, found = {}, {}
+    for part, splits in parts.items():
+        name, revision = places[part]
+        beside = source.parent / name
+        folder, commit = hub.fetch(str(beside) if beside.is_dir() else name, revision,
+                                   [files for _, files, _, _ in splits], "dataset")
+        rows[part] = {}
+        for split, files, count, digest in splits:
+            read, batches = _read(folder, files, f"{source}: {part}.{split}", part == "comparisons")
+            text = "".join(json.dumps(astuple(row), ensure_ascii=False) + "\n" for row in read)
+            sha256 = hashlib.sha256(text.encode()).hexdigest()
+            dropped = {batch: n for batch, n in sorted(batches.items()) if batch in tldr.CNN_DM}
+            seen = (f"{len(batches)} batches, of which {dropped or 'none'} left out; " if batches else "") + (
+                f"first id {read[0].id}" if read else "nothing left")
+            if count is not None and len(read) != count:
+                raise stage.UserError(f"{source}: {part}.{split}: expected {count} rows of {name}, got {len(read)} "
+                                      f"({seen})")
+            if digest is not None and sha256 != digest:
+                raise stage.UserError(f"{source}: {part}.{split}: the rows of {name} are others than those pinned: "
+                                      f"expected SHA-256 {digest}, got {sha256} ({len(read)} rows; {seen})")
+            if digest is None:
+                print(f"{part}.{split}: {len(read)} rows, SHA-256 {sha256}: pin it in {source}", flush=True)
+            found[f"{part}.{split}"] = {"rows": len(read), "sha256": sha256, "commit": commit}
+            rows[part][split] = [read[i] for i in np.random.default_rng(0).permutation(len(read))]
+    return rows["sft"], rows["comparisons"], found
+
+
+def _read(folder: Path, files: str, where: str, compared: bool) -> tuple[list, Counter]:
+    """Rows of the jsonl or parquet files of a split, and how many of each batch the comparisons were."""
+    paths, rows, batches = sorted(folder.glob(files)), [], Counter()
+    if not paths:
+        raise stage.UserError(f"{where}: no file {files} in {folder}")
+    for path in paths:
+        if path.suffix != ".parquet":
+            values = list(tldr.objects(path))
+        else:
+            import pyarrow.parquet
+
+            table = pyarrow.parquet.ParquetFile(path)
+            names = tldr.FIELDS if not compared else ["info", "summaries", "choice", "batch"]
+            missing = set(names) - set(table.schema_arrow.names)
+            if missing:
+                raise stage.UserError(f"{where}: {path.name} has no column {', '.join(sorted(missing))}")
+            values = [(value, f"{path}: row {i}") for i, value in enumerate(table.read(columns=names).to_pylist())]
+        if compared:
+            batches.update(str(value.get("batch")) for value, _ in values)
+            values = [(value, at) for value, at in values if value.get("batch") not in tldr.CNN_DM]
+        rows += [tldr.comparison_of(*value) if compared else tldr.row_of(*value) for value in values]
+    return rows, batches
+
+
+def tokenizer_for(cfg: config.Scale, source: Path, rows: list[tldr.Row]) -> tuple[object, dict[str, int]]:
+    """The model's tokenizer with EOS and padding as 0 and 1, and the ids that they had; for a new model the one beside
+    the rows, or a BPE trained on them."""
+    if cfg.model.kind == "pretrained":
+        folder, _ = hub.fetch(cfg.model.name, cfg.model.revision,
+                              ["tokenizer.json", "tokenizer_config.json", "config.json"])
+        settings = {}
+        for name in ("config.json", "tokenizer_config.json"):
+            settings |= stage.read_json(folder / name) if (folder / name).exists() else {}
+        eos, pad = (token.get("content") if isinstance(token, dict) else token
+                    for token in (settings.get("eos_token"), settings.get("pad_token")))
+        if eos is None:
+            eos = settings.get("eos_token_id")
+            eos = eos[0] if isinstance(eos, list) else eos
+        tokenizer, eos_id, pad_id = tldr.renumber_tokenizer(folder / "tokenizer.json", eos, pad)
+        return tokenizer, {"eos_id": eos_id, "pad_id": pad_id}
+    beside = source / "tokenizer.json"
+    if beside.exists():
+        tokenizer = tldr.load_tokenizer(beside)
+        for expected, token in enumerate(tldr.SPECIAL):
+            found = tokenizer.token_to_id(token)
+            if found != expected:
+                raise stage.UserError(f"{beside}: {token} has id {found}; expected {expected}, as in Pythia's")
+        return tokenizer, {}
+    vocab_size = getattr(cfg.source, "vocab_size", None)
+    if vocab_size is None:
+        raise stage.UserError(f"{beside}: not found; a new model's tokenizer is that, or has source.vocab_size tokens")
+    return tldr.train_bpe((text for row in rows for text in (row.title, row.post, row.summary)), vocab_size), {}
+
+
+def choose(cfg: config.Scale, source: Path, posts: dict, pairs: dict) -> dict[str, list[tldr.Row]]:
+    """The rows of each split: as many as params.yaml asks for, or of your own rows as many as there are.
+
+    SFT and `more` are training posts. So is the preference set where there are no comparisons, and `more` goes on
+    where it ends.
+    """
+    start = 0 if pairs else cfg.data.preferences
+    rows = {"sft": posts["train"], "preferences": (pairs or posts)["train"], "more": posts["train"][start:],
+            "valid": (pairs or posts)["valid"], "test": posts["test"]}
+    for split in SPLITS:
+        n = getattr(cfg.data, split)
+        if cfg.source.kind != "jsonl" and len(rows[split]) < n:
+            raise stage.UserError(f"{source}: data.{split}: {n} rows asked for, {len(rows[split])} there; lower it")
+        rows[split] = rows[split][:n]
+    return rows
+
+
+def from_posts(source: Path, cfg: config.Scale) -> tuple[object, dict[str, dict[str, np.ndarray]], dict]:
+    """The tokenizer, the splits of real posts, and what metrics.json says of both."""
+    posts, pairs, found = download(source) if source.is_file() else (*in_folder(source), {})
+    is_two_word, lengths = cfg.source.kind == "two_word", cfg.source
+    if cfg.samples.human and cfg.samples.human.labels == "rows" and not is_two_word and not pairs:
+        raise stage.UserError(f"{source}/comparisons_train.jsonl: not found; samples.human.labels: rows needs it, and "
+                              "comparisons_valid.jsonl")
+    rows = choose(cfg, source, posts, {} if is_two_word else pairs)
+    tokenizer, ids = tokenizer_for(cfg, source, posts["train"])
+    task = tldr.Task(lengths.max_query_tokens, lengths.max_response_tokens)
+    side = replace(task, max_response_tokens=lengths.max_preference_tokens)
+    memory = {}  # a post has several comparisons, and SFT and `more` share theirs
+
+    def queries(split: str, task: tldr.Task = task) -> np.ndarray:
+        out = []
+        for row in tqdm(rows[split], desc=f"tokens of {split}", unit="row"):
+            key = row.subreddit, row.title, row.post, task.end
+            if key not in memory:
+                memory[key] = np.array(task.query_ids(row, tokenizer), np.int32)
+            out.append(memory[key])
+        return tldr.pad(out, task.max_query_tokens, "left")
+
+    def responses(texts: list[str], task: tldr.Task = task) -> np.ndarray:
+        return tldr.pad([task.response_ids(text, tokenizer) for text in texts], task.max_response_tokens, "right")
+
     splits = {}
     for split in SPLITS:
-        start = cfg.data.preferences if split == "more" else 0
-        queries, responses = (part[start : start + getattr(cfg.data, split)] for part in encoded[files[split]])
-        splits[split] = {"query": tldr.pad(queries, cfg.source.max_query_tokens, "left"),
-                         "response": tldr.pad(responses, cfg.source.max_response_tokens, "right")}
-    queries, responses = encoded["train"]
-    documents = [q + r for q, r in zip(queries, responses, strict=True)][: cfg.data.base]
-    tokens = tldr.pad(documents, cfg.source.max_query_tokens + cfg.source.max_response_tokens, "right")
-    splits["base"] = {"tokens": tokens, "weights": (tokens != tldr.PAD).astype(np.float32)}
-    return tokenizer, splits
+        if is_two_word and split != "sft":
+            query = queries(split, replace(task, end=tldr.TWO_WORD_END))
+            splits[split] = two_word(query, split, tokenizer, cfg, lambda texts: responses(texts, side))
+            continue
+        splits[split] = {"query": queries(split), "response": responses([row.summary for row in rows[split]])}
+        if pairs and split in ("preferences", "valid"):
+            splits[split] |= {"chosen": responses([row.summary for row in rows[split]], side),
+                              "rejected": responses([row.rejected for row in rows[split]], side)}
+    if cfg.data.base:
+        documents = [task.query_ids(row, tokenizer) + task.response_ids(row.summary, tokenizer)
+                     for row in posts["train"][: cfg.data.base]]
+        tokens = tldr.pad(documents, lengths.max_query_tokens + lengths.max_response_tokens, "right")
+        splits["base"] = {"tokens": tokens, "weights": (tokens != tldr.PAD).astype(np.float32)}
+    return tokenizer, splits, ids | ({"found": found} if found else {})
+
+
+def two_word(query: np.ndarray, split: str, tokenizer, cfg: config.Scale, responses) -> dict[str, np.ndarray]:
+    """Fig 10: the arrays of a split of queries [n, Q] whose two-word summaries the judge writes, and labels.
+
+    A prompt without what the split needs (no summary written, or a pair that the judge cannot tell apart) is left out.
+    """
+    from roads import judge
+
+    if split == "more":  # prompts alone
+        return {"query": query, "response": responses([""] * len(query))}
+    posts = judge.posts_of(query, tokenizer)
+    if split == "test":
+        written = judge.write_two_word(posts, cfg.judge, cfg.spending)
+        keep = [i for i, text in enumerate(written) if text]
+        return {"query": query[keep], "response": responses([written[i] for i in keep])}
+    written = judge.two_word_rows(posts, cfg.judge, cfg.spending)
+    keep = [i for i, row in enumerate(written) if row["chosen"]]
+    if not keep:
+        raise stage.UserError(f"data.{split}: of {len(posts)} posts the judge told no pair of two-word summaries apart")
+    names = {"response": "reference", "chosen": "chosen", "rejected": "rejected"}
+    return {"query": query[keep]} | {name: responses([written[i][key] for i in keep]) for name, key in names.items()}
 
 
 def first(n: int, preferences: dict, more: dict) -> dict[str, np.ndarray]:
@@ -89,16 +259,19 @@ def first(n: int, preferences: dict, more: dict) -> dict[str, np.ndarray]:
 
 def data(source: Path, out: Path, cfg: config.Scale) -> None:
     """Write the tokenizer and every split under `out`."""
-    with stage.output(out, config.used(cfg, "data", "source"), [source]) as folder:
-        tokenizer, splits = from_world(cfg) if cfg.synthetic else from_text(source, cfg)
+    blocks = ["model"] * (cfg.model.kind == "pretrained") + ["judge"] * (cfg.source.kind == "two_word")
+    with stage.output(out, config.used(cfg, "data", "source", *blocks), [source]) as folder:
+        tokenizer, splits, found = (*from_world(cfg), {}) if cfg.synthetic else from_posts(source, cfg)
         tokenizer.save(str(folder / "tokenizer.json"))
-        splits["test_human"], splits["test_rouge"] = splits.pop("test"), splits["valid"]
-        splits["test_best_of_n"] = {name: part[: cfg.data.best_of_n] for name, part in splits["test_human"].items()}
+        prompts = {name: {key: splits[name][key] for key in ("query", "response")} for name in ("valid", "test")}
+        splits["test_human"], splits["test_rouge"] = splits.pop("test"), prompts["valid"]
+        splits["test_best_of_n"] = {name: part[: cfg.data.best_of_n] for name, part in prompts["test"].items()}
         splits["online"] = first(cfg.data.online, splits["preferences"], splits["more"])
         for split, arrays in splits.items():
             np.savez(folder / f"{split}.npz", **arrays)
         counts = {split: len(next(iter(arrays.values()))) for split, arrays in splits.items()}
-        stage.write_json(folder / "metrics.json", {"rows": counts, "vocab_size": tokenizer.get_vocab_size()})
+        metrics = {"rows": counts, "vocab_size": max(tokenizer.get_vocab().values()) + 1}
+        stage.write_json(folder / "metrics.json", metrics | found)
 
 
 def _command() -> None:

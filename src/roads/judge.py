@@ -2,17 +2,29 @@
 
 A judge is a function `ask(first, second) -> answers`: for each row the text that it says of summary A (first) and
 summary B (second), of which the line `Preferred: A` or `Preferred: B` counts (Appendix B.4). `gold` is the judge of
-the synthetic world, which knows the true quality.
+the synthetic world, which knows the true quality; `outside` asks a language model, gpt-4o in the paper (client.py).
+
+For Fig 10 that model writes as well: two-word summaries, and pairs of them with the one it prefers (Appendix B.1).
 """
 
 import re
 from collections.abc import Callable
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+from tokenizers import Tokenizer
 
+from roads.stage import UserError
+from roads.tldr import EOS, PAD, load_tokenizer
 from roads.world import World
 
-PREFERRED = re.compile(r"^\s*Preferred:\s*[\"'<]*([AB])\b", re.MULTILINE)
+PREFERRED = re.compile(r"^[\s*]*Preferred:[\s*\"'<]*([AB])\b", re.MULTILINE)  # with or without Markdown's asterisks
+SUMMARY = re.compile(r"^[\s*]*Summary:[\s*\"'<]*([^\n>\"*]*[^\s>\"*.'])", re.MULTILINE)
+QUERY = re.compile(r"SUBREDDIT: r/.*?\n\nTITLE: (.*?)\n\nPOST: (.*?)(?:\n\n(?:Two-Word )?TL;DR:)?", re.DOTALL)
+DRAWS = 6  # two summaries of a post that are the same after so many draws make no pair
 Ask = Callable[[np.ndarray, np.ndarray], list[str]]
 
 
@@ -44,6 +56,122 @@ def gold(world: World, query: np.ndarray) -> Ask:
         return [f"Preferred: {'A' if a else 'B'}" for a in better]
 
     return ask
+
+
+def of(cfg, query: np.ndarray, data: Path) -> Ask:
+    """The judge of a scale (config.Scale) for queries [N, Q] of a data folder."""
+    if cfg.judge.kind == "gold":
+        return gold(World(cfg.source), query)
+    return outside(cfg.judge, cfg.spending, load_tokenizer(data / "tokenizer.json"), query)
+
+
+def outside(cfg, spending, tokenizer: Tokenizer, query: np.ndarray) -> Ask:
+    """The language model of cfg as judge of summaries of queries [N, Q]; spending says what it may cost.
+
+    Raises:
+        UserError: as client.answers, when it is asked.
+    """
+
+    def ask(first: np.ndarray, second: np.ndarray) -> list[str]:
+        from roads import client
+
+        # The other order is asked for at once: `compare` wants it next, and a batch takes up to a day.
+        messages = both_orders(cfg, tokenizer, query, first, second)
+        return client.answers(messages, cfg, spending, readable=parse)[:len(first)]
+
+    return ask
+
+
+def both_orders(cfg, tokenizer: Tokenizer, query: np.ndarray, first: np.ndarray, second: np.ndarray) -> list[str]:
+    """What the judge reads: 2 N messages, first [N, R] shown as A, and then all of them the other way round."""
+    posts, a, b = posts_of(query, tokenizer), texts_of(first, tokenizer), texts_of(second, tokenizer)
+    return [fill(cfg.prompt, post=post, summarya=x, summaryb=y)
+            for one, other in ((a, b), (b, a)) for post, x, y in zip(posts, one, other, strict=True)]
+
+
+def fill(name: str, **slots: str) -> str:
+    """The prompt of prompts/<name>.txt with its slots `{{slot}}` filled; what is filled in is not looked into."""
+    return re.sub(r"{{(\w+)}}", lambda slot: slots[slot[1]], _template(name))
+
+
+@cache
+def _template(name: str) -> str:
+    return (resources.files("roads") / "prompts" / f"{name}.txt").read_text(encoding="utf-8").rstrip("\n")
+
+
+def posts_of(query: np.ndarray, tokenizer: Tokenizer) -> list[str]:
+    """What the judge sees of queries [N, Q]: the title, and the post as far as the policy saw it.
+
+    Raises:
+        UserError: a query is none of TL;DR.
+    """
+    return [post_of(text) for text in tokenizer.decode_batch([row[row != PAD].tolist() for row in query])]
+
+
+def post_of(query: str) -> str:
+    """
+    >>> post_of("SUBREDDIT: r/cats\\n\\nTITLE: Tom\\n\\nPOST: He eats.\\n\\nTL;DR:")
+    'Tom\\n\\nHe eats.'
+    """
+    found = QUERY.fullmatch(query)
+    if not found:
+        raise UserError(f"query {query[:60]!r}: expected SUBREDDIT: r/..., TITLE: ..., POST: ..., TL;DR: (tldr.py)")
+    return "\n\n".join(part.strip() for part in found.groups()).strip()
+
+
+def texts_of(responses: np.ndarray, tokenizer: Tokenizer) -> list[str]:
+    """Responses [N, R] as texts, up to the first EOS or PAD."""
+    ends = [np.flatnonzero((row == EOS) | (row == PAD)) for row in responses]
+    cut = [row[:end[0]] if len(end) else row for row, end in zip(responses, ends)]
+    return [text.strip() for text in tokenizer.decode_batch([row.tolist() for row in cut])]
+
+
+def two_words(answer: str) -> str:
+    """The summary of one or two words in an answer to prompts/write_two_word.txt, or '' if there is none."""
+    found = SUMMARY.findall(answer)
+    words = found[0].split() if len(found) == 1 else []
+    return " ".join(words) if 1 <= len(words) <= 2 else ""
+
+
+def write_two_word(posts: list[str], cfg, spending, draw: int = 0, **where) -> list[str]:
+    """A summary of two words of each post (post_of), or '' where the model did not write one.
+
+    Another draw is another summary. The temperature is 1, the endpoint's default, as the paper names none: at that of
+    the judge, 0, the two summaries of a pair would be the same.
+    """
+    from roads import client
+
+    writer = SimpleNamespace(kind=cfg.kind, model=cfg.model, temperature=1.0, max_tokens=20)
+    messages = [fill("write_two_word", post=post) for post in posts]
+    return [two_words(answer) for answer in
+            client.answers(messages, writer, spending, readable=two_words, draw=draw, **where)]
+
+
+def two_word_rows(posts: list[str], cfg, spending, **where) -> list[dict]:
+    """Fig 10's data: for each post a reference, and two summaries with the one that the judge prefers in both orders.
+
+    Returns:
+        A dict per post: reference, the first summary that was written, '' if none was; chosen and rejected, None for
+        a tie, and where DRAWS draws gave no two different summaries.
+    """
+    from roads import client
+
+    pairs = [[text] if text else [] for text in write_two_word(posts, cfg, spending, **where)]
+    for draw in range(1, DRAWS):
+        short = [i for i, pair in enumerate(pairs) if len(pair) < 2]
+        for i, text in zip(short, write_two_word([posts[i] for i in short], cfg, spending, draw, **where)):
+            if text and text.lower() not in (other.lower() for other in pairs[i]):
+                pairs[i].append(text)
+    shown = [i for i, pair in enumerate(pairs) if len(pair) == 2]
+    messages = [fill(cfg.prompt, post=posts[i], summarya=a, summaryb=b)
+                for order in (slice(None), slice(None, None, -1)) for i in shown for a, b in [pairs[i][order]]]
+    said = [parse(answer) for answer in client.answers(messages, cfg, spending, readable=parse, **where)]
+    rows = [{"reference": pair[0] if pair else "", "chosen": None, "rejected": None} for pair in pairs]
+    for i, *both in zip(shown, said, said[len(shown):]):
+        if set(both) == {"A", "B"}:  # the same summary, in both orders
+            a, b = pairs[i]
+            rows[i]["chosen"], rows[i]["rejected"] = (a, b) if both[0] == "A" else (b, a)
+    return rows
 
 
 def summary(verdicts: dict[str, np.ndarray]) -> dict[str, float]:

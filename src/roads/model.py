@@ -5,6 +5,7 @@ import importlib.util
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -57,19 +58,15 @@ def _placed(policy: PreTrainedModel, compute: config.Compute) -> PreTrainedModel
 
 
 def device(compute: config.Compute) -> torch.device:
-    """The CPU, or the GPU that is this process's own where several train together.
+    """The CPU, or a GPU: where several processes train together, each one's own. The process joins the others here.
 
     Raises:
         UserError: compute.device is gpu and torch sees none.
     """
-    if compute.device == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
+    if compute.device == "gpu" and not torch.cuda.is_available():
         raise stage.UserError(f"compute.device: gpu, and torch {torch.__version__} sees none; run the image with"
                               " `--gpus all`, or take a scale that computes on the CPU")
-    from accelerate import PartialState
-
-    return PartialState().device
+    return PartialState(cpu=compute.device == "cpu").device
 
 
 def _autocast(module: nn.Module) -> None:
@@ -236,7 +233,7 @@ def candidate_rewards(rm: RewardModel, query: Tensor, completions: Tensor) -> Te
     """Rewards [B, n] of completions [B, n, R] to queries [B, Q]."""
     states, at = _run_candidates(rm.trunk, query, completions)
     last = at.gather(2, (completions != PAD).sum(2, keepdim=True))
-    return rm.head(states[last.squeeze(2)]).squeeze(2)
+    return rm.head(states[last.squeeze(2)].float()).squeeze(2)
 
 
 @torch.inference_mode()

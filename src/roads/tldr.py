@@ -2,11 +2,16 @@
 
 `Task` is the one place that knows the query format, the two lengths and how a text that is too
 long is cut, as in `tasks.py` of openai/summarize-from-feedback.
+
+Files of rows are jsonl, an object a line. A post with its summary has the text fields of `Row`. A comparison of two
+summaries has the fields id, subreddit, title, post, chosen and rejected, or is as OpenAI published it:
+    {"info": {"id", "subreddit", "title", "post"}, "summaries": [{"text"}, {"text"}], "choice": 0 or 1, "batch"}
+Those of the `CNN_DM` batches are about news articles and are left out.
 """
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -18,6 +23,8 @@ from roads.stage import UserError
 EOS, PAD = 0, 1
 SPECIAL = ["<|endoftext|>", "<|padding|>"]  # the tokens of EOS and PAD
 END = "\n\nTL;DR:"
+TWO_WORD_END = "\n\nTwo-Word TL;DR:"  # Fig 10
+CNN_DM = ("batch0_cnndm", "cnndm0", "cnndm2")
 _WORD_END = re.compile(r"\S[ \n]")
 
 
@@ -30,43 +37,81 @@ class Row:
     summary: str
 
 
+@dataclass(frozen=True)
+class Comparison(Row):
+    """Two summaries of a post, of which a person preferred `summary`."""
+
+    rejected: str
+
+
 FIELDS = [field.name for field in fields(Row)]
+SIDES = [*FIELDS[:-1], "chosen", "rejected"]  # of a comparison
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read a jsonl file: one object with the text fields of `Row` per line; other fields are ignored.
+    """Read a jsonl file of posts with their summaries; fields beyond those of `Row` are ignored.
 
     Raises:
         UserError: the file cannot be read or holds no rows, or a line is no such row (`FILE:LINE: ...`).
     """
+    return [row_of(value, where) for value, where in objects(path)]
+
+
+def read_comparisons(path: Path) -> list[Comparison]:
+    """Read a jsonl file of comparisons, of either shape. Raises UserError as `read_rows` does."""
+    return [comparison_of(value, where) for value, where in objects(path, SIDES)
+            if value.get("batch") not in CNN_DM]
+
+
+def row_of(value: dict, where: str) -> Row:
+    """One row; `where` begins the error of one that is none."""
+    texts = _texts(value, where, FIELDS)
+    if not value["summary"].strip():
+        raise UserError(f"{where}: field 'summary' is empty; expected the text to learn")
+    return Row(*texts)
+
+
+def comparison_of(value: dict, where: str) -> Comparison:
+    """One comparison; `where` begins the error of one that is none."""
+    if "summaries" in value:
+        info, sides, choice = (value.get(name) for name in ("info", "summaries", "choice"))
+        two = isinstance(sides, list) and len(sides) == 2 and all(isinstance(side, dict) for side in sides)
+        if not (two and isinstance(info, dict) and choice in (0, 1)):
+            raise UserError(f"{where}: expected an object info, two summaries and a choice of 0 or 1")
+        value = info | {"chosen": sides[choice].get("text"), "rejected": sides[1 - choice].get("text")}
+    return Comparison(*_texts(value, where, SIDES))
+
+
+def objects(path: Path, names: list[str] = FIELDS) -> Iterator[tuple[dict, str]]:
+    """The object of each line of a jsonl file, and where it stands: FILE:LINE."""
     try:
         lines = Path(path).read_bytes().rstrip().split(b"\n")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected a jsonl file of TL;DR rows") from None
     if lines == [b""]:
         raise UserError(f"{path}: empty; expected one TL;DR row per line")
-    return [_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+    for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
+        try:
+            value = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: not UTF-8 (byte {error.start + 1} of the line)") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not JSON ({error}); expected one object per line") from None
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: expected an object with the fields {', '.join(names)}")
+        yield value, where
 
 
-def _row(line: bytes, where: str) -> Row:
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 (byte {error.start + 1} of the line)") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error}); expected one object per line") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: expected an object with the fields {', '.join(FIELDS)}")
-    for name in FIELDS:
+def _texts(value: dict, where: str, names: list[str]) -> list[str]:
+    for name in names:
         if name not in value:
-            raise UserError(f"{where}: no field {name!r}; expected {', '.join(FIELDS)}")
+            raise UserError(f"{where}: no field {name!r}; expected {', '.join(names)}")
         if not isinstance(value[name], str):
             raise UserError(f"{where}: field {name!r} is {json.dumps(value[name])[:40]}; expected a string")
         if re.search("[\ud800-\udfff]", value[name]):
             raise UserError(f"{where}: field {name!r} has half a surrogate pair; expected Unicode text")
-    if not value["summary"].strip():
-        raise UserError(f"{where}: field 'summary' is empty; expected the text to learn")
-    return Row(*(value[name] for name in FIELDS))
+    return [value[name] for name in names]
 
 
 @dataclass(frozen=True)
@@ -75,9 +120,10 @@ class Task:
 
     max_query_tokens: int = 512
     max_response_tokens: int = 53
+    end: str = END
 
     def query_ids(self, row: Row, tokenizer: Tokenizer) -> list[int]:
-        """At most `max_query_tokens` ids of the query; `tokenizer` is a byte-level BPE.
+        """At most `max_query_tokens` ids of the query.
 
         Too long: cut the post at its last newline, or else drop its last character, and repeat.
 
@@ -85,27 +131,41 @@ class Task:
             UserError: the query is too long even without its post.
         """
         head = f"SUBREDDIT: r/{row.subreddit}\n\nTITLE: {row.title}\n\nPOST: "
-        text, post = head + row.post + END, row.post
+        text, post = head + row.post + self.end, row.post
         encoding = tokenizer.encode(text, add_special_tokens=False)
         if len(encoding) <= self.max_query_tokens:
-            return encoding.ids
-        # No token spans the end of a word and the white space after it, so whatever follows a word,
+            return _of_text(encoding.ids)
+        # Where no token spans the end of a word and the white space after it, whatever follows a word,
         # the tokens up to its end stay. A post that keeps the word of token `max_query_tokens` is
-        # thus too long, because END comes on top: pass over such posts without tokenising them.
-        word_end = _WORD_END.search(text, encoding.offsets[self.max_query_tokens - 1][1] - 1)
-        too_long = word_end.start() + 1 - len(head) if word_end else len(post)
+        # thus too long, because `end` comes on top: pass over such posts without tokenising them.
+        too_long = len(post)
+        if _splits_after_words(tokenizer):
+            word_end = _WORD_END.search(text, encoding.offsets[self.max_query_tokens - 1][1] - 1)
+            too_long = word_end.start() + 1 - len(head) if word_end else len(post)
         while len(encoding) > self.max_query_tokens:
             if not post:
                 raise UserError(f"row {row.id!r}: over {self.max_query_tokens} query tokens without the post")
             post = post[: post.rfind("\n")]  # -1 where there is none: drops the last character
             if len(post) < too_long or not post:
-                encoding = tokenizer.encode(head + post + END, add_special_tokens=False)
-        return encoding.ids
+                encoding = tokenizer.encode(head + post + self.end, add_special_tokens=False)
+        return _of_text(encoding.ids)
 
     def response_ids(self, summary: str, tokenizer: Tokenizer) -> list[int]:
         """At most `max_response_tokens` ids of " " + summary, the last one EOS even if it is cut."""
         ids = tokenizer.encode(" " + summary.strip(), add_special_tokens=False).ids
-        return ids[: self.max_response_tokens - 1] + [EOS]
+        return _of_text(ids)[: self.max_response_tokens - 1] + [EOS]
+
+
+def _of_text(ids: list[int]) -> list[int]:
+    """Without EOS and padding, which a tokenizer of whole words (Unigram, WordLevel) finds where a text spells them."""
+    return [i for i in ids if i not in (EOS, PAD)]
+
+
+def _splits_after_words(tokenizer: Tokenizer) -> bool:
+    """GPT-2's pattern never puts a word, or punctuation, and the white space after it into one token. Llama 3's and
+    Qwen's put line breaks to the punctuation before them, and SentencePiece may do anything."""
+    splitter = tokenizer.pre_tokenizer
+    return isinstance(splitter, pre_tokenizers.ByteLevel) and splitter.use_regex
 
 
 def pad(sequences: list[list[int]], length: int, side: str) -> np.ndarray:
@@ -148,18 +208,88 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """Read a `tokenizer.json`.
 
     Raises:
-        UserError: it cannot be read, or `<|endoftext|>` and `<|padding|>` are not its tokens 0 and 1.
+        UserError: it cannot be read, or its tokens 0 and 1 are no special tokens: they end a text, and pad it.
     """
+    tokenizer = _read_tokenizer(path)[1]
+    special = tokenizer.get_added_tokens_decoder()
+    for expected, token in enumerate(SPECIAL):
+        if expected not in special or not special[expected].special:
+            found = tokenizer.token_to_id(token)
+            raise UserError(f"{path}: {token} has id {found}; expected {expected}, as in Pythia's tokenizer")
+    return _plain(tokenizer)
+
+
+def renumber_tokenizer(path: Path, eos: str | int, pad: str | None) -> tuple[Tokenizer, int, int]:
+    """The tokenizer of any model, with EOS and padding as tokens 0 and 1: they change places with what is there.
+
+    Args:
+        path: its tokenizer.json. eos: the token that ends a text, or its id.
+        pad: the padding token. Where it is none, or ends texts too, `<|padding|>` is taken; a tokenizer without one
+            gets it as a token beyond the others.
+    Returns:
+        The tokenizer, and the ids that the two tokens had.
+    Raises:
+        UserError: the file cannot be read, or it has no such token.
+    """
+    text, tokenizer = _read_tokenizer(path)
+    known = tokenizer.get_vocab()
+    eos = tokenizer.id_to_token(eos) if isinstance(eos, int) else eos
+    if eos not in known:
+        raise UserError(f"{path}: no token {eos!r}, which the model's settings say ends a text")
+    if pad == eos or pad not in known:
+        pad = SPECIAL[PAD]
+    ids = known | {pad: known.get(pad, max(known.values()) + 1)}
+    eos_id, pad_id = ids[eos], ids[pad]
+    if (eos_id, pad_id) != (EOS, PAD):
+        tokenizer = Tokenizer.from_str(_renumbered(json.loads(text), ids, eos, pad))
+    return _plain(tokenizer), eos_id, pad_id
+
+
+def swaps(eos_id: int, pad_id: int) -> list[tuple[int, int]]:
+    """The pairs of places whose tokens change places, one after the other, to bring EOS and padding to 0 and 1.
+
+    >>> swaps(2, 0)
+    [(0, 2), (1, 2)]
+    """
+    return [(EOS, eos_id), (PAD, eos_id if pad_id == EOS else pad_id)]
+
+
+def _renumbered(spec: dict, ids: dict[str, int], eos: str, pad: str) -> str:
+    """tokenizer.json with EOS and padding at 0 and 1. Merges go by the tokens' text, and stay."""
+    place = {i: i for i in ids.values()}
+    for a, b in swaps(ids[eos], ids[pad]):
+        at = {i: old for old, i in place.items()}
+        place[at[a]], place[at[b]] = b, a
+    ids = {token: place[i] for token, i in ids.items()}
+    model, added = spec["model"], {token["content"]: token for token in spec["added_tokens"]}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    for token in (eos, pad):
+        added[token] = plain | added.get(token, {}) | {"content": token, "special": True}
+    # tokenizers numbers added tokens anew unless the model's own vocabulary has them.
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = ids
+    else:  # Unigram: tokens in order, each with its log-probability
+        score = dict(map(tuple, model["vocab"]))
+        least = min(score.values())
+        if model.get("unk_id") is not None:
+            model["unk_id"] = ids[model["vocab"][model["unk_id"]][0]]
+        model["vocab"] = [[token, score.get(token, least)] for token in sorted(ids, key=ids.get)]
+    added = [token | {"id": ids[name]} for name, token in added.items()]
+    spec["added_tokens"] = sorted(added, key=lambda token: token["id"])
+    # What goes around a text by ids (BOS, say) is not ours to add; ByteLevel's makes offsets exact.
+    after = spec["post_processor"] or {}
+    levels = [one for one in (after, *after.get("processors", ())) if one.get("type") == "ByteLevel"]
+    spec |= {"post_processor": levels[0] if levels else None, "truncation": None, "padding": None}
+    return json.dumps(spec, ensure_ascii=False)
+
+
+def _read_tokenizer(path: Path) -> tuple[str, Tokenizer]:
     try:
-        tokenizer = Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        return text, Tokenizer.from_str(text)
     except Exception as error:  # tokenizers raises plain Exception
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: {reason}; expected a tokenizer.json") from None
-    for expected, token in enumerate(SPECIAL):
-        found = tokenizer.token_to_id(token)
-        if found != expected:
-            raise UserError(f"{path}: {token} has id {found}; expected {expected}, as in Pythia's tokenizer")
-    return _plain(tokenizer)
 
 
 def _plain(tokenizer: Tokenizer) -> Tokenizer:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
@@ -73,11 +74,8 @@ def key_of(config_: dict, inputs: list[Path], *more) -> str:
 
 
 def processes() -> tuple[int, int]:
-    """This process's number, and how many train together: 0 and 1 unless `accelerate launch` started several."""
-    from accelerate import PartialState
-
-    state = PartialState()  # joins the others, where that has not been done
-    return state.process_index, state.num_processes
+    """This process's number, and how many train together, which model.device has joined: 0 and 1 without a launch."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
 
 
 def sharded() -> bool:
@@ -135,8 +133,6 @@ def fit(model: nn.Module, loss_fn: Callable[[Tensor], tuple[Tensor, dict]], n: i
     Raises:
         UserError: not one row fits the memory or, with sharded weights, not the share.
     """
-    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-
     rank, world = processes()
     weights = torch.ones(n) if weights is None else weights
     model.train()
@@ -186,7 +182,7 @@ def fit(model: nn.Module, loss_fn: Callable[[Tensor], tuple[Tensor, dict]], n: i
             clear_device_cache(garbage_collection=True)
             micro_batch = -(-most // 2)
             if rank == 0:
-                print(f"{label}: {most} rows do not fit; goes on with {micro_batch} at once", file=sys.stderr)
+                tqdm.write(f"{label}: {most} rows do not fit; goes on with {micro_batch} at once", file=sys.stderr)
         loss, *values = _sum(logged).tolist()
         if not math.isfinite(loss):
             raise FloatingPointError(f"{label}: loss is {loss} at step {len(log)}; lower the learning rate")
@@ -285,8 +281,6 @@ def reference_logps(policy: nn.Module, query: Tensor, completions: Tensor, tempe
     They are kept in runs/.reference/<key>, for other seeds, more epochs and a run that was killed: the key must follow
     from the policy's weights, the rows, the temperature and `compute`.
     """
-    from accelerate.utils import gather
-
     from roads import model
 
     rank, world = processes()
@@ -297,11 +291,12 @@ def reference_logps(policy: nn.Module, query: Tensor, completions: Tensor, tempe
         known = None
     if not _sum(torch.tensor(float(known is None), device=policy.device)):  # all of them have it, or none uses it
         return known
-    share = -(-len(query) // world)
-    mine = torch.arange(rank * share, (rank + 1) * share).clamp(max=len(query) - 1)
-    found = model.in_batches(model.candidate_logps, policy, query[mine], completions[mine], temperature,
-                             label="reference")
-    found = gather(found.to(policy.device))[: len(query)].cpu()
+    found = torch.zeros(completions.shape[:2], device=policy.device)
+    mine = torch.arange(len(query)).tensor_split(world)[rank]
+    if len(mine):
+        found[mine] = model.in_batches(model.candidate_logps, policy, query[mine], completions[mine], temperature,
+                                       label="reference").to(policy.device)
+    found = _sum(found).cpu()
     if rank == 0:
         REFERENCES.mkdir(parents=True, exist_ok=True)
         scratch = file.with_suffix(f".{os.getpid()}.npy")

@@ -1,0 +1,37 @@
+"""What comes from the Hugging Face hub: a snapshot of some files of a repository, or a folder that stands for one."""
+
+from pathlib import Path
+
+from roads.stage import UserError
+
+
+def fetch(name: str, revision: str | None, files: list[str], kind: str = "model") -> tuple[Path, str | None]:
+    """The folder with the `files` (patterns) of a repository, and the commit they are of.
+
+    A `name` that is a folder here is taken as it is, without a commit. What the hub's cache (HF_HOME) holds needs no
+    network.
+
+    Raises:
+        UserError: no such repository or revision, or the hub is not to be reached and the cache has none of it.
+    """
+    if Path(name).is_dir():
+        return Path(name), None
+    from huggingface_hub import errors, snapshot_download
+
+    at = f" at revision {revision}" if revision else ""
+    try:
+        folder = Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=files))
+    except errors.GatedRepoError:
+        raise UserError(f"{kind} {name}: not open to everyone; accept its terms on the hub and set HF_TOKEN") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"{kind} {name}: no such folder here, and no such repository on the hub (or a private one: "
+                        "set HF_TOKEN)") from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{kind} {name}: the hub's repository has no revision {revision}") from None
+    except errors.HFValidationError:
+        raise UserError(f"{kind} {name}: no such folder here, and no name of a repository on the hub") from None
+    except (OSError, errors.HfHubHTTPError) as error:
+        reason = str(error).strip().split("\n")[0].removeprefix("Got: ").rstrip(".")
+        raise UserError(f"{kind} {name}{at}: not in the hub's cache, and not downloaded ({reason}); without a network, "
+                        "point HF_HOME to a cache that has it") from None
+    return folder, folder.name

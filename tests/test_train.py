@@ -1,0 +1,406 @@
+"""The training loop in one process and in several, with sharded weights, out of memory, killed, in bf16.
+
+As a program it is what the tests start under `accelerate launch`: python tests/test_train.py JOB.json
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from roads import config, dpo, model, rank, reward, sample, sft, stage, train
+from roads.tldr import EOS, PAD
+
+ROOT = Path(__file__).parents[1]
+LAUNCHES = ["2-cpu", "2-cpu-fsdp"]
+RECIPE = {"lr": 1e-3, "schedule": "linear", "batch_size": 8, "epochs": 2}
+
+
+def random_rows(n: int, width: int, generator, left: bool = False) -> torch.Tensor:
+    """Token rows [n, width] of lengths 1 to width, padded right or left; padded right they end in EOS."""
+    rows = torch.randint(2, 20, (n, width), generator=generator)
+    length = torch.randint(1, width + 1, (n, 1), generator=generator)
+    at = torch.arange(width)
+    if left:
+        return rows.where(at >= width - length, PAD)
+    return rows.where(at < length - 1, PAD).where(at != length - 1, EOS)
+
+
+def problem(kind: str, n: int, seen: list | None = None, sleep: float = 0.0):
+    """A tiny policy or reward model, its loss, and what `fit` is told of its rows."""
+    generator = torch.Generator().manual_seed(1)
+    query = random_rows(n, 6, generator, left=True)
+    chosen, rejected = (random_rows(n, 5, generator) for _ in range(2))
+    size = config.New(kind="new", hidden_size=32, layers=2, heads=2, max_positions=64)
+    net = model.new_policy(size, 20, seed=3)
+    lengths = (chosen != PAD).sum(1)
+    if kind == "reward":
+        net = model.RewardModel(net.base_model)
+
+    def loss(i):
+        if seen is not None:
+            seen.append(i.tolist())
+        time.sleep(sleep)
+        if kind == "sft":
+            return sft.sft_loss(model.response_logps(net, query[i], chosen[i]), lengths[i]), {}
+        better, worse = model.pair_rewards(net, query[i], chosen[i], rejected[i])
+        return reward.reward_loss(better, worse).mean(), {"accuracy": (better > worse).float().mean()}
+
+    told = {"lengths": train.tokens(query, chosen, rejected)} | ({"weights": lengths} if kind == "sft" else {})
+    return net, loss, told
+
+
+def fit(folder: Path, kind: str, n: int, micro_batch: int | None = None, epochs: int = 2, sleep: float = 0.0,
+        key: str = "test") -> list[dict]:
+    """Train, and write what came of it: the log, the weights, and the rows that this process saw."""
+    torch.set_num_threads(1)
+    seen = []
+    net, loss, told = problem(kind, n, seen, sleep)
+    log = train.fit(net, loss, n, config.Train(**RECIPE | {"epochs": epochs}), 0, key, kind, micro_batch=micro_batch,
+                    **told)
+    folder.mkdir(parents=True, exist_ok=True)
+    train.save(net, folder)
+    number, _ = train.processes()
+    (folder / f"rows-{number}.json").write_text(json.dumps(seen))
+    (folder / f"log-{number}.json").write_text(json.dumps(log))
+    return log
+
+
+def start(where: Path, launch: str, jobs: list[dict], **options) -> subprocess.Popen:
+    """`accelerate launch` of two processes that do all of `jobs`, in the folder `where`."""
+    where.mkdir(exist_ok=True)
+    (where / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+               str(ROOT / f"configs/accelerate/{launch}.yaml"), str(Path(__file__).resolve()), "jobs.json"]
+    env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=where, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            **options)
+
+
+def finish(process: subprocess.Popen) -> str:
+    output = process.communicate()[0]
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+def losses(folder: Path, number: int = 0) -> list[float]:
+    return [entry["loss"] for entry in json.loads((folder / f"log-{number}.json").read_text())]
+
+
+# Several processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_two_processes_train_as_one(tmp_path, monkeypatch, launch):
+    """Batches of 8, the last of 7 rows, and of one row, of which the second process has none."""
+    jobs = [{"kind": "reward", "n": 23}, {"kind": "sft", "n": 17, "micro_batch": 3}]
+    finish(start(tmp_path / "two", launch, [{"folder": str(i), **job} for i, job in enumerate(jobs)]))
+    monkeypatch.chdir(tmp_path)
+    for i, job in enumerate(jobs):
+        one, two = tmp_path / f"one-{i}", tmp_path / f"two/{i}"
+        log = fit(one, job["kind"], job["n"])
+        assert losses(two) == pytest.approx(losses(one), rel=1e-5) and losses(two, 1) == losses(two)
+        assert json.loads((two / "log-0.json").read_text())[-1] == pytest.approx(log[-1], rel=1e-5)
+        for name in ("model", "head") if job["kind"] == "reward" else ("model",):
+            ours, theirs = (load_file(folder / f"{name}.safetensors") for folder in (two, one))
+            assert set(ours) == set(theirs)
+            for key in ours:
+                assert torch.allclose(ours[key], theirs[key], rtol=1e-4, atol=2e-6), key
+    rows = [json.loads((tmp_path / f"two/0/rows-{number}.json").read_text()) for number in (0, 1)]
+    for epoch in (0, 1):  # three steps each, a piece each
+        seen = [row for one in rows for piece in one[3 * epoch : 3 * epoch + 3] for row in piece]
+        assert sorted(seen) == list(range(23))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_killed_processes_go_on_and_end_with_the_same_bits(tmp_path, launch):
+    job = {"kind": "reward", "n": 23, "epochs": 8, "every": 4, "folder": "out"}  # 24 steps
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(start(whole, launch, [job]))
+    process = start(killed, launch, [job | {"sleep": 0.2}])
+    kept = killed / "runs/.scratch/test"
+    while not [*kept.glob("checkpoint.pt"), *kept.glob("shards-*")]:
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        time.sleep(0.01)
+    for pid in children(process.pid):  # the launcher and what it started, at once
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    assert not (killed / "out").exists()
+    output = finish(start(killed, launch, [job]))
+    assert re.search(r"goes on at step (4|8|12|16|20) of 24", output)
+    assert losses(killed / "out") == losses(whole / "out") and len(losses(whole / "out")) == 24
+    for name in ("model.safetensors", "head.safetensors"):
+        assert (killed / "out" / name).read_bytes() == (whole / "out" / name).read_bytes()
+
+
+def children(pid: int) -> list[int]:
+    """A process and all its descendants."""
+    table = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout.split()
+    parents = dict(zip(map(int, table[::2]), map(int, table[1::2])))
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found
+
+
+@pytest.mark.parametrize("n, world, micro_batch", [(16, 2, None), (7, 2, 2), (1, 2, 3), (23, 8, 1), (3, 16, None)])
+def test_every_row_is_in_one_piece_of_one_process(n, world, micro_batch):
+    rows, lengths = torch.randperm(n) + 5, torch.randint(1, 50, (n + 5,))
+    parts = [train.pieces(rows, number, world, micro_batch, lengths) for number in range(world)]
+    assert sorted(torch.cat([piece for part in parts for piece in part]).tolist()) == sorted(rows.tolist())
+    assert len({len(part) for part in parts}) == 1  # FSDP: all of them run the model as often
+    assert max(len(piece) for part in parts for piece in part) <= (micro_batch or n)
+
+
+def test_the_docstring_of_pieces():
+    lengths = torch.tensor([0, 8, 0, 3, 9, 0, 0, 2])
+    rows = torch.tensor([4, 7, 1, 3])
+    found = [[piece.tolist() for piece in train.pieces(rows, number, 2, None, lengths)] for number in (0, 1)]
+    assert found == [[[7, 1]], [[3, 4]]]
+    assert train.pieces(rows, 0, 1, None, lengths)[0].tolist() == [4, 7, 1, 3]  # one process, one piece: as it was
+
+
+def test_a_launch_without_its_file_is_one_line(monkeypatch, capsys):
+    monkeypatch.setenv(stage.LAUNCH, "configs/accelerate/9-gpu.yaml")
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit, match="2"):
+        stage.main(lambda: pytest.fail("it ran"), launch=True)
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "9-gpu.yaml: not found" in line and "configs/accelerate/8-gpu-fsdp.yaml" in line
+
+
+# Pieces of a batch, and memory
+
+
+def gradients(monkeypatch, kind: str, **options) -> list[dict[str, torch.Tensor]]:
+    """The gradients of every step of a short training."""
+    found = []
+    net, loss, told = problem(kind, 23)
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def record(parameters, norm):
+        found.append({name: part.grad.clone() for name, part in net.named_parameters() if part.grad is not None})
+        return clip(parameters, norm)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
+    log = train.fit(net, options.pop("wrap", lambda loss: loss)(loss), 23, config.Train(**RECIPE), 0, "none", kind,
+                    **told, **options)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    return found, log
+
+
+def assert_alike(found, expected, rel=1e-5):
+    (ours, our_log), (theirs, their_log) = found, expected
+    for one, other in zip(our_log, their_log, strict=True):
+        assert one == pytest.approx(other, rel=rel)
+    for name in theirs[0]:  # of the first step: later ones start from other weights
+        assert torch.allclose(ours[0][name], theirs[0][name], rtol=rel, atol=rel * theirs[0][name].abs().max()), name
+
+
+@pytest.mark.parametrize("kind", ["reward", "sft"])
+def test_pieces_of_a_batch_have_its_gradient(monkeypatch, kind):
+    whole = gradients(monkeypatch, kind)
+    for micro_batch in (1, 3, 8):
+        assert_alike(gradients(monkeypatch, kind, micro_batch=micro_batch), whole)
+
+
+def test_a_batch_that_does_not_fit_is_halved_until_it_does(monkeypatch, capsys):
+    def at_most_three(loss):
+        def limited(rows):
+            if len(rows) > 3:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return loss(rows)
+
+        return limited
+
+    assert_alike(gradients(monkeypatch, "sft", wrap=at_most_three), gradients(monkeypatch, "sft"))
+    told = re.findall(r"sft: (\d) rows do not fit; goes on with (\d) at once", capsys.readouterr().err)
+    assert told == [("8", "4"), ("4", "2")]
+
+
+def test_a_piece_that_fails_half_way_counts_once(monkeypatch):
+    """The second of two pieces does not fit: the gradient of the first is forgotten."""
+    calls = []
+
+    def second_fails(loss):
+        def limited(rows):
+            calls.append(len(rows))
+            if len(calls) == 2:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return loss(rows)
+
+        return limited
+
+    assert_alike(gradients(monkeypatch, "sft", wrap=second_fails, micro_batch=4), gradients(monkeypatch, "sft"))
+    assert calls[:6] == [4, 4, 2, 2, 2, 2]
+
+
+def test_a_row_that_does_not_fit_is_one_line(monkeypatch):
+    def never(rows):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with pytest.raises(stage.UserError, match="1 rows do not fit .* gradient_checkpointing"):
+        gradients(monkeypatch, "sft", wrap=lambda loss: never)
+
+
+def test_other_errors_are_not_taken_for_memory(monkeypatch):
+    def broken(rows):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        gradients(monkeypatch, "sft", wrap=lambda loss: broken)
+
+
+def with_block(cfg: config.Scale, block: str, **values) -> config.Scale:
+    return cfg.model_copy(update={block: getattr(cfg, block).model_copy(update=values)})
+
+
+def test_activations_computed_again_are_the_same(tiny, rows, policy):
+    query, response = rows
+    found = []
+    for again in (False, True):
+        policy.zero_grad()
+        model.for_training(policy, with_block(tiny, "machine", gradient_checkpointing=again))
+        model.response_logps(policy.train(), query, response).sum().backward()
+        found.append({name: part.grad.clone() for name, part in policy.named_parameters() if part.grad is not None})
+    assert policy.is_gradient_checkpointing
+    for name in found[0]:
+        assert torch.allclose(found[0][name], found[1][name], rtol=1e-6, atol=1e-7), name
+
+
+# Precision and attention
+
+
+def test_bf16_is_near_fp32_and_its_weights_stay_fp32(tmp_path, policy, rows):
+    policy.save_pretrained(tmp_path / "policy")
+    model.RewardModel(policy.base_model).save_pretrained(tmp_path / "rm")
+    bf16 = model.PLAIN.model_copy(update={"precision": "bf16"})
+    half, rm = model.load_policy(tmp_path / "policy", bf16), model.RewardModel.load(tmp_path / "rm", bf16)
+    for net, function in ((half, lambda net: model.response_logps(net, *rows)), (rm, lambda net: net(*rows))):
+        exact = model.load_policy(tmp_path / "policy") if net is half else model.RewardModel.load(tmp_path / "rm")
+        found, expected = function(net), function(exact)
+        assert found.dtype == torch.float32 and not torch.equal(found, expected)
+        assert torch.allclose(found, expected, rtol=0.02, atol=0.02)
+        found.sum().backward()
+        assert {part.dtype for part in net.parameters()} == {torch.float32}
+        assert all(part.grad.dtype == torch.float32 for part in net.parameters() if part.grad is not None)
+    assert sample.generate(half, rows[0], 2, 4, 1.0, torch.Generator().manual_seed(0)).shape == (4, 2, 4)
+
+
+def test_weights_that_moved_are_cast_to_bf16_anew(tmp_path, policy, rows):
+    policy.save_pretrained(tmp_path)
+    half = model.load_policy(tmp_path, model.PLAIN.model_copy(update={"precision": "bf16"}))
+    before = model.response_logps(half, *rows)
+    with torch.no_grad():
+        half.get_output_embeddings().weight.mul_(2)
+    assert not torch.allclose(model.response_logps(half, *rows), before)
+
+
+def test_flash_without_the_package_is_one_line(tiny, policy):
+    with pytest.raises(stage.UserError, match="attention: flash needs the package flash_attn") as error:
+        model.for_training(policy, with_block(tiny, "compute", attention="flash"))
+    assert "\n" not in str(error.value)
+
+
+def test_with_flash_the_sides_of_a_pair_run_one_by_one(monkeypatch, policy, rows):
+    """Flash attention takes no mask of ours; here what it would run, run by sdpa."""
+    query, chosen = rows
+    rejected = chosen[[2, 3, 0, 1]]
+    rm = model.RewardModel(policy.base_model).eval()
+    packed = [*model.pair_logps(policy, query, chosen, rejected, 0.5), *model.pair_rewards(rm, query, chosen, rejected)]
+    monkeypatch.setattr(model, "_flash", lambda trunk: True)
+    monkeypatch.setattr(model, "_run_pair", lambda *_: pytest.fail("a mask of ours"))
+    plain = [*model.pair_logps(policy, query, chosen, rejected, 0.5), *model.pair_rewards(rm, query, chosen, rejected)]
+    for one, other in zip(packed, plain, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_line():
+    with pytest.raises(stage.UserError, match="compute.device: gpu, and torch .* sees none"):
+        model.device(model.PLAIN.model_copy(update={"device": "gpu"}))
+
+
+# Stages
+
+
+@pytest.fixture
+def inputs(tmp_path, monkeypatch):
+    """Files that the training stages read, and a working directory of their own."""
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    query, chosen, rejected = (random_rows(40, width, generator, left).int().numpy()
+                               for width, left in ((6, True), (5, False), (5, False)))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "pairs").mkdir()
+    np.savez("data/sft.npz", query=query, response=chosen)
+    np.savez("pairs/pairs.npz", query=query, chosen=chosen, rejected=rejected)
+    return tmp_path
+
+
+@pytest.mark.parametrize("architecture", [LlamaConfig, Qwen2Config])
+def test_any_causal_language_model_goes_through_the_stages(tiny, inputs, architecture):
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    net = AutoModelForCausalLM.from_config(architecture(
+        vocab_size=20, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=EOS, eos_token_id=EOS,
+        pad_token_id=PAD, tie_word_embeddings=architecture is Qwen2Config, **size))
+    net.save_pretrained("base")
+    data, pairs = Path("data"), Path("pairs")
+    sft.sft(data, Path("base"), Path("sft"), tiny)
+    reward.reward(pairs, Path("sft"), Path("rm"), tiny, 0)
+    dpo.dpo(pairs, Path("sft"), Path("dpo"), tiny, 0)
+    assert stage.read_json("dpo/metrics.json")["loss"]["first"] == pytest.approx(np.log(2), abs=1e-6)
+    sample.sample(Path("dpo"), data / "sft.npz", Path("sampled"), tiny, "online", 0)
+    rank.rank(Path("sampled"), Path("ranked"), tiny, "reward", model=Path("rm"))
+    dpo.dpo(Path("ranked"), Path("dpo"), Path("online"), tiny, 0, online=True)
+    before, after = (load_file(f"{name}/model.safetensors") for name in ("base", "online"))
+    assert set(before) == set(after) and not any(torch.equal(before[name], after[name]) for name in before)
+    assert type(model.load_policy(Path("online"))).__name__ == net.__class__.__name__
+
+
+def test_seeds_share_the_reference(tiny, inputs, monkeypatch, policy):
+    policy.save_pretrained("sft")
+    dpo.dpo(Path("pairs"), Path("sft"), Path("computed"), tiny, 1)
+    assert len(list(Path("runs/.reference").iterdir())) == 1
+    monkeypatch.setattr(model, "in_batches", lambda *_, **__: pytest.fail("computed again"))
+    dpo.dpo(Path("pairs"), Path("sft"), Path("known"), tiny, 1)
+    for name in ("model.safetensors", "metrics.json"):
+        assert Path("known", name).read_bytes() == Path("computed", name).read_bytes()
+    dpo.dpo(Path("pairs"), Path("sft"), Path("other"), tiny, 2, times=2)
+    for change in ("weights", "temperature"):
+        with pytest.raises(pytest.fail.Exception, match="computed again"):
+            if change == "weights":
+                with torch.no_grad():
+                    policy.get_input_embeddings().weight[5] += 1
+                policy.save_pretrained("moved")
+            dpo.dpo(Path("pairs"), Path("moved" if change == "weights" else "sft"), Path("new"), tiny, 1,
+                    online=change == "temperature")
+
+
+def test_few_references_are_kept(inputs, monkeypatch, policy):
+    monkeypatch.setattr(train, "KEPT", 2)
+    query, _, response = train.load_pairs(Path("pairs"))
+    for age, key in enumerate("abc"):
+        train.reference_logps(policy, query, response[:, None], 1.0, key)
+        os.utime(f"runs/.reference/{key}.npy", (age, age))
+    assert sorted(file.name for file in Path("runs/.reference").iterdir()) == ["b.npy", "c.npy"]
+
+
+if __name__ == "__main__":
+    model.device(model.PLAIN)  # joins the other process
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        train.CHECKPOINT_EVERY = job.pop("every", train.CHECKPOINT_EVERY)
+        fit(Path(job.pop("folder")), **job)
