@@ -68,7 +68,7 @@ def test_an_arm_is_its_scale_with_one_thing_changed():
     ("rouge: {n: 25", "rouge: {n: 1", "mini.samples.rouge.n: input should be greater than or equal to 2, got 1"),
     ("    human: {n: 2, temperature: 1.0, labels: annotators}\n", "", "mini.samples.human: missing"),
     ("    value: {n: 2, temperature: 1.0}\n", "", "mini.samples.value: missing"),
-    ("labels: annotators", "labels: crowd", "mini.samples.human.labels: input should be 'annotators' or 'judge'"),
+    ("labels: annotators", "labels: crowd", "mini.samples.human.labels: input should be 'annotators', 'judge' or"),
     ("more: 18000, online: 6000", "more: 0, online: 6001", "data.online: expected at most preferences + more"),
     ("best_of_n: 2000", "best_of_n: 5001", "data.best_of_n: expected at most test=5000, got 5001"),
     ("fig6: [mini-judge]", "fig6: [mini-juge]", "studies.mini.fig6: no block named 'mini-juge'; did you mean"),
@@ -79,6 +79,18 @@ def test_an_arm_is_its_scale_with_one_thing_changed():
     ("schedule: linear", "schedule: liner", "mini.local.schedule: input should be 'linear' or 'cosine', got 'liner'"),
     ("temperature: 0.01", "temperature: 0.0", "mini.samples.evaluate.temperature: input should be greater than 0"),
     ("data_from: src/roads/world.py", "data_from: data/tldr_sample", "data_from: expected src/roads/world.py"),
+    ("attention: sdpa, sampler: hf", "attention: flash, sampler: hf", "mini.compute.attention: flash needs precision"),
+    ("device: cpu", "device: tpu", "mini.compute.device: input should be 'cpu' or 'gpu', got 'tpu'"),
+    ("micro_batch: null", "micro_batch: 0", "mini.machine.micro_batch: input should be greater than or equal to 1"),
+    ("kind: new, hidden_size", "kind: new, revision: x, hidden_size", "mini.model.revision: unknown key"),
+    ("model: &pythia {kind: pretrained,", "model: &pythia {kind: pretrained, nam: x,", "paper.model.nam: unknown key"),
+    ("  base: null\n", "  base: {lr: 1.0, schedule: linear, batch_size: 1, epochs: 1}\n", "paper.base: expected"),
+    ("judge: {kind: gold}", "judge: {kind: gould}", "mini.judge: input tag 'gould'"),
+    ("judge: {kind: gold}", "judge: null", "mini.judge: expected a block where there is samples.human"),
+    ("model: gpt-4o-2024-08-06, prompt", "modle: gpt-4o-2024-08-06, prompt", "paper.judge.modle: unknown key"),
+    ("budget: 500.0", "budget: 0", "paper.spending.budget: input should be"),
+    ("temperature: null, labels: rows", "temperature: 1.0, labels: rows", "paper.samples.human.temperature: expected"),
+    ("temperature: null, labels: rows", "temperature: 1.0, labels: annotators", "paper.samples.human.labels: expected"),
     ("tasks: [human, rouge]", "tasks: [rouge]", "tasks: expected ['human', 'rouge'] for scale mini"),
     ("fig3: [mini]", "fig3: [tiny]", "figures: expected {'fig3': ['mini']"),
     ("worlds: [mini, mini-small", "worlds: [mini-small", "worlds: expected ['mini', 'mini-small'"),
@@ -90,6 +102,28 @@ def test_a_mistake_is_named(params, old, new, message):
         config.load(path)
     text = str(error.value)
     assert text.startswith(f"{path}") and message in text and "\n" not in text
+
+
+@pytest.mark.parametrize("scale", ["paper", "lite"])
+def test_the_large_scales_have_all_of_the_papers_figures(params, scale):
+    path = params()
+    config.switch(scale, None, path)
+    there = config.load(path)
+    assert {f"fig{n}" for n in range(3, 13)} <= {name for name, scales in there.figures.items() if scales}
+    assert there.data_from == "data/openai.json" and there.tasks == ["human", "rouge"]
+    assert "." not in "".join(there.scales)  # DVC reads a dot in a name as a key below
+
+
+def test_the_papers_recipe_is_that_of_its_tables():
+    """Tables 2 to 4 and Appendix B: batch, lr, schedule, beta, lengths, temperatures."""
+    paper = config.load(ROOT / "params.yaml").scales["paper"]
+    table = [(it.batch_size, it.lr, it.schedule, it.epochs) for it in (paper.sft, paper.reward, paper.dpo, paper.local)]
+    assert table == [(64, 3e-6, "cosine", 1)] * 2 + [(128, 3e-7, "linear", 1)] * 2
+    assert (paper.dpo.beta, round(1 / paper.local.beta)) == (0.05, 53)
+    samples = paper.samples
+    assert (samples.online.n, samples.online.temperature, samples.evaluate.temperature) == (25, 0.1, 0.01)
+    assert samples.online.logits_divided_by == samples.online.temperature
+    assert (paper.source.max_query_tokens, paper.source.max_response_tokens, paper.data.test) == (512, 53, 600)
 
 
 def test_no_file_and_no_mapping(tmp_path):
@@ -119,7 +153,7 @@ def test_switching_the_scale_keeps_comments_and_comes_back(params):
 
 @pytest.mark.parametrize("scale, data, message", [
     ("mini", "data/tldr_sample", "scale mini makes its own data"),
-    ("real-cpu", "no/such/folder", "DATA=no/such/folder: no such folder"),
+    ("real-cpu", "no/such/folder", "DATA=no/such/folder: not found; expected a folder with train.jsonl"),
     ("real", None, "no block named 'real'; did you mean 'real-cpu'?"),
 ])  # fmt: skip
 def test_a_bad_switch_changes_nothing(params, scale, data, message):

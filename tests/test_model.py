@@ -62,15 +62,85 @@ def test_candidate_scores_equal_one_forward_each(tmp_path, reward_model, rows):
             assert scores[i, j] == pytest.approx(single, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.1])
-def test_candidate_logps_equal_one_forward_each(policy, rows, temperature):
-    order = torch.tensor([[0, 1, 0], [2, 2, 3], [1, 3, 2], [3, 0, 3]])
-    found = model.in_batches(model.candidate_logps, policy, rows[0], rows[1][order], temperature, label="",
-                             batch_size=3)
-    for i in range(4):
-        for j in range(3):
-            single = model.response_logps(policy, *alone(rows[0][i], rows[1][order[i, j]]), temperature).item()
-            assert found[i, j].item() == pytest.approx(single, rel=1e-5)
+def llama(kind: str):
+    """A tiny Llama or Qwen2: grouped keys, and Qwen2's biases."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    config_of, net = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[kind]
+    torch.manual_seed(4)
+    return net(config_of(vocab_size=20, hidden_size=32, intermediate_size=64, num_hidden_layers=2, pad_token_id=PAD,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=EOS,
+                         eos_token_id=EOS)).eval()
+
+
+def completions_of(n: int, longest: int = 5) -> torch.Tensor:
+    """[4, n, longest + 1] of three words: equal ones, shared beginnings, one that is just EOS, one cut nowhere."""
+    drawn = torch.Generator().manual_seed(n)
+    found = torch.randint(5, 8, (4, n, longest + 1), generator=drawn)
+    lengths = torch.randint(0, longest + 1, (4, n, 1), generator=drawn)
+    place = torch.arange(longest + 1)
+    found = found.where(place < lengths, EOS).where(place <= lengths, PAD)
+    found[0, 0], found[1, -1] = torch.tensor([EOS] + longest * [PAD]), torch.tensor(longest * [6] + [EOS])
+    if n > 2:
+        found[:, 1] = found[:, 0]  # equal
+        found[2, 0] = torch.tensor([5, 6, EOS, PAD, PAD, PAD])
+        found[2, 2] = torch.tensor([5, 6, 7, EOS, PAD, PAD])  # goes on where the other ends
+    return found
+
+
+@pytest.mark.parametrize("kind", ["neox", "llama", "qwen2"])
+@pytest.mark.parametrize("n", [1, 2, 25])
+def test_a_tree_of_candidates_equals_one_forward_each(policy, rows, kind, n):
+    net = policy if kind == "neox" else llama(kind)
+    rm = model.RewardModel(net.base_model).eval()
+    query, completions = rows[0], completions_of(n)
+    together = (model.in_batches(model.candidate_rewards, rm, query, completions, label=""),
+                model.in_batches(model.candidate_logps, net, query, completions, 0.7, label="", budget=60))
+    assert torch.equal(together[0], model.candidate_rewards(rm, query, completions))
+    for i in range(len(query)):
+        for j in range(n):
+            row = alone(query[i], completions[i, j])
+            assert together[0][i, j].item() == pytest.approx(rm(*row).item(), rel=1e-5, abs=1e-6)
+            assert together[1][i, j].item() == pytest.approx(model.response_logps(net, *row, 0.7).item(), rel=1e-5)
+
+
+def test_every_distinct_prefix_is_run_once(policy, rows):
+    """[5, 6, EOS] and [5, 7, EOS] are five nodes, two of which nothing follows: log-probs do without those."""
+    a, b = [5, 6, EOS], [5, 7, EOS]
+    prompt, token, depth, end, node = model._prefix_tree(torch.tensor([[a, b, a], [b, b, [EOS, PAD, PAD]]]))
+    assert prompt.tolist() == [0] * 5 + [1] * 4
+    assert token.tolist() == [5, 6, EOS, 7, EOS, EOS, 5, 7, EOS] and depth.tolist() == [0, 1, 2, 1, 2, 0, 0, 1, 2]
+    assert end.tolist() == [5, 3, 3, 5, 5, 6, 9, 9, 9]
+    assert node[0].tolist() == [[0, 1, 2], [0, 3, 4], [0, 1, 2]] and node[1, 2, 0] == 5
+
+    shapes = []
+    hook = policy.base_model.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    model.candidate_logps(policy, rows[0][:1], torch.tensor([[a, b, a]]))
+    model.candidate_rewards(model.RewardModel(policy.base_model), rows[0][:1], torch.tensor([[a, b, a]]))
+    hook.remove()
+    assert shapes == [(1, 4), (1, 3), (1, 4), (1, 5)]
+
+
+def test_logits_of_few_states_at_a_time_change_no_number(policy, rows, monkeypatch):
+    whole = model.candidate_logps(policy, rows[0], completions_of(25))
+    monkeypatch.setattr(model, "LOGITS", 3 * 20)
+    assert torch.allclose(model.candidate_logps(policy, rows[0], completions_of(25)), whole, rtol=1e-6)
+
+
+@pytest.mark.parametrize("device", [
+    "cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))])
+def test_candidates_on_a_device_and_in_bf16(policy, rows, device):
+    completions = completions_of(25)
+    expected = model.in_batches(model.candidate_logps, policy, rows[0], completions, label="")
+    policy.to(device)
+    found = model.in_batches(model.candidate_logps, policy, rows[0], completions, label="")
+    assert found.device.type == "cpu" and torch.allclose(found, expected, rtol=1e-4)
+    with torch.autocast(device, torch.bfloat16):
+        half = model.in_batches(model.candidate_logps, policy, rows[0], completions, label="")
+        model.in_batches(model.candidate_rewards, model.RewardModel(policy.base_model).to(device), rows[0], completions,
+                         label="")
+    assert half.dtype == torch.float32 and not torch.equal(half, expected)
+    assert torch.allclose(half, expected, rtol=0.03)
 
 
 def test_a_prompt_run_once_for_a_pair_changes_no_number_and_no_gradient(policy, reward_model, rows):

@@ -15,7 +15,7 @@ FIGURES = {
              "same pairs; the judge compares the one ranked first with the reference summary."),
     "fig9": ("Fig. 9: best of N, policy size by size of the global reward model",
              "Samples of SFT policies of three sizes, each ranked by global reward models of three sizes. Every size "
-             "has a base, an SFT policy and pairs of its own, drawn from the same world."),
+             "has a base and an SFT policy of its own; in the synthetic world, pairs of its own as well."),
 }
 KINDS = {"Global RM": "reward", "Local RM": "local", "DPO RM": "dpo"}
 
@@ -50,7 +50,8 @@ def _command() -> None:
     parser.add_argument("--figure", required=True, choices=list(FIGURES))
     a = parser.parse_args()
     params = config.load()
-    sizes = sorted(params.sizes, key=lambda size: params.scales[size].model.hidden_size)
+    models = {size: params.scales[size].model for size in params.sizes}
+    sizes = sorted(models, key=lambda size: getattr(models[size], "parameters", 0) or models[size].hidden_size)
     most = params.scales[a.scale].samples.best_of_n.n
     counts = [n for n in (1, 2, 5, 10, 25) if n <= most]
     bars = [Bar(f"{line} N={n}", place, f"n{n}", line, n) for line, place in lines(a.scale, a.figure, sizes).items()

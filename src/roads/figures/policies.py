@@ -26,14 +26,15 @@ FIGURES = {  # title, caption, measure, where the bars start
              "of the chosen completions.", VALUE, -np.log(2)),
     "fig5": ("Fig. 5: more prompts for online DPO",
              "Online DPO from the SFT policy on the prompts of the preference set and on more; the reward model "
-             "is the same, so no preference is added. Three times the prompts are three times the steps too; "
-             "twice the prompts for half the epochs are not.", WINRATE, 0),
+             "is the same, so no preference is added. More prompts are more steps too, where it does not say "
+             "otherwise.", WINRATE, 0),
     "fig6": ("Fig. 6: pairs of the SFT policy only, labelled by the judge",
              "Two samples of the SFT policy at the sampling temperature of online DPO, and the judge says which is "
              "better. Online(SFT) then only labels samples of the same kind again.", WINRATE, 0),
     "fig10": ("Fig. 10: a short horizon",
-              "Two slots of six candidates each instead of eight of two: next to nothing to plan, as with two-word "
-              "summaries. The noise of the labels is scaled with the spread of quality.", WINRATE, 0),
+              "Two-word summaries: next to nothing to plan. Of posts the judge writes and labels them; in the "
+              "synthetic world they are two slots of six candidates each instead of eight of two, and the noise of the "
+              "labels is scaled with the spread of quality.", WINRATE, 0),
     "fig11": ("Fig. 11: the same where the reward is ROUGE-L",
               "Pairs are the best and the worst of 25 samples by ROUGE-L against a summary that the policy cannot see: "
               "the reward is no simpler than the policy.", ROUGE, 0),
