@@ -85,7 +85,13 @@ def test_judges_labels_are_the_judges_and_annotators_are_noisy(tiny):
     query = world.prompts(2000, rng)
     both = np.stack([world.summaries(query, rng) for _ in range(2)], 1)
     better = np.sign(world.quality(query, both[:, 0]) - world.quality(query, both[:, 1]))
-    scores = {labels: rank.human_scores(query, both, tiny.source, labels) for labels in ("judge", "annotators")}
+    def labelled(labels: str):
+        human = tiny.samples.human.model_copy(update={"labels": labels})
+        scale = tiny.model_copy(update={"samples": tiny.samples.model_copy(update={"human": human})})
+        return rank.human_scores(query, both, scale, None)
+
+    scores = {labels: labelled(labels) for labels in ("judge", "annotators")}
+    assert (labelled("rows") == [1, 0]).all()  # a row's first is the preferred one
     chosen = {labels: np.sign(found[:, 0] - found[:, 1]) for labels, found in scores.items()}
     assert (chosen["judge"] == better).all()
     apart = better != 0
@@ -96,7 +102,7 @@ def test_the_value_of_eq_2_by_hand(tmp_path, policy, rows, tiny):
     """log sigma(beta * margin) - beta * KL, with the KL of a policy from itself 0 and of another above it."""
     query, response = rows
     torch.manual_seed(1)
-    other = model.new_policy(model.config.Model(hidden_size=32, layers=2, heads=2, max_positions=64), 20, seed=4)
+    other = model.new_policy(model.config.New(kind="new", hidden_size=32, layers=2, heads=2, max_positions=64), 20, seed=4)
     with torch.no_grad():
         other.get_output_embeddings().weight[EOS] *= 3  # so that samples end
     policy.save_pretrained(tmp_path / "reference")
