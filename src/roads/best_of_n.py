@@ -32,10 +32,12 @@ def best_of_n(completions: Path, data: Path, path: Path, reference: Path, out: P
             rewards = likelihood.implicit_rewards(path, reference if kind == "dpo" else None, query, sampled,
                                                   cfg.compute)
         references = np.load(data / "test_human.npz")["response"][: len(query)]
-        ask = judge.of(cfg, rows["query"], data)
-        every = np.arange(len(query))
-        chosen = {n: rows["completions"][every, best_of(rewards.numpy(), n)] for n in N if n <= sampled.shape[1]}
-        verdicts = {n: judge.compare(ask, summaries, references) for n, summaries in chosen.items()}
+        counts, every = [n for n in N if n <= sampled.shape[1]], np.arange(len(query))
+        chosen = np.concatenate([rows["completions"][every, best_of(rewards.numpy(), n)] for n in counts])
+        ask = judge.of(cfg, np.tile(rows["query"], (len(counts), 1)), data)
+        found = judge.compare(ask, chosen, np.tile(references, (len(counts), 1)))  # all at once: a batch takes a day
+        verdicts = {n: {name: part[i * len(query) : (i + 1) * len(query)] for name, part in found.items()}
+                    for i, n in enumerate(counts)}
         np.savez(folder / "scores.npz", **{f"n{n}": found["score"] for n, found in verdicts.items()})
         stage.write_json(folder / "metrics.json", {f"n{n}": judge.summary(found) for n, found in verdicts.items()})
 

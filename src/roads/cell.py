@@ -54,8 +54,8 @@ def cell(where: Path, sft: Path, out: Path, cfg: config.Scale, seed: int) -> Non
     del used["samples"]["rouge"], used["samples"]["best_of_n"]
     key = train.key_of(used, [where, sft], "cell")
     with stage.output(out, used, [where, sft]) as folder:
-        run = Steps(train.SCRATCH / key, 6 + bool({"online", "online_sft"} & set(cfg.policies)) + sum(
-            {"dpo": 3, "dpo_2x": 3, "online_sft": 5, "online": 5}[name] for name in cfg.policies), out.as_posix())
+        run = Steps(train.SCRATCH / key, 6 + 2 * bool({"online", "online_sft"} & set(cfg.policies)) + sum(
+            {"dpo": 4, "dpo_2x": 3, "online_sft": 5, "online": 5}[name] for name in cfg.policies), out.as_posix())
         run.where.mkdir(parents=True, exist_ok=True)
         preferences, more = (np.load(where / f"{split}.npz") for split in ("preferences", "more"))
         of_pairs = {name: preferences[name] for name in preferences if name not in more}  # where rows come with pairs
@@ -63,12 +63,19 @@ def cell(where: Path, sft: Path, out: Path, cfg: config.Scale, seed: int) -> Non
             np.savez(run.where / f"{name}.npz", **data.first(n, preferences, more),
                      **({key: rows[:n] for key, rows in of_pairs.items()} if name == "preferences" else {}))
         pairs, reward_model, policies, metrics = {}, None, {"sft": sft}, {}
+
+        def held_out(net: Path, kind: str) -> dict[str, float]:
+            """Mean probability and accuracy on held-out pairs (Fig 7)."""
+            done = run(f"likelihood/{kind}", likelihood.likelihood, net, pairs["valid"], sft, ..., cfg, kind)
+            found = stage.read_json(done / "metrics.json")
+            return {"likelihood": found["mean_score"], "accuracy": found["accuracy"]}
+
         for name, prompts in (("preferences", run.where / "preferences.npz"), ("valid", where / "valid.npz")):
             drawn = run(f"candidates/{name}", sample.sample, sft, prompts, ..., cfg, "human", 0)
             pairs[name] = run(f"pairs/{name}", rank.rank, drawn, ..., cfg, "human", where)
         if {"online", "online_sft"} & set(cfg.policies):
             reward_model = run("reward", reward.reward, pairs["preferences"], sft, ..., cfg, seed)
-            metrics["global"] = held_out(reward_model, pairs["valid"], sft, cfg, "reward")
+            metrics["global"] = held_out(reward_model, "reward")
         for name in cfg.policies:
             if name in ("dpo", "dpo_2x"):
                 times = 2 if name == "dpo_2x" else 1
@@ -80,7 +87,7 @@ def cell(where: Path, sft: Path, out: Path, cfg: config.Scale, seed: int) -> Non
                 ranked = run(f"{name}_pairs", rank.rank, drawn, ..., cfg, "reward", None, "", reward_model)
                 policies[name] = run(name, dpo.dpo, ranked, start, ..., cfg, seed, 1, True)
         if "dpo" in policies:
-            metrics["dpo_rm"] = held_out(policies["dpo"], pairs["valid"], sft, cfg, "dpo")
+            metrics["dpo_rm"] = held_out(policies["dpo"], "dpo")
         scores = {}
         for name, policy in policies.items():
             drawn = run(f"completions/{name}", sample.sample, policy, where / "test_human.npz", ..., cfg, "evaluate",
@@ -94,13 +101,6 @@ def cell(where: Path, sft: Path, out: Path, cfg: config.Scale, seed: int) -> Non
         np.savez(folder / "scores.npz", **scores)
         stage.write_json(folder / "metrics.json", metrics)
     shutil.rmtree(run.where)
-
-
-def held_out(path: Path, pairs: Path, sft: Path, cfg: config.Scale, kind: str) -> dict[str, float]:
-    """Mean probability and accuracy on held-out pairs (Fig 7)."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        margin = likelihood.margins(path, pairs, sft, cfg, kind).double()
-    return {"likelihood": float(torch.sigmoid(margin).mean()), "accuracy": float((margin > 0).double().mean())}
 
 
 def _command() -> None:
