@@ -125,14 +125,14 @@ def _read(folder: Path, files: str, where: str, compared: bool) -> tuple[list, C
         if path.suffix != ".parquet":
             values = list(tldr.objects(path))
         else:
-            import pyarrow.parquet
+            import datasets
 
-            table = pyarrow.parquet.ParquetFile(path)
+            table = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
             names = tldr.FIELDS if not compared else ["info", "summaries", "choice", "batch"]
-            missing = set(names) - set(table.schema_arrow.names)
+            missing = set(names) - set(table.column_names)
             if missing:
                 raise stage.UserError(f"{where}: {path.name} has no column {', '.join(sorted(missing))}")
-            values = [(value, f"{path}: row {i}") for i, value in enumerate(table.read(columns=names).to_pylist())]
+            values = [(value, f"{path}: row {i}") for i, value in enumerate(table.select_columns(names))]
         if compared:
             batches.update(str(value.get("batch")) for value, _ in values)
             values = [(value, at) for value, at in values if value.get("batch") not in tldr.CNN_DM]
