@@ -68,7 +68,8 @@ def torch_cpu(torch: str) -> str:
 def write(name: str, purpose: str, entries) -> None:
     entries = list(entries)
     head = f"# {purpose}\n# Written by `make lock`; edit pyproject.toml instead.\n"
-    (OUT / name).write_text(head + "".join(entries))
+    text = re.sub(r" *#   --override .*\n", "", "".join(entries))  # names a temporary file
+    (OUT / name).write_text(head + text)
     print(f"requirements/{name}: {len(entries)} packages")
 
 
