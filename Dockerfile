@@ -11,7 +11,7 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # hadolint ignore=DL3008
 RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-    ca-certificates fonts-dejavu-core g++ make python3.12-dev python3.12-venv \
+    ca-certificates fonts-dejavu-core g++ git make python3.12-dev python3.12-venv \
  && rm -rf /var/lib/apt/lists/*
 
 FROM base AS packages

@@ -4,7 +4,7 @@
 .DEFAULT_GOAL := help
 PAPER := fig3 fig4 fig5 fig6 fig7 fig8 fig9 fig10 fig11 fig12
 EXTRA := horizon complexity verifier worlds advantage more_data recipe budget
-.PHONY: help setup test test-vllm $(PAPER) $(EXTRA) figures extras claims report theory status plan graph dag times bench search lint lock clean
+.PHONY: help setup test test-vllm $(PAPER) $(EXTRA) figures extras claims report theory status plan graph dag times bench search lint lint-image image lock clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -24,7 +24,7 @@ SCALE_NOW = $$(sed -n "s/^scale: *[\"']\{0,1\}\([A-Za-z0-9_-]*\).*/\1/p" params.
 SET_SCALE = $(if $(SCALE)$(DATA),$(PY) -m roads.config set $(if $(SCALE),--scale '$(SCALE)') $(if $(DATA),--data '$(DATA)'))
 # The rehearsal brings its own hub and judge.
 REPRO = case "$(SCALE_NOW)" in rehearsal*) with="$(PY) scripts/rehearsal.py";; esac; \
-	$$with $(PY) -m roads.repro $(if $(JOBS),--jobs $(JOBS))
+	exec $$with $(PY) -m roads.repro $(if $(JOBS),--jobs $(JOBS))
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PYTHONPATH := src
@@ -135,6 +135,12 @@ search: setup  ## choose mini's hyperparameters anew, on development seeds; writ
 
 lint: setup  ## ruff
 	$(PY) -m ruff check src tests scripts benchmarks
+
+lint-image: setup  ## hadolint on the Dockerfile
+	$(VENV)/bin/hadolint Dockerfile
+
+image:  ## the CUDA image `roads`, with Docker; docs/cloud.md runs it
+	docker build -t roads .
 
 lock: setup  ## requirements/*.txt anew from pyproject.toml; ARGS=--upgrade for newer versions
 	$(PY) scripts/lock.py $(ARGS)

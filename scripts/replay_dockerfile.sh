@@ -14,7 +14,7 @@ buildah() { command buildah --root "$folder/storage" --runroot "$folder/run" "$@
 if [ ! -e "$folder/base/.done" ]; then
   scripts=/usr/share/debootstrap/scripts # one script serves all releases of Ubuntu; an old debootstrap lacks the link
   script=$scripts/noble && [ -e "$script" ] || script=$scripts/gutsy
-  debootstrap --variant=minbase --components=main,universe noble "$folder/base" http://archive.ubuntu.com/ubuntu "$script"
+  debootstrap --variant=minbase --components=main,universe noble "$folder/base" "" "$script"
   touch "$folder/base/.done"
 fi
 if ! buildah inspect --type image localhost/stand-in >/dev/null 2>&1; then
