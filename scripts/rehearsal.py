@@ -10,6 +10,7 @@ summary, on a free port for as long as the command runs.
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +55,10 @@ def main() -> int:
 
     with Fake() as server:
         env = os.environ | {"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": "of the rehearsal"}
-        return subprocess.run(sys.argv[1:], env=env).returncode
+        process = subprocess.Popen(sys.argv[1:], env=env)
+        for name in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:  # the command stops as it does without us
+            signal.signal(name, lambda number, frame: process.send_signal(number))
+        return process.wait()
 
 
 if __name__ == "__main__":

@@ -21,10 +21,17 @@ ENV = os.environ | {"PYTHONPATH": "src", "PYTHONHASHSEED": "0", "MPLBACKEND": "A
 FIGURES = ["fig3@tiny", "fig7@tiny", "fig11@tiny", "fig12@tiny"]
 
 
-def run(where: Path, *args: str, code: int = 0) -> str:
+def pytest_collection_modifyitems(items) -> None:
+    """One worker runs all tests of a file, and of all that share the checkout: its figures are made once."""
+    for item in items:
+        group = "checkout" if "checkout" in item.fixturenames else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+def run(where: Path, *args: str, code: int = 0, env: dict | None = None) -> str:
     """Run `python -m ARGS` in a checkout; its output, once its exit code is as expected."""
-    done = subprocess.run([sys.executable, "-m", *args], cwd=where, env=ENV, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT)
+    done = subprocess.run([sys.executable, "-m", *args], cwd=where, env=ENV | (env or {}), text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == code, done.stdout[-3000:]
     return done.stdout
 
@@ -37,8 +44,8 @@ def edit(where: Path, old: str, new: str, file: str = "params.yaml") -> None:
 
 def clone(where: Path) -> Path:
     """A checkout of what is in the work tree, with one seed and the scale `tiny`."""
-    for name in ("src", "scripts", "data", "docs", "reports/theory", ".dvc/config", ".dvcignore", ".gitignore",
-                 "dvc.yaml", "params.yaml", "claims.yaml", "Makefile"):
+    for name in ("src", "scripts", "data", "docs", "configs", "tests/fake_openai.py", "reports/theory", ".dvc/config",
+                 ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml", "claims.yaml", "Makefile"):
         (where / name).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, where / name, ignore=shutil.ignore_patterns("__pycache__"))

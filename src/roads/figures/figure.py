@@ -1,5 +1,6 @@
 """What every figure does: read the scores of its bars, draw them, write .png, .csv and .json with provenance."""
 
+import contextlib
 import csv
 import hashlib
 import subprocess
@@ -68,7 +69,9 @@ def judged(paths: list[Path], key: str) -> dict[str, float]:
 def provenance(files: list[Path]) -> dict:
     """What the figure was drawn from: files, commit, what dvc.lock has of the runs behind them, and their params."""
     def git(*args: str) -> str:
-        return subprocess.run(["git", *args], capture_output=True, text=True).stdout.strip()
+        with contextlib.suppress(FileNotFoundError):  # a tarball needs no git
+            return subprocess.run(["git", *args], capture_output=True, text=True).stdout.strip()
+        return ""
 
     commit = git("rev-parse", "HEAD")
     if commit and git("status", "--porcelain", "--", "src", "data", "dvc.yaml", "params.yaml"):
