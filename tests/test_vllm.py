@@ -58,7 +58,7 @@ def scale():
 
 @pytest.fixture(scope="module")
 def llm(policy, scale):
-    with sample_vllm.engine(policy, 9 + LENGTH, scale) as llm:
+    with sample_vllm.engine(policy, 50 + LENGTH, scale) as llm:
         yield llm
 
 
@@ -118,6 +118,14 @@ def test_a_completion_follows_from_its_seed_alone(llm, prompts):
     # vLLM gives completion k of a prompt its seed + k: prompts whose seeds are neighbours would share their draws.
     twice = sample_vllm.generate(llm, prompts[:1].repeat(2, 1), 25, LENGTH, WARM, 0)
     assert (twice[0, 1:] == twice[1, :-1]).all(1).float().mean() < 0.5
+
+
+@needs_vllm
+def test_more_prompts_than_run_at_once(llm):
+    """10,000 tokens of prompts: vLLM takes some 4,000 in a step, and must not cut one in two."""
+    query = torch.randint(2, VOCAB, (200, 50), generator=torch.Generator().manual_seed(2)).int()
+    found = sample_vllm.generate(llm, query, 1, LENGTH, WARM, 0)
+    assert torch.equal(found[150:], sample_vllm.generate(llm, query[150:], 1, LENGTH, WARM, 150))
 
 
 @needs_vllm

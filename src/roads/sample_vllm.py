@@ -67,6 +67,7 @@ def _load(policy: Path, width: int, cfg: config.Scale) -> None:
     global _llm
     _llm = LLM(str(policy), skip_tokenizer_init=True, dtype=DTYPES[cfg.compute.precision], max_model_len=width,
                tensor_parallel_size=cfg.machine.tensor_parallel, enable_prefix_caching=True,
+               enable_chunked_prefill=False,  # it draws after a piece, and cannot undo that on the CPU
                enforce_eager=cfg.compute.device == "cpu")
 
 
