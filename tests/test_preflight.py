@@ -1,5 +1,6 @@
 """What would stop a run hours later is one line before it starts."""
 
+import importlib.util
 import os
 import shutil
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import pytest
 from conftest import ROOT
 from fake_openai import Fake
 
-from roads import config, preflight
+from roads import config, preflight, repro
 from roads.stage import LAUNCH, UserError
 
 H100, L4 = (81559, "580.65.06"), (23034, "580.65.06")
@@ -16,7 +17,9 @@ H100, L4 = (81559, "580.65.06"), (23034, "580.65.06")
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A machine with these GPUs, as a real nvidia-smi on PATH has it: (MiB, driver) each."""
+    """A machine with vLLM and these GPUs, as a real nvidia-smi on PATH has it: (MiB, driver) each."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: name == "vllm" or found(name, *more))
     monkeypatch.delenv(LAUNCH, raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
@@ -62,6 +65,26 @@ def test_the_wrong_gpu_is_one_line(machine, params, gpus, scale, message):
 def test_the_right_gpu_is_not(machine, params):
     machine(H100, H100)
     preflight.check(stages("paper") | stages("paper-2800m"), params)
+
+
+def test_vllm_that_is_not_there_is_one_line(machine, params, monkeypatch):
+    machine(H100)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="lite: compute.sampler: vllm, and the package vllm is not there"):
+        preflight.check(stages("lite"), params)
+
+
+def test_stages_share_out_the_gpus(machine, params, monkeypatch):
+    machine(*[H100] * 8)
+    paper = params.scales["paper"]
+    assert repro.workers(paper, None) == (8, list("01234567")) and repro.workers(paper, 3)[0] == 3
+    pairs = paper.model_copy(update={"machine": paper.machine.model_copy(update={"tensor_parallel": 2})})
+    assert repro.workers(pairs, None) == (4, ["0,1", "2,3", "4,5", "6,7"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert repro.workers(paper, None) == (2, ["5", "7"])
+    monkeypatch.setenv(LAUNCH, "configs/accelerate/8-gpu.yaml")
+    assert repro.workers(paper, None) == (1, [])
+    assert repro.workers(params.scales["mini"], 3) == (3, [])
 
 
 def test_launch_is_looked_at(machine, params, monkeypatch, tmp_path):

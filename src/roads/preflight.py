@@ -3,6 +3,7 @@
 repro.py calls `check` for the stages that it is about to run. Every problem is one line that says what to do.
 """
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -80,6 +81,12 @@ def _check_gpu(blocks: dict[str, config.Scale], processes: int, shards: int) -> 
         raise UserError(f"LAUNCH asks for {processes} GPUs and there are {len(found)}; take another file of "
                         "configs/accelerate")
     for name, block in wanting.items():
+        if block.compute.sampler == "vllm" and importlib.util.find_spec("vllm") is None:
+            raise UserError(f"{name}: compute.sampler: vllm, and the package vllm is not there; run the image, which "
+                            "has it, or set hf")
+        if block.machine.tensor_parallel > len(found):
+            raise UserError(f"{name}: machine.tensor_parallel: {block.machine.tensor_parallel}, and there are "
+                            f"{len(found)} GPUs; lower it")
         memory = min(memory for memory, _ in found)
         weights = cost.parameters(block.model_dump())
         needed = weights * TRAINED_BYTES * ACTIVATIONS / shards

@@ -178,14 +178,16 @@ def bring_up_to_date(todo: dict[str, set[str]], jobs: int, lock: int, gpus: list
     return len(failed) > 0
 
 
-def workers(device: str, jobs: int | None) -> tuple[int, list[str]]:
-    """How many stages run at once, and the GPUs that they share out: none where a stage takes all of them (LAUNCH)."""
-    if device == "gpu" and not os.environ.get(LAUNCH):
+def workers(scale: config.Scale, jobs: int | None) -> tuple[int, list[str]]:
+    """How many stages run at once, and the GPUs that they share out, `tensor_parallel` each: none where a stage takes
+    all of them (LAUNCH)."""
+    if scale.compute.device == "gpu" and not os.environ.get(LAUNCH):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(len(preflight.gpus())))))
-        gpus = [name for name in visible.split(",") if name]
+        names, each = [name for name in visible.split(",") if name], scale.machine.tensor_parallel
+        gpus = [",".join(names[i : i + each]) for i in range(0, len(names) - each + 1, each)]
         return min(jobs or len(gpus), len(gpus)), gpus
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return jobs or (1 if device == "gpu" else cores), []
+    return jobs or (1 if scale.compute.device == "gpu" else cores), []
 
 
 def command() -> int:
@@ -212,7 +214,7 @@ def command() -> int:
         print("Up to date:", *targets or ["every stage"])
         return 0
     preflight.check(commands, params)
-    jobs, gpus = workers(params.scales[params.scale].compute.device, args.jobs)
+    jobs, gpus = workers(params.scales[params.scale], args.jobs)
     print(f"{len(todo)} stages to bring up to date, {jobs} at once", flush=True)
     return bring_up_to_date(todo, jobs, lock, gpus)
 
