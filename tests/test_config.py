@@ -88,6 +88,8 @@ def test_an_arm_is_its_scale_with_one_thing_changed():
     ("judge: {kind: gold}", "judge: {kind: gould}", "mini.judge: input tag 'gould'"),
     ("judge: {kind: gold}", "judge: null", "mini.judge: expected a block where there is samples.human"),
     ("model: gpt-4o-2024-08-06, prompt", "modle: gpt-4o-2024-08-06, prompt", "paper.judge.modle: unknown key"),
+    ("data: {<<: *rehearsal-data, more: 0}", "data: {<<: *rehearsal-data, more: 8}",
+     "rehearsal-two-word.data.more: expected 0 for two_word"),
     ("budget: 500.0", "budget: 0", "paper.spending.budget: input should be"),
     ("temperature: null, labels: rows", "temperature: 1.0, labels: rows", "paper.samples.human.temperature: expected"),
     ("temperature: null, labels: rows", "temperature: 1.0, labels: annotators", "paper.samples.human.labels: expected"),
