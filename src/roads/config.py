@@ -248,7 +248,7 @@ class Scale(Strict):
         if self.compute.attention == "flash" and (self.compute.precision, self.compute.device) != ("bf16", "gpu"):
             raise ValueError("compute.attention: flash needs precision bf16 and device gpu")
         if self.source.kind == "two_word" and self.data.more:
-            raise ValueError(f"data.more: expected 0 for two_word, as pairs that tie leave the set; got {self.data.more}")
+            raise ValueError(f"data.more: expected 0 for two_word, as tied pairs leave the set; got {self.data.more}")
         if self.data.online > self.data.preferences + self.data.more:
             raise ValueError(f"data.online: expected at most preferences + more, got {self.data.online}")
         if self.data.best_of_n > self.data.test:
