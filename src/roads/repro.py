@@ -13,11 +13,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-from roads import config, preflight
+from roads import config, preflight, prefork
 from roads.stage import LAUNCH, UserError, main
 
 TMP = Path(".dvc/tmp")
@@ -84,7 +85,8 @@ def resolve(targets: list[str], params: config.Params) -> list[str]:
 
 
 def single_item(stage: str) -> int:
-    """`dvc repro --single-item STAGE`, with dvc.lock read and written fast, and replaced as a whole.
+    """`dvc repro --single-item STAGE`, with dvc.lock read and written fast, and replaced as a whole; its commands are
+    forks of the process that has torch imported already.
 
     DVC 3.67 reads and writes dvc.lock in a way that keeps comments, of which it has none: ten seconds a stage for the
     lock of mini, less than one with the C parser. And it writes in place: a kill -9 then would leave half of it.
@@ -92,6 +94,8 @@ def single_item(stage: str) -> int:
     from collections import OrderedDict
 
     from dvc.cli import main
+    from dvc.stage import run as stage_run
+    from dvc.stage.exceptions import StageCmdFailedError
     from dvc.utils.serialize import _common, _yaml
     from ruamel.yaml import YAML
 
@@ -108,6 +112,16 @@ def single_item(stage: str) -> int:
         yaml.representer.add_representer(OrderedDict, lambda representer, value: representer.represent_dict(value))
         yaml.dump(data, stream)
 
+    as_new_process = stage_run._run
+
+    def run_command(executable, command: str, **kwargs) -> None:
+        code = prefork.run(command, kwargs["env"], kwargs["cwd"])
+        if code is None:
+            as_new_process(executable, command, **kwargs)
+        elif code:
+            raise StageCmdFailedError(command, code)
+
+    stage_run._run = run_command
     _common._dump_data = _yaml._dump_data = as_a_whole
     _yaml.parse_yaml_for_update, _yaml._dump = _yaml.parse_yaml, dump
     return main(["--wait-for-lock", "repro", "--quiet", SINGLE, stage])
@@ -216,7 +230,23 @@ def command() -> int:
     preflight.check(commands, params)
     jobs, gpus = workers(params.scales[params.scale], args.jobs)
     print(f"{len(todo)} stages to bring up to date, {jobs} at once", flush=True)
-    return bring_up_to_date(todo, jobs, lock, gpus)
+    with imported():
+        return bring_up_to_date(todo, jobs, lock, gpus)
+
+
+@contextlib.contextmanager
+def imported() -> Iterator[None]:
+    """A process from which stages are forked (prefork.py), where they are not launched on several GPUs."""
+    if os.environ.get(LAUNCH) or sys.platform != "linux":
+        yield
+        return
+    os.environ[prefork.NAME] = f"roads-{os.getpid()}-{time.monotonic_ns()}"
+    command = [sys.executable, "-m", "roads.prefork", os.environ[prefork.NAME]]
+    with subprocess.Popen(command, env=os.environ | {"PYTHONUNBUFFERED": "1"}, start_new_session=True) as process:
+        try:
+            yield
+        finally:
+            process.kill()
 
 
 if __name__ == "__main__":
