@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ENV, ROOT
@@ -12,7 +13,8 @@ from conftest import ENV, ROOT
 from roads import prefork
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="prefork.py is for Linux")
-CALL = "import os, sys; from roads import prefork; sys.exit(prefork.run(sys.argv[1], os.environ, sys.argv[2]))"
+CALL = "import os, sys; from roads import prefork; code = prefork.run(sys.argv[1], os.environ, sys.argv[2])"
+CALL += "; sys.exit(99 if code is None else code)"
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +23,9 @@ def server(tmp_path_factory):
     (folder / "run_job.py").write_text("import runpy\nrunpy.run_path('job.py', run_name='__main__')", encoding="utf-8")
     name, path = f"roads-test-{os.getpid()}", f"{ROOT / 'src'}:{folder}"
     process = subprocess.Popen([sys.executable, "-m", "roads.prefork", name], env=ENV | {"PYTHONPATH": path})
+    while f"@{name}" not in Path("/proc/net/unix").read_text(encoding="utf-8"):  # it does not listen yet
+        assert process.poll() is None
+        time.sleep(0.02)
     yield {**ENV, "PYTHONPATH": path, prefork.NAME: name}
     process.kill()
     process.wait()
