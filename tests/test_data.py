@@ -318,14 +318,14 @@ def test_two_word_data(tmp_path, checkpoints, monkeypatch):
     data.data(REHEARSAL / "openai.json", tmp_path / "data", cfg)
     found, tokenizer = arrays(tmp_path / "data"), tldr.load_tokenizer(tmp_path / "data/tokenizer.json")
     assert {split: len(part["query"]) for split, part in found.items()} == {
-        "sft": 64, "preferences": 31, "more": 32, "online": 32, "valid": 15, "test_human": 15, "test_rouge": 15,
+        "sft": 64, "preferences": 31, "more": 0, "online": 31, "valid": 15, "test_human": 15, "test_rouge": 15,
         "test_best_of_n": 8}
     assert found["sft"]["response"].shape[1] == 24 and found["preferences"]["response"].shape[1] == 12
     query, chosen = found["preferences"]["query"][5], found["preferences"]["chosen"][5]
     title = tokenizer.decode(query[query != PAD]).split("TITLE: ")[1]
     assert tokenizer.decode(chosen) == f" {title.split()[0]} Good"
     assert tokenizer.decode(found["sft"]["query"][0]).endswith("\n\nTL;DR:")
-    assert (found["more"]["response"][:, -1] == PAD).all() and (found["more"]["response"] == EOS).any(1).all()
+    assert (found["online"]["query"] == found["preferences"]["query"]).all()
 
 
 def test_two_word_data_of_a_judge_over_http(tmp_path, checkpoints, monkeypatch):

@@ -107,10 +107,11 @@ class Cache:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Autocommit: every statement outside `alone` is on disk when it returns, as far as a kill of the process goes.
         self.db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
-        self.db.execute("PRAGMA journal_mode = WAL")
+        with _locked(self.path):  # SQLite does not wait for another process that makes the file
+            self.db.execute("PRAGMA journal_mode = WAL")
+            if not self.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'struck'").fetchone():
+                self.db.executescript(TABLES)
         self.db.execute("PRAGMA synchronous = NORMAL")
-        if not self.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'struck'").fetchone():
-            self.db.executescript(TABLES)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -446,9 +447,9 @@ def _request(message: str, judge) -> dict:
 
 
 @contextmanager
-def _submitting(path: Path) -> Iterator[None]:
-    """One process at a time submits batches; a lock of the operating system, which no killed process keeps."""
-    with open(f"{path}.lock", "w") as file:
+def _locked(path: Path, what: str = "open") -> Iterator[None]:
+    """One process at a time; a lock of the operating system, which no killed process keeps."""
+    with open(f"{path}.{what}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -460,7 +461,7 @@ async def _submit(client, book: Cache, missing: dict[str, str]) -> int:
     before it learns the id finds the batch again.
     """
     rest, sent = deque(missing.items()), 0
-    with _submitting(book.path):
+    with _locked(book.path, "submit"):
         while rest:
             tag, lines, size = uuid.uuid4().hex, [], 0
             with book.alone():
@@ -503,7 +504,7 @@ def _of_batches() -> Iterator[None]:
 
 async def _adopt(client, book: Cache) -> None:
     """Find the batches whose id a killed run did not write down; strike out those that were never submitted."""
-    with _submitting(book.path):
+    with _locked(book.path, "submit"):
         tags = {tag for (tag,) in book.db.execute("SELECT tag FROM batches WHERE model = ? AND id IS NULL",
                                                   [book.judge.model])}
         if not tags:
