@@ -223,6 +223,25 @@ def test_cache_and_leaving_rows_change_no_token(policy, rows):
     assert lengths.min() < 4 and lengths.max() == length
 
 
+def test_how_many_prompts_run_together_changes_no_token(policy, rows, monkeypatch):
+    sizes, grow = [], sample._grow
+
+    def counted(policy, query, *args):
+        sizes.append(len(query))
+        return grow(policy, query, *args)
+
+    monkeypatch.setattr(sample, "_grow", counted)
+    together = sample.generate(policy, rows[0], 5, 8, 1.3, generator(5))
+    assert sizes == [4]
+    one = 5 * (8 * policy.config.num_hidden_layers * 32 * (rows[0].shape[1] + 8) + 24 * 20)  # the longest prompt's
+    monkeypatch.setattr(sample, "MEMORY", 2 * one)
+    assert torch.equal(sample.generate(policy, rows[0], 5, 8, 1.3, generator(5)), together)
+    assert sizes[1] == 2 and sum(sizes[1:]) == 4 and len(sizes) > 2
+    monkeypatch.setattr(sample, "MEMORY", 1)  # one prompt always runs
+    assert torch.equal(sample.generate(policy, rows[0], 5, 8, 1.3, generator(5)), together)
+    assert sizes[-4:] == [1] * 4
+
+
 def test_first_tokens_follow_softmax_of_logits_over_temperature(policy, rows):
     logits = policy(rows[0][1:2]).logits[0, -1].detach().double() / 0.5
     logits[PAD] = -torch.inf

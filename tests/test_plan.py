@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
-from roads import config, cost, plan, repro
+from roads import config, cost, model, plan, repro, sample
 from roads.stage import UserError
 
 DVC_YAML = """
@@ -206,6 +207,18 @@ def test_a_pythia_is_hours_of_a_gpu():
     total = sum(map(hours, ["sft D B O", REWARD, DPO, *ONLINE, WINRATE]))
     print(f"Online DPO of a Pythia of 1.4B: {total:.1f} H100-hours a seed")
     assert 3 < total < 10
+
+
+def test_a_sampled_token_is_a_pass_for_as_many_prompts_as_the_sampler_takes():
+    source = {"kind": "jsonl", "vocab_size": 4096, "max_query_tokens": 256, "max_response_tokens": 53}
+    size = {"kind": "new", "hidden_size": 96, "layers": 2}
+    net = model.new_policy(config.New(**size, heads=4, max_positions=512), 4096, seed=0)
+    assert (cost.ROWS, cost.MEMORY) == (sample.ROWS, sample.MEMORY)
+    for n, prompts in ((25, 300), (1, 5000)):
+        fit = min(sample.ROWS // n, sample.fit(net.config, 256 + 53, n, torch.device("cpu")))
+        found = work("sample P D/online.npz O --samples online", source=source, model=size, data={"online": prompts,
+                     "preferences": 0}, samples={"online": {"n": n, "temperature": 1.0}}, compute={"sampler": "hf"})
+        assert 1 < fit < prompts and found.layers == -(-prompts // fit) * 53 * 2
 
 
 def test_a_cell_is_the_sum_of_its_stages():

@@ -45,6 +45,15 @@ def mean_kl(policy: Path, sft: Path, prompts: Path, cfg: config.Scale, seed: int
     return {"kl": float(ratios.mean()), "kl_standard_error": float(ratios.std() / len(ratios) ** 0.5)}
 
 
+def splits(where: Path, cfg: config.Scale) -> dict[str, dict[str, np.ndarray]]:
+    """Rows of `preferences` and `online`, as many as the block asks for, of the data in a folder."""
+    preferences, more = (np.load(where / f"{split}.npz") for split in ("preferences", "more"))
+    of_pairs = {name: preferences[name] for name in preferences if name not in more}  # where rows come with pairs
+    n = min(cfg.data.preferences, len(preferences["query"])) if of_pairs else cfg.data.preferences
+    return {"preferences": data.first(n, preferences, more) | {name: rows[:n] for name, rows in of_pairs.items()},
+            "online": data.first(cfg.data.online, preferences, more)}
+
+
 def cell(where: Path, sft: Path, out: Path, cfg: config.Scale, seed: int) -> None:
     """Write scores.npz: <policy> [N], a score per prompt of test_human, for SFT and every policy of the block;
     metrics.json: each one's metrics and KL from SFT, and how well the reward models tell held-out pairs apart."""
@@ -57,11 +66,8 @@ def cell(where: Path, sft: Path, out: Path, cfg: config.Scale, seed: int) -> Non
         run = Steps(train.SCRATCH / key, 6 + 2 * bool({"online", "online_sft"} & set(cfg.policies)) + sum(
             {"dpo": 4, "dpo_2x": 3, "online_sft": 5, "online": 5}[name] for name in cfg.policies), out.as_posix())
         run.where.mkdir(parents=True, exist_ok=True)
-        preferences, more = (np.load(where / f"{split}.npz") for split in ("preferences", "more"))
-        of_pairs = {name: preferences[name] for name in preferences if name not in more}  # where rows come with pairs
-        for name, n in (("preferences", cfg.data.preferences), ("online", cfg.data.online)):
-            np.savez(run.where / f"{name}.npz", **data.first(n, preferences, more),
-                     **({key: rows[:n] for key, rows in of_pairs.items()} if name == "preferences" else {}))
+        for name, rows in splits(where, cfg).items():
+            np.savez(run.where / f"{name}.npz", **rows)
         pairs, reward_model, policies, metrics = {}, None, {"sft": sft}, {}
 
         def held_out(net: Path, kind: str) -> dict[str, float]:

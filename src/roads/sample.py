@@ -18,7 +18,8 @@ from tqdm import tqdm
 from roads import config, model, sample_vllm, stage
 from roads.tldr import EOS, PAD
 
-ROWS = 1600  # completions sampled at once
+ROWS = 1600  # completions of a batch: what is drawn from one generator, and kept at once
+MEMORY = 2**26  # bytes of a CPU's that completions grow in together; a GPU has a sixteenth of its own
 SCRATCH = Path("runs/.scratch")
 
 
@@ -26,25 +27,49 @@ SCRATCH = Path("runs/.scratch")
 def generate(policy, query: torch.Tensor, n: int, length: int, temperature: float, generator) -> torch.Tensor:
     """n completions per query, [B, n, length] int32.
 
-    The prompt is run once and its cache serves its n completions, and so is every prefix that some of them share.
-    A completion without an EOS after length - 1 tokens is closed with one: the reward model reads there, and DPO
-    learns to stop.
+    As many prompts run together as `MEMORY` holds, those about as long: keys and values are copied at every step, and
+    on a CPU hundreds of MB of them take longer than the model does. What a completion draws does not depend on it.
     """
-    where = policy.device
-    query = model.trim(query, query)[0].to(where)
+    # From 0 to 1, for every token that might be drawn: what a completion gets must not depend on where others end.
+    draws = torch.rand(length, len(query), n, dtype=torch.double, generator=generator)
+    found = torch.empty(len(query), n, length, dtype=torch.int32)
+    lengths = (query != PAD).sum(1)
+    order = lengths.argsort(descending=True, stable=True)
+    while len(order):
+        i = order[: fit(policy.config, int(lengths[order[0]]) + length, n, policy.device)]
+        order = order[len(i) :]
+        found[i] = _grow(policy, query[i], draws[:, i].flatten(1), temperature).view(len(i), n, length)
+    return found
+
+
+def fit(shape, width: int, n: int, device: torch.device) -> int:
+    """How many prompts with n completions each, `width` tokens together, run at once."""
+    memory = torch.cuda.get_device_properties(device).total_memory // 16 if device.type == "cuda" else MEMORY
+    # Keys and values of every token in fp32; of the last one logits, probabilities and their sums, twice.
+    row = 8 * shape.num_hidden_layers * shape.hidden_size * width + 24 * shape.vocab_size
+    return max(1, memory // (row * n))
+
+
+def _grow(policy, query: torch.Tensor, draws: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Completions [B * n, R] int32 of queries [B, Q], by draws [R, B * n] between 0 and 1.
+
+    The prompt is run once and its cache serves its n completions, and so is every prefix that some of them share.
+    A completion without an EOS after R - 1 tokens is closed with one: the reward model reads there, and DPO learns to
+    stop.
+    """
+    where, (length, count) = policy.device, draws.shape
+    query, draws = model.trim(query, query)[0].to(where), draws.to(where)
     hidden, cache = model.prefill(policy.base_model, query)
     mask = (query != PAD).long()
     start = mask.sum(1, keepdim=True)
-    tokens = torch.full((len(query) * n, length), PAD, device=where)
-    rows = torch.arange(len(tokens), device=where)  # completions that go on, and the prefix each of them is at
-    prefix = torch.arange(len(query), device=where).repeat_interleave(n)
+    tokens = torch.full((count, length), PAD, device=where)
+    rows = torch.arange(count, device=where)  # completions that go on, and the prefix each of them is at
+    prefix = torch.arange(len(query), device=where).repeat_interleave(count // len(query))
     for step in range(length):
         logits = policy.get_output_embeddings()(hidden).float() / temperature
         logits[:, PAD] = -torch.inf
-        # Inverse of the distribution function. Finished rows draw as well: what a row gets must not depend on others.
-        below = torch.softmax(logits, dim=-1).double().cumsum(1)[prefix]
-        drawn = torch.rand(len(tokens), 1, dtype=torch.double, generator=generator).to(where)[rows] * below[:, -1:]
-        token = torch.searchsorted(below, drawn, right=True).squeeze(1)
+        below = torch.softmax(logits, dim=-1).double().cumsum(1)[prefix]  # the distribution function, to be inverted
+        token = torch.searchsorted(below, draws[step, rows, None] * below[:, -1:], right=True).squeeze(1)
         if step == length - 1:
             token = torch.full_like(rows, EOS)
         tokens[rows, step] = token
@@ -55,11 +80,13 @@ def generate(policy, query: torch.Tensor, n: int, length: int, temperature: floa
         width = logits.shape[1]
         grown, prefix = torch.unique(prefix[going] * width + token[going], return_inverse=True)
         rows, parent = rows[going], grown // width
-        cache.batch_select_indices(parent)
-        mask, start = torch.cat([mask[parent], mask.new_ones(len(parent), 1)], 1), start[parent]
+        if len(parent) != len(mask) or (parent[1:] == parent[:-1]).any():
+            cache.batch_select_indices(parent)
+            mask, start = mask[parent], start[parent]
+        mask = torch.cat([mask, mask.new_ones(len(parent), 1)], 1)
         hidden = policy.base_model((grown % width)[:, None], attention_mask=mask, position_ids=start + step,
                                    past_key_values=cache).last_hidden_state[:, -1]
-    return tokens.view(len(query), n, length).int().cpu()
+    return tokens.int().cpu()
 
 
 def completions(policy: Path, query: torch.Tensor, length: int, settings: config.Sampling, seed: int,
