@@ -1,9 +1,11 @@
 """The image and what launches it: the Dockerfile's rules, and cloud/ against a stand-in for docker."""
 
+import contextlib
 import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -73,7 +75,8 @@ def launched(tmp_path):
         (tmp_path / name).write_text("new")
     docker = tmp_path / "bin/docker"
     docker.write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\n'
-                      'case "$*" in *fig3*) exec sleep $SECONDS_EACH;; esac\n')
+                      'case "$*" in *fig3*) exec sleep $SECONDS_EACH;;\n'
+                      f'*bin/python*) while [ "$1" != -c ]; do shift; done; exec {sys.executable} "$@";; esac\n')
     docker.chmod(0o755)
     env = os.environ | {"PATH": f"{docker.parent}:{os.environ['PATH']}", "HOME": str(tmp_path), "IMAGE": "roads",
                         "FIGURES": "fig3 fig11", "OPTIONS": "JOBS=8", "SHARED": str(tmp_path / "shared")}
@@ -94,6 +97,21 @@ def test_cloud_script_runs_every_figure_and_shares_the_lock_last(launched, tmp_p
     (tmp_path / "shared/dvc.lock").write_text("carried")
     assert launched(0).wait(timeout=60) == 0
     assert " pull --run-cache" in (tmp_path / "asked").read_text() and (tmp_path / "dvc.lock").read_text() == "carried"
+
+
+def test_cloud_script_carries_the_answers_that_were_paid_for(launched, tmp_path):
+    (tmp_path / "runs").mkdir()
+    with contextlib.closing(sqlite3.connect(tmp_path / "runs/judge.sqlite")) as db:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("CREATE TABLE answers (answer TEXT)")
+        db.execute("INSERT INTO answers VALUES ('yes')")
+        db.commit()  # in the log still, not in the file
+        assert launched(0).wait(timeout=60) == 0
+    shutil.rmtree(tmp_path / "runs")
+    assert launched(0).wait(timeout=60) == 0  # another machine
+    with contextlib.closing(sqlite3.connect(tmp_path / "runs/judge.sqlite")) as db:
+        assert db.execute("SELECT answer FROM answers").fetchall() == [("yes",)]
+    assert {path.name for path in (tmp_path / "shared").iterdir()} == {"dvc", "dvc.lock", "params.yaml", "judge.sqlite"}
 
 
 def test_cloud_script_stops_the_runner_when_asked_to(launched, tmp_path):

@@ -1,8 +1,8 @@
 """What every stage does the same way: strict errors, atomic output, a record beside the result.
 
-A stage is a plain function from inputs to one output folder. `stage.run` gives it a temporary
-folder, writes `params.json` (exactly the parameters it used) and renames the folder into place
-only when everything is written, so a killed run never leaves half an output.
+A stage is a plain function from inputs to one output folder. `stage.output` gives it a temporary folder, writes
+`params.json` (exactly the parameters it used) and renames the folder into place only when everything is written, so a
+killed run never leaves half an output.
 """
 
 import argparse
