@@ -3,11 +3,14 @@
 import csv
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ENV, ROOT
+from ruamel.yaml import YAML
 
 from roads import config, cost, model, plan, repro, sample
 from roads.stage import UserError
@@ -144,6 +147,58 @@ def test_a_folder_with_fewer_posts_counts_as_it_is(tmp_path):
     (tmp_path / "train.jsonl").write_text("{}\n{}\n{}\n")
     wanted = {"sft": 100, "preferences": 2, "valid": 50}
     assert plan.as_many_as_there_are(tmp_path, wanted) == {"sft": 3, "preferences": 2, "valid": 50}
+
+
+# dvc.lock
+
+
+def single(*stages: str) -> int:
+    """`python -m roads.repro --single-item STAGE`, one after the other; how many of them fail."""
+    env = ENV | {"PYTHONPATH": str(ROOT / "src")}
+    return sum(subprocess.run([sys.executable, "-m", "roads.repro", repro.SINGLE, name], env=env).returncode != 0
+               for name in stages)
+
+
+def lock() -> dict:
+    return YAML(typ="safe").load(Path("dvc.lock"))
+
+
+def test_the_runner_writes_the_lock_that_dvc_writes(project):
+    reproduce()
+    theirs = lock()
+    for path in ("dvc.lock", "runs", "reports", ".dvc/cache", ".dvc/tmp"):
+        path = Path(path)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    Path(".dvc/tmp").mkdir()
+    stages = ["words@mini", "count@mini-0", "count@mini-1", "fig3@mini", "fig11@mini"]
+    assert set(stages) == set(theirs["stages"]) and single(*stages) == 0
+    assert lock() == theirs and list(lock()["stages"]) == stages
+    Path("words.txt").write_text("four\n")
+    assert single("words@mini", "count@mini-1") == 0
+    ours = lock()
+    assert list(ours["stages"]) == stages  # in their places, and the others as they were
+    assert [name for name in stages if ours["stages"][name] != theirs["stages"][name]] == ["words@mini", "count@mini-1"]
+    reproduce()  # and DVC goes on from it
+    assert Path("log").read_text().split().count("words") == 3
+    assert lock()["stages"]["words@mini"] == ours["stages"]["words@mini"]
+
+
+def test_a_lock_in_the_middle_of_a_merge_is_left_alone(project):
+    reproduce()
+    Path("dvc.lock").write_text(broken := "<<<<<<< HEAD\n" + Path("dvc.lock").read_text())
+    Path("words.txt").write_text("four\n")
+    assert single("words@mini") == 1 and Path("dvc.lock").read_text() == broken
+
+
+def test_every_entry_of_the_committed_lock_is_found():
+    text = (ROOT / "dvc.lock").read_text(encoding="utf-8")
+    assert text.startswith(repro.LOCK)
+    at = len(repro.LOCK)
+    for name in YAML(typ="safe").load(text)["stages"]:
+        entry, begins = repro.entry_of(name, text)
+        assert begins == at and entry.startswith(f"  {name}:\n")
+        at += len(entry)
+    assert at == len(text) and repro.entry_of("fig3", text) == repro.entry_of("no@such", text) == ("", at)
 
 
 # The cost model
