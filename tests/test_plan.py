@@ -183,6 +183,20 @@ def test_the_runner_writes_the_lock_that_dvc_writes(project):
     assert lock()["stages"]["words@mini"] == ours["stages"]["words@mini"]
 
 
+def test_params_are_read_once_and_a_change_of_them_is_seen(project, monkeypatch):
+    from dvc.dependency import param
+
+    reproduce()
+    load, read = param.load_path, []
+    monkeypatch.setattr(param, "load_path", lambda path, *args: read.append(path) or load(path, *args))
+    assert repro.out_of_date([]) == ({}, {}) and len(read) == 1
+    before = Path("params.yaml").read_text()
+    for there in (", epochs: 2}", "}"):  # another value, and none
+        Path("params.yaml").write_text(re.sub(r"^(  sft: .*), epochs: 1}", rf"\1{there}", before, count=1, flags=re.M))
+        todo, _ = repro.out_of_date([])
+        assert set(todo) == {"count@mini-0", "count@mini-1", "fig3@mini"}
+
+
 def test_a_lock_in_the_middle_of_a_merge_is_left_alone(project):
     reproduce()
     Path("dvc.lock").write_text(broken := "<<<<<<< HEAD\n" + Path("dvc.lock").read_text())

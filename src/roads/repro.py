@@ -7,6 +7,7 @@ going, in the order of DVC's graph. A plain `dvc repro` does the same work, one 
 import argparse
 import contextlib
 import fcntl
+import functools
 import io
 import os
 import re
@@ -59,9 +60,34 @@ def graph_of(repo, targets: list[str]) -> tuple[dict, set]:
     roots = [stage for target in targets or known for stage in known.get(target) or repo.stage.collect(target)]
     needs = {s: nx.descendants(graph, s) for s in graph}
     wanted = set(roots).union(*(needs[stage] for stage in roots))
-    with repo.lock:
+    with repo.lock, params_read_once():
         stale = {stage for stage in wanted if stage.status()}
     return {s: needs[s] for s in wanted}, {s for s in wanted if stale & (needs[s] | {s})}
+
+
+@contextlib.contextmanager
+def params_read_once() -> Iterator[None]:
+    """DVC 3.67 parses params.yaml again for every stage and walks through all of it for each of a stage's keys, which
+    makes up most of a run with nothing to do."""
+    from dvc.dependency import param
+
+    read, files = param.read_param_file, {}
+
+    def read_once(fs, path: str, key_paths: list[str] | None = None, flatten: bool = False) -> dict:
+        if path not in files:
+            files[path] = read(fs, path)
+        try:
+            found = {key: functools.reduce(lambda part, name: part[name], key.split("."), files[path])
+                     for key in key_paths or ()}
+        except (KeyError, TypeError):
+            found = {}
+        return found if found and flatten else read(fs, path, key_paths, flatten)
+
+    param.read_param_file = read_once
+    try:
+        yield
+    finally:
+        param.read_param_file = read
 
 
 def out_of_date(targets: list[str]) -> tuple[dict[str, set[str]], dict[str, str | list[str]]]:
