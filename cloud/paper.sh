@@ -19,16 +19,18 @@ push() { # dvc.lock last: all that it names is there by then
   cp dvc.lock params.yaml .dvc/tmp/
   dvc push --quiet --run-cache && cp .dvc/tmp/dvc.lock .dvc/tmp/params.yaml "$SHARED/"
 }
-answers() { # what was paid for; SQLite itself copies a file that is being written
+answers() { # what was paid for; SQLite itself copies a file that is being written. If that fails, the rest goes on
   [ -e runs/judge.sqlite ] || return 0
   local copy=judge.sqlite.$BASHPID
-  image --entrypoint /opt/venv/bin/python -- -c "import sqlite3, sys; ours, theirs = map(sqlite3.connect, sys.argv[1:])
+  {
+    image --entrypoint /opt/venv/bin/python -- -c "import sqlite3, sys; ours, theirs = map(sqlite3.connect, sys.argv[1:])
 ours.backup(theirs); theirs.close()" runs/judge.sqlite ".dvc/tmp/$copy" &&
-    cp ".dvc/tmp/$copy" "$SHARED/" && mv "$SHARED/$copy" "$SHARED/judge.sqlite" && rm ".dvc/tmp/$copy"
+      cp ".dvc/tmp/$copy" "$SHARED/" && mv "$SHARED/$copy" "$SHARED/judge.sqlite" && rm ".dvc/tmp/$copy"
+  } || echo "The judge's answers were not copied to $SHARED."
 }
 stop() {
   docker stop --time 60 figures >/dev/null 2>&1 || true
-  answers || true
+  answers
   exit 143
 }
 
@@ -44,7 +46,7 @@ fi
   trap 'kill $!; exit' TERM
   for ((n = 1; ; n++)); do
     sleep "$every" & wait $!
-    answers || echo "The judge's answers were not copied to $SHARED; the next try is in $every s."
+    answers
     ((n % 6)) || push || echo "A push failed; the next one is in $((6 * every)) s."
   done
 ) &

@@ -114,6 +114,14 @@ def test_cloud_script_carries_the_answers_that_were_paid_for(launched, tmp_path)
     assert {path.name for path in (tmp_path / "shared").iterdir()} == {"dvc", "dvc.lock", "params.yaml", "judge.sqlite"}
 
 
+def test_answers_that_cannot_be_copied_keep_no_stage_back(launched, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/judge.sqlite").write_text("no database" * 100)
+    assert launched(0).wait(timeout=60) == 0
+    assert (tmp_path / "shared/dvc.lock").exists()
+    assert (tmp_path / "asked").read_text().rstrip().endswith("roads report")
+
+
 def test_cloud_script_stops_the_runner_when_asked_to(launched, tmp_path):
     process, end = launched(30), time.monotonic() + 30
     while "fig3" not in ((tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""):
