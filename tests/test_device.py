@@ -1,6 +1,5 @@
 """Every stage on a device that is not the CPU: a tensor left behind there is an error, as on a GPU."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -32,7 +31,7 @@ def stages(library):
         out.mkdir()
         done = subprocess.run([sys.executable, ROOT / "tests/device.py", library, out, "--device", device,
                                "--precision", precision], cwd=out, capture_output=True, text=True,
-                              env=ENV | {"PYTHONPATH": f"{ROOT}/src{os.pathsep}{ROOT}/tests"})
+                              env=ENV | {"PYTHONPATH": str(ROOT / "src")})
         assert done.returncode == 0, done.stderr
         return out
 
