@@ -204,9 +204,18 @@ def test_a_lock_in_the_middle_of_a_merge_is_left_alone(project):
     assert single("words@mini") == 1 and Path("dvc.lock").read_text() == broken
 
 
+def test_a_lock_with_more_than_stages_in_it_is_written_by_dvc(project):
+    reproduce()
+    whole = Path("dvc.lock").read_text()
+    entry, at = repro.entry_of("fig11@mini", whole)
+    Path("dvc.lock").write_text(whole[:at] + whole[at + len(entry) :] + "datasets: []\n")
+    assert single("fig11@mini") == 0
+    assert lock() == {**YAML(typ="safe").load(whole), "datasets": []}
+
+
 def test_every_entry_of_the_committed_lock_is_found():
     text = (ROOT / "dvc.lock").read_text(encoding="utf-8")
-    assert text.startswith(repro.LOCK)
+    assert text.startswith(repro.LOCK) and repro.LAYOUT.fullmatch(text)
     at = len(repro.LOCK)
     for name in YAML(typ="safe").load(text)["stages"]:
         entry, begins = repro.entry_of(name, text)

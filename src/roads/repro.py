@@ -31,6 +31,7 @@ TMP = Path(".dvc/tmp")
 TIMES = Path("runs/times.csv")  # stage, seconds: a line for every run of a stage; `make times` sums it up
 SINGLE = "--single-item"
 LOCK = "schema: '2.0'\nstages:\n"
+LAYOUT = re.compile(LOCK + r"(?:  .*\n)*")  # as DVC writes dvc.lock, with stages and nothing else in it
 running: dict[str, subprocess.Popen] = {}
 stopping = threading.Event()
 
@@ -129,17 +130,22 @@ def single_item(stage: str) -> int:
     from dvc.stage.exceptions import StageCmdFailedError
     from dvc.stage.serialize import to_lockfile
 
-    load_all = Lockfile._load
+    load_all, dump_all = Lockfile._load, Lockfile.dump_stages
+
+    def text_of(lockfile) -> str | None:
+        """None: in the middle of a merge, or changed by hand; DVC will know what to do."""
+        text = Path(lockfile.path).read_text(encoding="utf-8") if lockfile.exists() else LOCK
+        return text if LAYOUT.fullmatch(text) else None
 
     def load(lockfile, **kwargs) -> tuple[dict, str]:
-        text = Path(lockfile.path).read_text(encoding="utf-8") if lockfile.exists() else ""
-        if not text.startswith(LOCK):  # a merge's, or by hand: DVC will know what to say
+        if (text := text_of(lockfile)) is None:
             return load_all(lockfile, **kwargs)
         entry, _ = entry_of(stage, text)
         return YAML(typ="safe").load(LOCK + (entry or "  {}")), text
 
     def dump(lockfile, stages, **kwargs) -> None:
-        text = Path(lockfile.path).read_text(encoding="utf-8") if lockfile.exists() else LOCK
+        if (text := text_of(lockfile)) is None:
+            return dump_all(lockfile, stages, **kwargs)
         for done in stages:
             before, at = entry_of(done.name, text)
             text = text[:at] + as_entry(to_lockfile(done, **kwargs)) + text[at + len(before) :]
