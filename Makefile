@@ -66,7 +66,7 @@ $(VENV)/.installed: requirements/dev.txt
 	@$(PY) -c 'import torch' && touch $@
 
 test: setup  ## the test suite
-	$(PY) -m pytest -q -n 2 --dist loadgroup
+	$(PY) -m pytest -q -n 2
 
 test-vllm: $(VLLM)/.installed  ## the tests of the vLLM sampler, on the CPU, with vLLM in an environment of its own (4 GB)
 	$(VLLM)/bin/python -m pytest -q tests/test_vllm.py
