@@ -24,7 +24,7 @@ SCALE_NOW = $$(sed -n "s/^scale: *[\"']\{0,1\}\([A-Za-z0-9_-]*\).*/\1/p" params.
 SET_SCALE = $(if $(SCALE)$(DATA),$(PY) -m roads.config set $(if $(SCALE),--scale '$(SCALE)') $(if $(DATA),--data '$(DATA)'))
 # The rehearsal brings its own hub and judge.
 REPRO = case "$(SCALE_NOW)" in rehearsal*) with="$(PY) scripts/rehearsal.py";; esac; \
-	exec $$with $(PY) -m roads.repro $(if $(JOBS),--jobs $(JOBS))
+	exec $$with $(PY) -m roads.repro --make $$PPID $(if $(JOBS),--jobs $(JOBS))
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PYTHONPATH := src

@@ -10,10 +10,9 @@ summary, on a free port for as long as the command runs.
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 HUB = Path("runs/rehearsal-hub")
@@ -51,14 +50,29 @@ def main() -> int:
         HUB.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(HUB / "medium", ignore_errors=True)
         checkpoints(HUB, ROOT / "data/tldr_sample/train.jsonl")
+    started, starting = os.pipe()
+    ends, lasts = os.pipe()  # this end of it is the command's: closed when that ends, whatever ends it
+    if os.fork() == 0:
+        serve(starting, ends, lasts)
+    os.close(starting)
+    os.close(ends)
+    os.set_inheritable(lasts, True)
+    url = os.read(started, 100).decode()
+    env = os.environ | {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": "of the rehearsal"}
+    os.execvpe(sys.argv[1], sys.argv[1:], env)  # signals, and what make watches, are the command's
+
+
+def serve(started: int, ends: int, lasts: int) -> NoReturn:
+    """The judge, in a process of its own, as long as the command lasts."""
     from fake_openai import Fake
 
+    os.close(lasts)
+    os.setsid()  # Ctrl-C is for the command, which may still ask
     with Fake() as server:
-        env = os.environ | {"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": "of the rehearsal"}
-        process = subprocess.Popen(sys.argv[1:], env=env)
-        for name in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:  # the command stops as it does without us
-            signal.signal(name, lambda number, frame: process.send_signal(number))
-        return process.wait()
+        os.write(started, server.url.encode())
+        os.close(started)
+        os.read(ends, 1)
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """A stage that is a fork behaves as a new process does: output, exit code, environment, and how it ends."""
 
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,81 +16,179 @@ from roads import prefork
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="prefork.py is for Linux")
 CALL = "import os, sys; from roads import prefork; code = prefork.run(sys.argv[1], os.environ, sys.argv[2])"
-CALL += "; sys.exit(99 if code is None else code)"
+CALL += "; print('code', code)"
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
+    """A server, the socket that takes its orders and the environment of those who give them."""
     folder = tmp_path_factory.mktemp("path")
     (folder / "run_job.py").write_text("import runpy\nrunpy.run_path('job.py', run_name='__main__')", encoding="utf-8")
-    name, path = f"roads-test-{os.getpid()}", f"{ROOT / 'src'}:{folder}"
-    process = subprocess.Popen([sys.executable, "-m", "roads.prefork", name], env=ENV | {"PYTHONPATH": path})
-    while f"@{name}" not in Path("/proc/net/unix").read_text(encoding="utf-8"):  # it does not listen yet
-        assert process.poll() is None
-        time.sleep(0.02)
-    yield {**ENV, "PYTHONPATH": path, prefork.NAME: name}
-    process.kill()
-    process.wait()
+    path = f"{ROOT / 'src'}:{folder}"
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, "-m", "roads.prefork", str(theirs.fileno()), str(os.getpid())]
+    process = subprocess.Popen(command, env=ENV | {"PYTHONPATH": path}, pass_fds=[theirs.fileno()])
+    theirs.close()
+    yield process, ours, ENV | {"PYTHONPATH": path, prefork.ORDERS: str(ours.fileno())}
+    ours.close()
+    assert process.wait(timeout=60) == 0  # nobody is left to give it an order
 
 
 @pytest.fixture
 def start(server, tmp_path):
-    """Have a script, whose text is given, run as a fork; the process that ordered it."""
+    """Have a script, whose text is given, run as a fork; the process that ordered it, which prints its exit code."""
 
     def run(text: str, *args: str) -> subprocess.Popen:
         (tmp_path / "job.py").write_text(text, encoding="utf-8")
         command = " ".join(["python -m run_job", *args])
-        return subprocess.Popen([sys.executable, "-c", CALL, command, tmp_path], env=server, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, text=True)
+        _, orders, env = server
+        return subprocess.Popen([sys.executable, "-c", CALL, command, tmp_path], env=env, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True, pass_fds=[orders.fileno()])
 
     return run
 
 
-def test_what_it_says_and_its_exit_code(start):
-    process = start("import os, sys, torch\nprint(sys.argv[1:], os.getcwd(), 'torch' in sys.modules, flush=True)\n"
-                    "print('to the other', file=sys.stderr)\nsys.exit(3)", "--seed", "0")
+def said(process: subprocess.Popen) -> tuple[str, int]:
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 3 and "['--seed', '0']" in out and "True\n" in out and "to the other\n" in out
+    assert process.returncode == 0, out
+    before, code = out.rsplit("code ", 1)
+    return before, int(code)
 
 
-def test_an_error_is_a_traceback_and_1(start):
-    process = start("raise ValueError('no such thing')")
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 1 and "ValueError: no such thing" in out
-
-
-def test_processes_that_it_starts_are_waited_for(start):
-    process = start("import subprocess\nassert subprocess.run(['false']).returncode == 1\nprint('waited')")
-    assert process.communicate(timeout=60)[0] == "waited\n" and process.returncode == 0
-
-
-def test_a_killed_fork_is_a_failure(start):
-    process = start("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
-    process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGKILL
-
-
-def test_the_fork_ends_with_who_ordered_it(start, tmp_path):
-    process = start("import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(600)")
-    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
-        assert process.poll() is None
-        time.sleep(0.02)
-    pid = int((tmp_path / "pid").read_text())
-    os.kill(pid, 0)  # it is there
-    process.kill()
-    process.wait()
-    end = time.monotonic() + 10
+def gone(pid: int, seconds: float = 5) -> bool:
+    """Whether a process ends within the seconds."""
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
-            return
+            return True
         time.sleep(0.02)
-    pytest.fail("it still runs")
+    return False
+
+
+def pid_in(path: Path, process: subprocess.Popen) -> int:
+    while not path.exists() or not path.read_text().endswith("\n"):
+        assert process.poll() is None
+        time.sleep(0.02)
+    return int(path.read_text())
+
+
+def test_what_it_says_and_its_exit_code(start):
+    out, code = said(start("import os, sys, torch\n"
+                           "print(sys.argv[1:], os.getcwd(), 'torch' in sys.modules, 'ROADS_PREFORK' in os.environ)\n"
+                           "print('to the other', file=sys.stderr)\nsys.exit(3)", "--seed", "0"))
+    assert code == 3 and "['--seed', '0']" in out and "True False\n" in out and "to the other\n" in out
+
+
+def test_an_error_is_a_traceback_and_1(start):
+    out, code = said(start("raise ValueError('no such thing')"))
+    assert code == 1 and "ValueError: no such thing" in out
+
+
+def test_processes_that_it_starts_are_waited_for(start):
+    assert said(start("import subprocess\nassert subprocess.run(['false']).returncode == 1\nprint('waited')")) == (
+        "waited\n", 0)
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGSEGV", "SIGTERM"])
+def test_a_fork_that_is_killed_tells_by_what(start, name):
+    assert said(start(f"import os, signal\nos.kill(os.getpid(), signal.{name})"))[1] == -signal.Signals[name]
+
+
+SLEEPS = """
+import os, pathlib, subprocess, time
+child = subprocess.Popen(["sleep", "600"])
+pathlib.Path("child").write_text(f"{child.pid}\\n")
+pathlib.Path("pid").write_text(f"{os.getpid()}\\n")
+time.sleep(600)
+"""
+
+
+def test_the_fork_and_what_it_started_end_with_who_ordered_it(start, tmp_path):
+    process = start(SLEEPS)
+    pids = [pid_in(tmp_path / name, process) for name in ("pid", "child")]
+    for pid in pids:
+        os.kill(pid, 0)  # it is there
+    process.kill()
+    process.wait()
+    assert all(gone(pid) for pid in pids)
+
+
+def test_what_a_killed_fork_had_started_ends_with_it(start, tmp_path):
+    process = start(SLEEPS)
+    os.kill(pid_in(tmp_path / "pid", process), signal.SIGKILL)
+    assert said(process)[1] == -signal.SIGKILL and gone(pid_in(tmp_path / "child", process))
+
+
+@pytest.mark.parametrize("after", [0, 0.05, 0.3, 1, 2])
+def test_a_server_ends_with_its_parent_in_its_imports_too(after):
+    script = ("import socket, subprocess, sys, os, time\n"
+              "ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n"
+              "command = [sys.executable, '-m', 'roads.prefork', str(theirs.fileno()), str(os.getpid())]\n"
+              "print(subprocess.Popen(command, pass_fds=[theirs.fileno(), ours.fileno()]).pid, flush=True)\n"
+              "time.sleep(600)")  # the server has both ends of the socket: that its parent has gone is all it sees
+    parent = subprocess.Popen([sys.executable, "-c", script], env=ENV | {"PYTHONPATH": str(ROOT / "src")},
+                              stdout=subprocess.PIPE, text=True)
+    pid = int(parent.stdout.readline())
+    time.sleep(after)
+    parent.kill()
+    parent.communicate()
+    assert gone(pid)
+
+
+ATTACK = """
+import json, os, socket, sys
+order = json.dumps({"module": "timeit", "args": ["-n1", "-r1", f"open({sys.argv[1]!r}, 'w')"], "env": {}, "cwd": "/"})
+for line in open("/proc/net/unix"):
+    if (name := line.split()[-1]).startswith("@"):
+        for kind in socket.SOCK_SEQPACKET, socket.SOCK_STREAM:
+            try:
+                attack = socket.socket(socket.AF_UNIX, kind)
+                attack.connect("\\0" + name[1:])
+                socket.send_fds(attack, [order.encode()], [1, 2])
+                attack.settimeout(5)
+                attack.recv(1)
+            except OSError:
+                pass
+for pid in filter(str.isdigit, os.listdir("/proc")):
+    try:
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR)
+    except OSError as error:
+        print(pid, error)
+print("tried as", os.getuid())
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become another user")
+def test_another_user_cannot_have_it_run_anything(server, start, tmp_path_factory):
+    """It has no name to be found by, and Linux lets nobody else open another's sockets."""
+    process, *_ = server
+    assert said(start("print('ready')")) == ("ready\n", 0)
+    assert "roads" not in Path("/proc/net/unix").read_text(encoding="utf-8")
+    open_to_all = tmp_path_factory.getbasetemp().parent / "open"
+    open_to_all.mkdir(mode=0o777, exist_ok=True)
+    other = {"user": 65534, "group": 65534, "extra_groups": [], "cwd": "/", "env": {}, "capture_output": True}
+    if not (python := shutil.which("python3", path="/usr/bin:/usr/local/bin")):
+        pytest.skip("no Python that another user can run")
+    done = subprocess.run([python, "-c", ATTACK, str(open_to_all / "owned")], text=True, **other)
+    assert "tried as 65534" in done.stdout and f"{process.pid} [Errno 13] Permission denied" in done.stdout
+    assert not (open_to_all / "owned").exists()
+
+
+@pytest.mark.parametrize("command", ["python -m run_job; touch owned", "python -m run_job $(touch owned)",
+                                     "python -m run_job 'a b'", "python -m run_job > owned", "echo", "python run_job"])
+def test_what_only_a_shell_understands_is_left_to_one(server, monkeypatch, command):
+    monkeypatch.setenv(prefork.ORDERS, server[2][prefork.ORDERS])
+    assert prefork.run(command, dict(os.environ), ".") is None
 
 
 def test_without_a_server_there_is_none_to_do_it(monkeypatch):
-    monkeypatch.setenv(prefork.NAME, "roads-nobody")
+    monkeypatch.delenv(prefork.ORDERS, raising=False)
     assert prefork.run("python -m roads.config check", dict(os.environ), ".") is None
-    monkeypatch.delenv(prefork.NAME)
-    assert prefork.run("python -m roads.config check", dict(os.environ), ".") is None
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.close()  # it has died
+    with ours:
+        monkeypatch.setenv(prefork.ORDERS, str(ours.fileno()))
+        assert prefork.run("python -m roads.config check", dict(os.environ), ".") is None

@@ -1,81 +1,111 @@
 """Stages as forks of a process that has imported torch and the like: seconds less for each of hundreds of stages.
 
-repro.py starts `python -m roads.prefork NAME` and names it in the environment; `run` then has it fork a child that runs
-a stage's command. Our own modules are not imported before the fork: a stage runs the code that DVC has just hashed.
-Linux only. Elsewhere, or where it is not there, a command runs as a new Python, with the same result.
+repro.py starts `python -m roads.prefork` with one end of a socket pair and hands the other end down to the processes
+that run stages; `run` sends an order through it, and a fork runs the stage's command. Nobody else can reach the socket:
+it has no name. Our own modules are not imported before the fork: a stage runs the code that DVC has just hashed.
+Linux only. Elsewhere, or where it is not there, a command runs as a new process, with the same result.
 """
 
+import contextlib
+import ctypes
 import importlib
 import json
 import os
+import re
 import runpy
-import shlex
 import signal
 import socket
 import sys
 import threading
 import traceback
 
-NAME = "ROADS_PREFORK"  # the environment variable
+ORDERS = "ROADS_PREFORK"  # in the environment: the number of the file descriptor that takes orders
+PLAIN = re.compile(r"python -m [\w@%+=:,./ -]+", re.ASCII)  # a command that means the same without a shell
 IMPORTS = ("torch", "accelerate", "safetensors.torch", "tokenizers", "tqdm", "pydantic", "ruamel.yaml", "scipy.stats",
            "matplotlib.pyplot", "transformers.models.auto.modeling_auto",
            "transformers.models.gpt_neox.modeling_gpt_neox")
 
 
 def run(command: str, env: dict[str, str], cwd: str) -> int | None:
-    """The exit code of `python -m MODULE ARG...`, run as a fork that writes where we do; None: there is none to do it.
+    """The exit code of `python -m MODULE ARG...`, run as a fork that writes where we do; -N where signal N killed it.
 
-    The fork ends when this process does, whatever ends it.
+    None: nobody to do it, or a command for a shell. The fork ends when this process does, whatever ends it.
     """
-    words = shlex.split(command)
-    if NAME not in os.environ or words[:2] != ["python", "-m"]:
+    if ORDERS not in os.environ or not PLAIN.fullmatch(command):
         return None
-    try:
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        connection.connect(f"\0{os.environ[NAME]}")
-    except OSError:
-        return None
-    with connection:
-        order = json.dumps({"module": words[2], "args": words[3:], "env": dict(env), "cwd": str(cwd)})
-        socket.send_fds(connection, [order.encode()], [1, 2])
-        code = connection.recv(1)
-    return code[0] if code else 128 + signal.SIGKILL
+    module, *args = command.split()[2:]
+    env = {name: value for name, value in env.items() if name != ORDERS}
+    order = json.dumps({"module": module, "args": args, "env": env, "cwd": str(cwd)}).encode()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        with theirs, socket.socket(fileno=os.dup(int(os.environ[ORDERS]))) as orders:
+            try:
+                socket.send_fds(orders, [order], [1, 2, theirs.fileno()])
+            except OSError:  # it has died
+                return None
+        code = ours.recv(8)
+    return int(code) if code else -signal.SIGKILL
 
 
-def serve(name: str) -> None:
-    """Fork a child for each order, until our parent is gone."""
-    server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    server.bind(f"\0{name}")
-    server.listen()  # orders may come from now on, and wait
-    for module in IMPORTS:
+def end_with_parent(parent: int) -> None:
+    """Have Linux kill this process when its parent, the one of that id, ends; it may be gone already."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def end_with(connection: socket.socket) -> None:
+    """End this process, and its group, which it leads, when the other end of the connection is closed."""
+
+    def wait() -> None:
+        with contextlib.suppress(OSError):
+            connection.recv(1)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def serve(orders: socket.socket) -> None:
+    """Fork a child for each order, until nobody is left to give one."""
+    for module in IMPORTS:  # orders that come meanwhile wait
         importlib.import_module(module)
-    parent = os.getppid()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children: they say how they ended
-    server.settimeout(1)
-    while os.getppid() == parent:
-        try:
-            connection, _ = server.accept()
-        except TimeoutError:
-            continue
+    while True:
+        message, files, *_ = socket.recv_fds(orders, 1 << 20, 3, socket.MSG_CMSG_CLOEXEC)
+        if not message:
+            return
         if os.fork() == 0:
-            server.close()
-            os._exit(_obey(connection))
-        connection.close()
+            orders.close()
+            os._exit(_obey(json.loads(message), *files))
+        for file in files:
+            os.close(file)
 
 
-def _obey(connection: socket.socket) -> int:
-    """In the child: run what is ordered, and tell its exit code."""
+def _obey(order: dict, out: int, err: int, reply: int) -> int:
+    """In the child: have a child of its own run what is ordered, and tell how it ended."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    connection.settimeout(None)
-    message, files, *_ = socket.recv_fds(connection, 1 << 20, 2)
-    order = json.loads(message)
-    for here, there in zip((1, 2), files):
+    with socket.socket(fileno=reply) as connection:
+        if (pid := os.fork()) == 0:
+            os._exit(_run(order, out, err, connection))
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        with contextlib.suppress(OSError):  # nothing of its group is left, or nobody listens any more
+            os.killpg(pid, signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            connection.send(str(code).encode())
+    return 0
+
+
+def _run(order: dict, out: int, err: int, connection: socket.socket) -> int:
+    """The ordered module, as `python -m` runs it; its exit code."""
+    os.setsid()
+    end_with(connection)
+    for here, there in ((1, out), (2, err)):
         os.dup2(there, here)
         os.close(there)
     os.environ.clear()
     os.environ.update(order["env"])
     os.chdir(order["cwd"])
-    threading.Thread(target=_end_with, args=[connection], daemon=True).start()
     sys.argv = [order["module"], *order["args"]]
     code = 1
     try:
@@ -89,15 +119,9 @@ def _obey(connection: socket.socket) -> int:
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    connection.send(bytes([code % 256]))
     return code % 256
 
 
-def _end_with(connection: socket.socket) -> None:
-    """Who ordered the run says nothing more: a word, or its end, is the end."""
-    connection.recv(1)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    end_with_parent(int(sys.argv[2]))
+    serve(socket.socket(fileno=int(sys.argv[1])))

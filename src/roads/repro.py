@@ -6,18 +6,22 @@ going, in the order of DVC's graph. A plain `dvc repro` does the same work, one 
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import functools
 import io
+import logging
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -31,7 +35,8 @@ TMP = Path(".dvc/tmp")
 TIMES = Path("runs/times.csv")  # stage, seconds: a line for every run of a stage; `make times` sums it up
 SINGLE = "--single-item"
 LOCK = "schema: '2.0'\nstages:\n"
-LAYOUT = re.compile(LOCK + r"(?:  .*\n)*")  # as DVC writes dvc.lock, with stages and nothing else in it
+LAYOUT = re.compile(LOCK + r"(?:  [\w@-]+:\n(?:    .*\n)+)*")  # as DVC writes dvc.lock, with nothing but stages in it
+STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
 running: dict[str, subprocess.Popen] = {}
 stopping = threading.Event()
 
@@ -117,20 +122,78 @@ def resolve(targets: list[str], params: config.Params) -> list[str]:
     return [f"{name}@{params.scale}" if name in params.figures else name for name in targets if name not in without]
 
 
-def single_item(stage: str) -> int:
+def single_item(stage: str, runner: socket.socket | None) -> int:
     """`dvc repro --single-item STAGE`, which reads and writes no entry of dvc.lock but the stage's own and replaces the
-    file as a whole; its commands are forks of the process that has torch imported already.
+    file as a whole; its commands are forks of the process that has torch imported already. The runner, which is gone
+    when its end of the socket is closed, is told why it failed.
 
     DVC 3.67 parses all of dvc.lock before and after every stage, at mini for two thirds of the seconds that a stage
     takes beside its command. And it writes in place: a kill -9 then would leave half of it.
     """
-    from dvc.cli import main
+    if runner:
+        prefork.end_with(runner)
     from dvc.dvcfile import Lockfile
+    from dvc.exceptions import DvcException
+    from dvc.logger import set_loggers_level
+    from dvc.repo import Repo
     from dvc.stage import run as stage_run
     from dvc.stage.exceptions import StageCmdFailedError
-    from dvc.stage.serialize import to_lockfile
 
-    load_all, dump_all = Lockfile._load, Lockfile.dump_stages
+    as_new_process, errors = stage_run._run, []
+    for name in "dvc", "dvc_data", "dvc_objects":
+        logging.getLogger(name).handlers = [Errors(errors)]
+
+    def run_command(executable, command: str, **kwargs) -> None:
+        code = prefork.run(command, kwargs["env"], kwargs["cwd"])
+        if code is None:
+            as_new_process(executable, command, **kwargs)
+        elif code:
+            raise StageCmdFailedError(command, code)
+
+    load, dump = own_entry(stage, Lockfile._load, Lockfile.dump_stages)
+
+    def dump_what_is_kept(lockfile, stages, **kwargs) -> None:
+        if errors:  # DVC itself would enter what it could not keep in its cache
+            raise DvcException(errors[0])
+        dump(lockfile, stages, **kwargs)
+
+    stage_run._run, Lockfile._load, Lockfile.dump_stages = run_command, load, dump_what_is_kept
+    logging.getLogger("dvc.progress").setLevel(logging.CRITICAL)
+    try:
+        with set_loggers_level(logging.ERROR), Repo(_wait_for_lock=True) as repo:
+            repo.reproduce(stage, single_item=True)
+        return 0
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Exception as error:
+        cause = error.__cause__ or error  # DVC's "failed to reproduce" comes first
+        code = re.search(r"exited with (-?\d+)$", str(cause)) if isinstance(cause, StageCmdFailedError) else None
+        reason = ended(int(code[1])) if code else because(cause)
+    if runner:
+        runner.sendall(reason.encode())
+    else:
+        print(f"{stage}: {reason}", file=sys.stderr)
+    return 1
+
+
+class Errors(logging.Handler):
+    """Keeps what DVC logs as an error, on one line each."""
+
+    def __init__(self, errors: list[str]):
+        super().__init__(logging.ERROR)
+        self.errors = errors
+
+    def emit(self, record: logging.LogRecord) -> None:
+        cause = record.exc_info[1] if record.exc_info else None
+        self.errors.append(record.getMessage() + (f": {because(cause)}" if cause else ""))
+
+
+def own_entry(stage: str, load_all: Callable, dump_all: Callable) -> tuple[Callable, Callable]:
+    """DVC's `Lockfile._load` and `Lockfile.dump_stages`, of one stage's entry alone where dvc.lock is as DVC writes it.
+
+    What is written parses, or the old file stays.
+    """
+    from dvc.stage.serialize import to_lockfile
 
     def text_of(lockfile) -> str | None:
         """None: in the middle of a merge, or changed by hand; DVC will know what to do."""
@@ -144,27 +207,45 @@ def single_item(stage: str) -> int:
         return YAML(typ="safe").load(LOCK + (entry or "  {}")), text
 
     def dump(lockfile, stages, **kwargs) -> None:
+        path = Path(lockfile.path)
+        new = path.with_name(f".{path.name}.writing")  # not in .dvc/tmp, which may be another file system
         if (text := text_of(lockfile)) is None:
-            return dump_all(lockfile, stages, **kwargs)
-        for done in stages:
-            before, at = entry_of(done.name, text)
-            text = text[:at] + as_entry(to_lockfile(done, **kwargs)) + text[at + len(before) :]
-        new = TMP / "dvc.lock"
-        new.write_text(text, encoding="utf-8")
-        os.replace(new, lockfile.path)
+            shutil.copyfile(path, new)
+            lockfile.path = str(new)
+            try:
+                dump_all(lockfile, stages, **kwargs)
+            finally:
+                lockfile.path = str(path)
+        else:
+            for done in stages:
+                before, at = entry_of(done.name, text)
+                text = text[:at] + as_entry(to_lockfile(done, **kwargs)) + text[at + len(before) :]
+            new.write_text(text, encoding="utf-8")
+        for _ in YAML(typ="safe").parse(new.read_text(encoding="utf-8")):  # raises where it is no YAML
+            pass
+        os.replace(new, path)
 
-    as_new_process = stage_run._run
+    return load, dump
 
-    def run_command(executable, command: str, **kwargs) -> None:
-        code = prefork.run(command, kwargs["env"], kwargs["cwd"])
-        if code is None:
-            as_new_process(executable, command, **kwargs)
-        elif code:
-            raise StageCmdFailedError(command, code)
 
-    stage_run._run = run_command
-    Lockfile._load, Lockfile.dump_stages = load, dump
-    return main(["--wait-for-lock", "repro", "--quiet", SINGLE, stage])
+def ended(code: int) -> str:
+    """How a process ended that did not end well; a shell tells a signal as 128 more."""
+    with contextlib.suppress(ValueError):
+        sig = signal.Signals(-code if code < 0 else code - 128)
+        return f"killed by signal {sig}{': out of memory?' if sig == signal.SIGKILL else f' ({sig.name})'}"
+    return f"exit code {code}"
+
+
+def because(error: BaseException) -> str:
+    """An error and what it comes from, on one line."""
+    said = []
+    while error is not None:
+        text = " ".join(str(error).split()) or type(error).__name__
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            text += " (of .dvc or runs; free some and run the same command again)"
+        said += [text] if text not in " ".join(said) else []
+        error = error.__cause__
+    return ": ".join(said)
 
 
 def entry_of(stage: str, lock: str) -> tuple[str, int]:
@@ -182,37 +263,68 @@ def as_entry(stages: dict) -> str:
     return text.getvalue().removeprefix("stages:\n")
 
 
-def run(stage: str, piped: bool, lock: int, gpu: str | None) -> int:
-    """Run one stage, on a GPU of its own if there is one to give, and return its exit code; piped: print its lines with
+def run(stage: str, piped: bool, lock: int, gpu: str | None) -> str | None:
+    """Run one stage, on a GPU of its own if there is one to give; why it failed, or None. piped: print its lines with
     its name in front."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if piped else {}
     env = os.environ | {"PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "10" if piped else "0.1"}
     env |= {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
-    cmd = [sys.executable, "-m", "roads.repro", SINGLE, stage]
-    options = {"env": env, "text": True, "errors": "replace", "start_new_session": True, "pass_fds": [lock]}
     if stopping.is_set():
-        return 130
-    running[stage] = process = subprocess.Popen(cmd, **options, **pipes)
-    for line in process.stdout or []:
-        if line.strip():
-            print(f"[{stage}] {line.rstrip()}", flush=True)
-    code = process.wait()
-    del running[stage]
-    return code
+        return "stopped"
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            kept = [lock, theirs.fileno(), *([int(env[prefork.ORDERS])] if prefork.ORDERS in env else [])]
+            cmd = [sys.executable, "-m", "roads.repro", SINGLE, stage, "--runner", str(theirs.fileno())]
+            options = {"env": env, "text": True, "errors": "replace", "start_new_session": True, "pass_fds": kept}
+            running[stage] = process = subprocess.Popen(cmd, **options, **pipes)
+        last = ""
+        for line in process.stdout or []:
+            if line.strip() and not stopping.is_set():
+                last = line.strip()
+                print(f"[{stage}] {line.rstrip()}", flush=True)
+        code = process.wait()
+        del running[stage]
+        told = ours.recv(1 << 16).decode(errors="replace")
+    if not code:
+        return None
+    reason = told or ended(code)
+    return f"{reason}: {last}" if last and reason.startswith("exit code") else reason
 
 
 def stop(signum: int, frame) -> None:
-    """End what runs: first as Ctrl-C does, then for good."""
+    """End what runs: first as Ctrl-C does, then for good. What is left ends with this process."""
     stopping.set()
     for sig in signal.SIGINT, signal.SIGKILL:
         for process in list(running.values()):
             with contextlib.suppress(OSError):  # it may just have ended
                 os.killpg(process.pid, sig)
-        end = time.monotonic() + 10
-        while running and time.monotonic() < end:
+        end = time.monotonic() + 2
+        while any(process.poll() is None for process in list(running.values())) and time.monotonic() < end:
             time.sleep(0.05)
     print("Stopped. The same command goes on from here.", file=sys.stderr, flush=True)
     os._exit(128 + signum)
+
+
+def stop_with(make: int) -> None:
+    """Stop when make, whose process id is given, has gone or was asked to stop: of the signals that end it, it hands on
+    TERM alone, and then waits for us."""
+
+    def asked() -> bool:
+        if os.getppid() != make:
+            return True
+        with contextlib.suppress(OSError):  # Linux's way to tell that make has put its handler of a signal away
+            status = Path(f"/proc/{make}/status").read_text()
+            kept = [int(re.search(rf"^Sig{kind}:\s*(\w+)", status, re.M)[1], 16) for kind in ("Cgt", "Ign")]
+            return any(not (kept[0] | kept[1]) >> (sig - 1) & 1 for sig in STOPS)
+        return False
+
+    def watch() -> None:
+        while not asked():
+            time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def bring_up_to_date(todo: dict[str, set[str]], jobs: int, lock: int, gpus: list[str]) -> int:
@@ -232,7 +344,7 @@ def bring_up_to_date(todo: dict[str, set[str]], jobs: int, lock: int, gpus: list
             for future in wait(at_work, return_when=FIRST_COMPLETED).done:
                 stage, since, gpu = at_work.pop(future)
                 gpus += [gpu] if gpu else []
-                if future.result() == 0:
+                if (reason := future.result()) is None:
                     order.done(stage)
                     done += 1
                     seconds = time.monotonic() - since
@@ -240,10 +352,11 @@ def bring_up_to_date(todo: dict[str, set[str]], jobs: int, lock: int, gpus: list
                     with TIMES.open("a", encoding="utf-8") as file:
                         file.write(f"{stage},{seconds:.1f}\n")
                 else:
-                    failed.append(stage)
-                    print(f"FAILED {stage}; {len(at_work)} others still run", file=sys.stderr, flush=True)
-    if failed:
-        print("Failed:", *failed, file=sys.stderr)
+                    failed.append(f"FAILED {stage}: {reason}")
+                    others = f"; {len(at_work)} others still run" if at_work else ""
+                    print(failed[-1] + others, file=sys.stderr, flush=True)
+    if done and len(failed) > 1:  # they may stand far apart
+        print(*failed, sep="\n", file=sys.stderr)
     return len(failed) > 0
 
 
@@ -265,20 +378,26 @@ def command() -> int:
     parser = argparse.ArgumentParser(prog="python -m roads.repro", description=__doc__.splitlines()[0])
     parser.add_argument("targets", nargs="*", help="what to bring up to date (default: all)")
     parser.add_argument("--jobs", type=int, help="at once (default: one per core, or per GPU)")
+    parser.add_argument("--make", type=int, metavar="PID", help="stop when this make, which runs us, is to stop")
     parser.add_argument(SINGLE, help=argparse.SUPPRESS)
+    parser.add_argument("--runner", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.single_item:
-        return single_item(args.single_item)
+        return single_item(args.single_item, args.runner and socket.socket(fileno=args.runner))
 
     params = config.load()  # a bad params.yaml stops everything before anything runs
     targets = resolve(args.targets, params)
-    for sig in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-        signal.signal(sig, stop)
+    for sig in STOPS:
+        if signal.getsignal(sig) != signal.SIG_IGN:  # as nohup has it, or a shell in the background
+            signal.signal(sig, stop)
+    if args.make:
+        stop_with(args.make)
     lock = alone()
     try:
         todo, commands = out_of_date(targets)
     except DvcException as error:
-        sys.exit(f"dvc: {error}")
+        fix = "; `git checkout dvc.lock` brings back what was committed" if "dvc.lock" in str(error) else ""
+        raise UserError(f"dvc: {because(error)}{fix}") from None
     if not todo:
         print("Up to date:", *targets or ["every stage"])
         return 0
@@ -295,13 +414,18 @@ def imported() -> Iterator[None]:
     if os.environ.get(LAUNCH) or sys.platform != "linux":
         yield
         return
-    os.environ[prefork.NAME] = f"roads-{os.getpid()}-{time.monotonic_ns()}"
-    command = [sys.executable, "-m", "roads.prefork", os.environ[prefork.NAME]]
-    with subprocess.Popen(command, env=os.environ | {"PYTHONUNBUFFERED": "1"}, start_new_session=True) as process:
-        try:
-            yield
-        finally:
-            process.kill()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, "-m", "roads.prefork", str(theirs.fileno()), str(os.getpid())]
+    with ours:
+        with theirs:
+            process = subprocess.Popen(command, env=os.environ | {"PYTHONUNBUFFERED": "1"}, start_new_session=True,
+                                       pass_fds=[theirs.fileno()])
+        os.environ[prefork.ORDERS] = str(ours.fileno())
+        with process:
+            try:
+                yield
+            finally:
+                process.kill()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from roads.prefork import end_with_parent
+
 LAUNCH = "ROADS_LAUNCH"  # the file of configs/accelerate that training stages are started with; `make … LAUNCH=name`
 
 
@@ -102,6 +104,8 @@ def main(command: Callable[[], int | None], launch: bool = False) -> None:
     try:
         if launch:
             _launch()
+        if "LOCAL_RANK" in os.environ:  # torch has put us out of reach of who ends the launcher
+            end_with_parent(os.getppid())
         sys.exit(command())
     except UserError as error:
         message = str(error)
