@@ -8,10 +8,8 @@ import contextlib
 import csv
 import hashlib
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -166,37 +164,6 @@ def test_every_stage_depends_on_the_modules_it_imports():
 
 
 # What goes wrong
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_and_ends_with_the_same_bits(checkout, tmp_path):
-    where = clone(tmp_path / "killed")
-    command = [sys.executable, "-m", "roads.repro", "fig11@tiny"]
-    with (where / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=where, env=ENV, stdout=log, stderr=log, start_new_session=True)
-        while "start online_candidates" not in (where / "log").read_text():
-            assert process.poll() is None, (where / "log").read_text()
-            time.sleep(0.1)
-        for pid in children(process.pid):  # the runner and every stage at once, as when a machine goes down
-            os.kill(pid, signal.SIGKILL)
-        process.wait()
-    assert not (where / "reports/tiny/fig11.json").exists()
-    log = run(where, "roads.repro", "fig11@tiny")
-    assert "start base@tiny" not in log and "start fig11@tiny" in log
-    for name in ("reports/tiny/fig11.json", "reports/tiny/fig11.csv", "reports/tiny/fig11.png",
-                 "runs/tiny/rouge/online/s0/model.safetensors",
-                 "runs/tiny/rouge/completions/online/s0/completions.npz"):
-        assert (where / name).read_bytes() == (checkout / name).read_bytes(), name
-
-
-def children(pid: int) -> list[int]:
-    """A process and all its descendants."""
-    table = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout.split()
-    parents = dict(zip(map(int, table[::2]), map(int, table[1::2])))
-    found = [pid]
-    for one in found:
-        found += [child for child, parent in parents.items() if parent == one]
-    return found
 
 
 @pytest.mark.slow

@@ -52,6 +52,7 @@ def check(commands: dict[str, str | list[str]], params: config.Params) -> None:
         UserError: the first thing that is missing.
     """
     raw = {name: block.model_dump(exclude_none=True) for name, block in params.scales.items()}
+    _check_folders()
     works = [(scale_of(command), cost.work(command, raw)) for command in commands.values()]
     blocks = {name: params.scales[name] for name, _ in works if name in params.scales}
     _check_gpu(blocks, *launched())
@@ -64,6 +65,14 @@ def scale_of(command: str | list[str]) -> str:
     """The block that a stage's command names; '' for none."""
     words = (command if isinstance(command, str) else command[0]).split()
     return words[words.index("--scale") + 1] if "--scale" in words else ""
+
+
+def _check_folders() -> None:
+    for name in ("runs", "reports"):
+        there = Path(name).resolve()
+        if not there.is_relative_to(Path.cwd()):
+            raise UserError(f"{name}: a link to {there}, and DVC keeps no results outside the checkout; clone the "
+                            f"project to that disk, or mount it on {name} (mount --bind)")
 
 
 def _check_gpu(blocks: dict[str, config.Scale], processes: int, shards: int) -> None:
