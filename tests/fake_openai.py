@@ -21,20 +21,26 @@ ERRORS = {  # fault -> status, code
     "400": (400, "invalid_value"), "401": (401, "invalid_api_key"), "404": (404, "model_not_found"),
     "quota": (429, "insufficient_quota"), "filter": (400, "content_filter"), "expired": (408, "batch_expired")}
 
+PAGE = "<html>a proxy is here</html>"
+UNBILLED = {"html": PAGE, "said": {"error": {"message": "try again"}}}  # fault -> what comes with status 200
+
 
 class Fake:
     """The server, and what it remembers.
 
     Args:
-        faults: for each request in the order they come "ok" or a fault: one of ERRORS, "hang", "cut", "json", "empty",
-            "garbage", "refusal", "model", "drop" (a batch's line that is in no file).
+        faults: for each request in the order they come "ok" or a fault: one of ERRORS, "hang", "cut", "empty",
+            "garbage", "refusal", "model", "drop" (a batch's line that is in no file); or with status 200 and no answer
+            "html", "said" (an error in words), "half" (of the JSON, billed), "nothing" (no choices, billed).
+        outage: seconds from the first request on in which all that is asked gets a page of HTML.
         delay: seconds an answer takes. polls: how often a batch is looked at before it is done.
         key: what OPENAI_API_KEY must be, if anything. retry_after: seconds, a header of 429.
         tokens: of a prompt and an answer, what is billed: tokens read and written. models: what it says it has.
     """
 
     def __init__(self, faults=(), delay=0.0, polls=2, key=None, retry_after="0.2", port=0,
-                 tokens=lambda prompt, text: (len(prompt) // 4, len(text) // 4 + 1), models=("gpt-4o-2024-08-06",)):
+                 tokens=lambda prompt, text: (len(prompt) // 4, len(text) // 4 + 1), models=("gpt-4o-2024-08-06",),
+                 outage=0.0):
         self.faults, self.delay, self.polls, self.key = list(faults), delay, polls, key
         self.retry_after, self.tokens, self.models = retry_after, tokens, models
         self.lock = threading.Lock()
@@ -42,6 +48,8 @@ class Fake:
         self.times = []  # (prompt, seconds) of each request
         self.billed = []  # (prompt, tokens read, tokens written) of each answer
         self.files, self.batches = {}, {}
+        self.outage, self.start = outage, None
+        self.pages = Counter()  # the start of a path -> how often it answers with a page of HTML
         self.at_once = self.most_at_once = 0
         fake = self
 
@@ -71,6 +79,14 @@ class Fake:
             self.times.append((prompt, time.monotonic()))
             return self.faults.pop(0) if self.faults else "ok"
 
+    def page(self, path: str) -> bool:
+        """Whether this request gets a page in place of an answer."""
+        with self.lock:
+            self.start = self.start or time.monotonic()
+            if here := next((start for start, times in self.pages.items() if times and path.startswith(start)), None):
+                self.pages[here] -= 1
+            return here is not None or time.monotonic() < self.start + self.outage
+
     def completion(self, body: dict, fault: str) -> dict:
         """The answer to a request, billed."""
         prompt = body["messages"][-1]["content"]
@@ -82,7 +98,7 @@ class Fake:
             self.billed.append((prompt, *tokens))
         return {"id": "chatcmpl-1", "object": "chat.completion", "created": 0,
                 "model": "another-model-2020-01-01" if fault == "model" else body["model"],
-                "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+                "choices": [{"index": 0, "message": message, "finish_reason": "stop"}] * (fault != "nothing"),
                 "usage": {"prompt_tokens": tokens[0], "completion_tokens": tokens[1], "total_tokens": sum(tokens)}}
 
     def error(self, fault: str, body: dict, key: str = "") -> tuple[int, dict]:
@@ -100,6 +116,9 @@ class Fake:
                 status, body = self.error(fault, request["body"])
                 err.append({"custom_id": request["custom_id"], "response": {"status_code": status, "body": body},
                             "error": body["error"] if fault == "expired" else None})
+            elif fault in UNBILLED:
+                out.append({"custom_id": request["custom_id"], "error": None,
+                            "response": {"status_code": 200, "body": UNBILLED[fault]}})
             elif fault != "drop":
                 out.append({"custom_id": request["custom_id"], "error": None,
                             "response": {"status_code": 200, "body": self.completion(request["body"], fault)}})
@@ -139,9 +158,8 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, status: int, value, **headers) -> None:
         data = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
-        for name, content in headers.items():
+        for name, content in {"Content_Type": "application/json", **headers}.items():
             self.send_header(name.replace("_", "-"), content)
         self.end_headers()
         self.wfile.write(data)
@@ -153,10 +171,18 @@ class Handler(BaseHTTPRequestHandler):
             return True
         return False
 
+    def is_page(self, fake: Fake) -> bool:
+        """HTML, half of the times under the name of JSON."""
+        if not fake.page(self.path):
+            return False
+        kind = ("text/html", "application/json")[len(fake.times) % 2]
+        self.reply(200, PAGE.encode(), Content_Type=kind)
+        return True
+
     def do_POST(self):
         fake = self.server_openai
         data = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.refused(fake):
+        if self.refused(fake) or self.is_page(fake):
             return
         if self.path == "/v1/chat/completions":
             with fake.lock:
@@ -191,7 +217,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         fake = self.server_openai
         path = self.path.split("?")[0]
-        if self.refused(fake):
+        if self.refused(fake) or self.is_page(fake):
             return
         if path == "/v1/batches":
             self.reply(200, {"object": "list", "data": list(fake.batches.values()), "has_more": False})
@@ -217,6 +243,10 @@ class Handler(BaseHTTPRequestHandler):
             headers = {"Retry_After": fake.retry_after} if fault == "429" else {}
             self.reply(*fake.error(fault, body, given), **headers)
             return
+        if fault in UNBILLED:
+            value = UNBILLED[fault]
+            self.reply(200, value.encode() if fault == "html" else value)
+            return
         value = json.dumps(fake.completion(body, fault)).encode()
         time.sleep(fake.delay)
         if fault == "hang":
@@ -228,8 +258,8 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(value[:len(value) // 2])
             self.close_connection = True
-        elif fault == "json":
-            self.reply(200, b"<html>a proxy is here</html>")
+        elif fault == "half":
+            self.reply(200, value[:len(value) // 2])
         else:
             self.reply(200, value)
 

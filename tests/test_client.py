@@ -106,16 +106,47 @@ SAID = [f"You said: {message}" for message in MESSAGES]
 
 
 def test_answers_come_in_order_through_every_fault_and_each_billed_one_is_a_row(cache, serve):
-    fake = serve(["429", "ok", "500", "cut", "json", "empty", "503", "429", "ok", "hang", "cut"])
+    fake = serve(["429", "ok", "500", "cut", "html", "empty", "503", "429", "ok", "hang", "cut", "half", "nothing"])
     twice = MESSAGES + MESSAGES[:5]  # equal messages are one question
     assert client.answers(twice, JUDGE, spending(timeout=1.0), cache) == SAID + SAID[:5]
-    assert len(fake.billed) == len(rows(cache)) == 60 + 5  # cut, cut, hang, json and empty were paid for in vain
-    assert len(rows(cache, where="answer IS NULL")) == 3 and len(rows(cache, where="answer = ''")) == 2
-    assert sum(fake.asked.values()) == 60 + 5 + 4 and fake.most_at_once <= 8
+    assert len(fake.billed) == len(rows(cache)) == 60 + 6  # cut, cut, hang, half, nothing and empty were paid in vain
+    assert len(rows(cache, where="answer IS NULL")) == 5 and len(rows(cache, where="answer = ''")) == 1
+    assert sum(fake.asked.values()) == 60 + 6 + 5 and fake.most_at_once <= 8
     assert fake.dollars(2.5, 10) < dollars(cache) + 1e-9
     before = sum(fake.asked.values())
     assert client.answers(MESSAGES[::-1], JUDGE, SPENDING, cache) == SAID[::-1]
     assert sum(fake.asked.values()) == before
+
+
+@pytest.mark.parametrize("faults", [["html"] * 3, ["said"] * 3, ["nothing"] * 3])
+def test_a_200_without_an_answer_is_none_and_the_account_is_the_bill(cache, serve, faults):
+    fake = serve(faults)
+    assert client.answers(MESSAGES[:9], JUDGE, SPENDING, cache) == SAID[:9]
+    assert len(rows(cache, where="answer IS NOT NULL")) == 9 and not rows(cache, where="answer = ''")
+    assert sum(fake.asked.values()) == 9 + 3 and dollars(cache) == pytest.approx(fake.dollars(2.5, 10))
+
+
+def test_an_outage_of_a_second_loses_no_answer(cache, serve, monkeypatch):
+    monkeypatch.setattr(client.random, "uniform", lambda low, high: 0.5)
+    fake = serve(outage=1.0)
+    assert client.answers(MESSAGES, JUDGE, SPENDING, cache) == SAID
+    assert len(fake.billed) == len(rows(cache)) == 60 and dollars(cache) == pytest.approx(fake.dollars(2.5, 10))
+
+
+@pytest.mark.parametrize("fault, said", [
+    ("html", r"failed 5 times in a row: 200 without an answer \(<html>a proxy is here</html>\); what was answered"),
+    ("said", r"failed 5 times in a row: 200 without an answer \(\{'message': 'try again'\}\)"),
+    ("nothing", "failed 5 times in a row: 200 without an answer, and billed"),
+    ("half", "failed 5 times in a row: the answer was cut"),
+])  # fmt: skip
+def test_an_outage_that_lasts_stops_the_run(cache, serve, fault, said):
+    fake = serve([fault] * 99)
+    with pytest.raises(UserError, match=said) as error:
+        client.answers(MESSAGES, JUDGE, spending(concurrency=1), cache)
+    assert "\n" not in str(error.value) and sum(fake.asked.values()) == 5  # 4 retries
+    assert not rows(cache, where="answer IS NOT NULL") and len(rows(cache)) == len(fake.billed)
+    if fault != "half":  # what that took is not told
+        assert dollars(cache) == pytest.approx(fake.dollars(2.5, 10))
 
 
 def test_the_price_is_that_of_the_tokens_and_another_request_is_another_answer(cache, serve):
@@ -272,6 +303,44 @@ def test_a_batch_asks_again_what_failed_at_the_discount(cache, serve):
     batches = len(fake.batches)
     assert client.answers(messages, JUDGE, SPENDING, cache, readable=judge.parse) == said
     assert len(fake.batches) == batches and len(fake.billed) == 21
+
+
+def test_a_line_of_a_batch_without_an_answer_is_asked_again(cache, serve):
+    fake = serve(["html", "said", "nothing"])
+    assert client.answers(MESSAGES, BATCH, SPENDING, cache, poll=0.02) == SAID
+    assert [len(file.splitlines()) for name, file in fake.files.items() if name[5:].isdigit()] == [60, 3]
+    assert not rows(cache, where="answer = ''") and len(fake.billed) == len(rows(cache)) == 61
+    assert dollars(cache) == pytest.approx(fake.dollars(2.5, 10) / 2)
+
+
+@pytest.mark.parametrize("path, times", [("/v1/batches/", 2), ("/v1/files/", 1), ("/v1/files/", 4)])
+def test_pages_in_place_of_a_batch_and_its_answers_are_waited_out(cache, serve, path, times):
+    fake = serve()
+    fake.pages[path] = times
+    assert client.answers(MESSAGES, BATCH, SPENDING, cache, poll=0.02) == SAID
+    assert len(fake.batches) == 1 and set(fake.asked.values()) == {1} and len(rows(cache)) == 60
+
+
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/batches", "/v1/batches/", "/v1/files/"])
+def test_a_batch_behind_pages_is_one_line_and_no_answer_is_lost(cache, serve, path):
+    fake = serve()
+    fake.pages[path] = 99
+    with pytest.raises(UserError, match="200 without an answer|is not lines of JSON") as error:
+        client.answers(MESSAGES, BATCH, SPENDING, cache, poll=0.02)
+    assert "\n" not in str(error.value) and not rows(cache, where="answer IS NOT NULL")
+    fake.pages.clear()
+    assert client.answers(MESSAGES, BATCH, SPENDING, cache, poll=0.02) == SAID
+    assert len(fake.batches) == 1 and set(fake.asked.values()) == {1} and len(rows(cache)) == 60
+
+
+def test_a_page_in_place_of_the_models_is_one_line(serve):
+    fake = serve()
+    client.reachable(JUDGE)
+    for _ in range(2):  # by either type of content
+        fake.times.append(("", 0.0))
+        fake.pages["/v1/models"] = 1
+        with pytest.raises(UserError, match=r"the judge does not answer \(200 without a list of models\)"):
+            client.reachable(JUDGE)
 
 
 def test_a_batch_is_waited_for_after_kill_9_and_never_submitted_twice(cache, serve):

@@ -7,9 +7,10 @@ OPENAI_BASE_URL says where and OPENAI_API_KEY who asks. Every answer lies in run
 with its tokens and dollars, under the model and a hash of the request; what lies there is not asked again.
 
 The table of answers is the account as well. A request is entered at its worst price before it is sent, if the budget
-has that much left, and at its true price when the answer is there. It is struck out when the server refused it, as
-nobody pays for that. A request whose answer was lost, by a timeout, a cut connection or `kill -9`, stays in at its
-worst price, because it may have been billed. So the budget holds over restarts and over processes that share the file.
+has that much left, and at its true price when the answer is there. It is struck out when the server refused it, or a
+page of a proxy came in its place, as nobody pays for that. A request whose answer was lost, by a timeout, a cut
+connection or `kill -9`, stays in at its worst price, because it may have been billed. So the budget holds over restarts
+and over processes that share the file.
 
 We retry, not the SDK: it would ask an empty account again and not tell which answers were lost.
 """
@@ -65,7 +66,11 @@ END;
 
 
 class Lost(Exception):
-    """A request went out and no answer came back: it may have been billed."""
+    """A request went out and no answer came back: it may have been billed, at what `usage` says if that is known."""
+
+    def __init__(self, message: str, usage: dict | None = None):
+        super().__init__(message)
+        self.usage = usage
 
 
 class Refused(Exception):
@@ -161,24 +166,25 @@ class Cache:
                                [self.judge.model, key, len(self.samples(key)), worst, until, batch]).lastrowid
 
     def settle(self, row: int, body: dict) -> None:
-        """Store the answer of a chat completion, at its true price if it says how many tokens it took.
+        """Store the answer of a chat completion (`_completion`), at its true price if it says how many tokens it took.
 
         Raises:
             UserError: another model than the dated one that was asked for has answered. It is paid for, and no answer.
         """
-        usage, model = body.get("usage"), body.get("model")
-        usage = usage if isinstance(usage, dict) else {}
-        tokens = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
-        known = all(isinstance(n, int) for n in tokens)
-        wrong = _dated(self.judge.model) and "choices" in body and model != self.judge.model
-        batch = self.db.execute("SELECT batch FROM answers WHERE id = ?", [row]).fetchone()[0] is not None
-        self.db.execute("UPDATE answers SET answer = ?, answered_by = ?, prompt_tokens = ?, completion_tokens = ?, "
-                        "dollars = coalesce(?, dollars), until = 0 WHERE id = ?",
-                        [None if wrong else _text(body), str(model), *tokens,
-                         price(*tokens, self.spending, batch) if known else None, row])
+        model = body.get("model")
+        wrong = _dated(self.judge.model) and model != self.judge.model
+        self.close(row, None if wrong else _text(body), str(model), _usage(body))
         if wrong:
             raise UserError(f"judge.model: asked for {self.judge.model}, but {_host()} answered as {model!r}; name the "
                             "model that is there")
+
+    def close(self, row: int, answer: str | None, model: str | None, usage: dict | None) -> None:
+        """Nothing more is to come: an answer, or none, and the tokens that it took where they are known."""
+        tokens = [usage["prompt_tokens"], usage["completion_tokens"]] if usage else [None, None]
+        batch = self.db.execute("SELECT batch FROM answers WHERE id = ?", [row]).fetchone()[0] is not None
+        self.db.execute("UPDATE answers SET answer = ?, answered_by = ?, prompt_tokens = ?, completion_tokens = ?, "
+                        "dollars = coalesce(?, dollars), until = 0 WHERE id = ?",
+                        [answer, model, *tokens, price(*tokens, self.spending, batch) if usage else None, row])
 
     def open_batches(self, keys: set[str]) -> dict[str, str]:
         """Tag -> id of the batches under way that hold one of keys."""
@@ -191,21 +197,47 @@ class Cache:
         """The endpoint will not answer this, and bills nothing."""
         self.db.execute("UPDATE answers SET answer = '', dollars = 0, until = 0 WHERE id = ?", [row])
 
-    def lose(self, row: int) -> None:
-        self.db.execute("UPDATE answers SET until = 0 WHERE id = ?", [row])
-
     def strike(self, row: int) -> None:
         self.db.execute("DELETE FROM answers WHERE id = ? AND answer IS NULL", [row])
 
 
+def _completion(content: bytes | dict) -> dict:
+    """The JSON of a chat completion that came with status 200: an object with a message, which may say nothing.
+
+    Raises:
+        Refused: it is something else, a page of a proxy or an error in words, which nobody bills.
+        Lost: it was cut, or has no message and says what it took.
+    """
+    try:
+        body = json.loads(content) if isinstance(content, bytes) else content
+    except ValueError:
+        if content.lstrip().startswith(b"{"):
+            raise Lost("the answer was cut") from None
+        body = content.decode(errors="replace")
+    try:
+        if isinstance(body["choices"][0]["message"], dict):
+            return body
+    except (KeyError, IndexError, TypeError):
+        pass
+    if isinstance(body, dict) and (usage := _usage(body)):
+        raise Lost("200 without an answer, and billed", usage)
+    shown = body.get("error") or body if isinstance(body, dict) else body
+    raise Refused(f"200 without an answer ({_without_key(' '.join(str(shown).split()))[:80]})")
+
+
 def _text(body: dict) -> str:
     """What a chat completion says; a refusal is no answer and comes as its own words; '' if there are none."""
-    try:
-        message = body["choices"][0]["message"]
-        text = message.get("content") or message.get("refusal") or ""
-    except (KeyError, IndexError, TypeError, AttributeError):
-        return ""
+    message = body["choices"][0]["message"]
+    text = message.get("content") or message.get("refusal") or ""
     return text if isinstance(text, str) else ""
+
+
+def _usage(body: dict) -> dict | None:
+    """The tokens that were read and written, if both are told."""
+    usage = body.get("usage")
+    told = (isinstance(usage, dict)
+            and all(type(usage.get(f"{kind}_tokens")) is int for kind in ("prompt", "completion")))
+    return usage if told else None
 
 
 def _dated(model: str) -> bool:
@@ -281,6 +313,10 @@ def _key() -> str:
     return os.environ.get("OPENAI_API_KEY", "").strip()
 
 
+def _without_key(text: str) -> str:
+    return text.replace(_key(), "...") if _key() else text
+
+
 def _connect():
     """An AsyncOpenAI of the environment's endpoint and key."""
     from openai import AsyncOpenAI
@@ -290,7 +326,7 @@ def _connect():
     if not key:
         raise UserError(f"OPENAI_API_KEY is not set, and {host} needs it; export it, or let OPENAI_BASE_URL name a "
                         "server of your own")
-    return AsyncOpenAI(api_key=key, max_retries=0)
+    return AsyncOpenAI(api_key=key, max_retries=0, _strict_response_validation=True)  # else a page of HTML is a batch
 
 
 def _local(host: str) -> bool:
@@ -307,7 +343,11 @@ def reachable(judge, timeout: float = 20.0) -> None:
 
     async def models() -> list[str]:
         async with _connect() as client:
-            return [model.id async for model in client.with_options(timeout=timeout).models.list()]
+            reply = await client.with_options(timeout=timeout).models.with_raw_response.list()
+        try:  # local servers leave out some of what the SDK would insist on
+            return [model["id"] for model in _object(reply.http_response.content)["data"]]
+        except (KeyError, TypeError):
+            raise Refused("200 without a list of models") from None
 
     try:
         with _errors():
@@ -330,7 +370,7 @@ def _errors() -> Iterator[None]:
         body = error.body if isinstance(error.body, dict) else {}
         code, status, where = str(body.get("code") or body.get("type") or ""), error.status_code, _host()
         said = " ".join(str(body.get("message") or "").split())
-        said = (said.replace(_key(), "...") if _key() else said)[:200]
+        said = _without_key(said)[:200]
         if "insufficient_quota" in (code, body.get("type")):
             raise UserError(f"{where}: insufficient_quota; add money to the account and run again") from None
         if status in (401, 403):
@@ -343,6 +383,8 @@ def _errors() -> Iterator[None]:
             raise UserError(f"{where}: 404, no such model or path ({said}); check judge.model and OPENAI_BASE_URL, "
                             "which ends in /v1") from None
         raise UserError(f"{where}: {status} {code} {said}; the request cannot be answered as it is") from None
+    except (openai.APIResponseValidationError, json.JSONDecodeError):
+        raise Refused("200 without an answer") from None
     except openai.APIConnectionError as error:
         if "Connect" in type(error.__cause__).__name__:  # ConnectError, ConnectTimeout: nothing was sent
             raise Refused(f"no connection ({error.__cause__})") from None
@@ -413,10 +455,11 @@ async def _attempts(client, book: Cache, key: str, message: str, failed: list) -
             with _errors():
                 async with asyncio.timeout(book.spending.timeout):
                     reply = await client.chat.completions.with_raw_response.create(**_request(message, book.judge))
+            body = _completion(reply.http_response.content)
         except Unanswerable:
             return book.unreadable(row)
         except Lost as error:
-            book.lose(row)
+            book.close(row, None, None, error.usage)
             reason = error
         except Refused as error:
             book.strike(row)
@@ -425,7 +468,7 @@ async def _attempts(client, book: Cache, key: str, message: str, failed: list) -
             book.strike(row)
             raise
         else:
-            return book.settle(row, _object(reply.http_response.content))
+            return book.settle(row, body)
         if not failed:
             await _pause(attempt, reason, book.spending)
         if failed:
@@ -483,9 +526,9 @@ async def _submit(client, book: Cache, missing: dict[str, str]) -> int:
                 if not lines:
                     book.db.execute("DELETE FROM batches WHERE tag = ?", [tag])
                     continue
+            content = "requests.jsonl", "".join(lines).encode()
+            file = await _patiently(book, lambda it=content: client.files.create(file=it, purpose="batch"))
             with _of_batches():
-                file = await client.with_options(max_retries=book.spending.retries).files.create(
-                    file=("requests.jsonl", "".join(lines).encode()), purpose="batch")
                 batch = await client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions",
                                                     completion_window="24h", metadata={"roads": tag})
             book.db.execute("UPDATE batches SET id = ? WHERE tag = ?", [batch.id, tag])
@@ -509,11 +552,10 @@ async def _adopt(client, book: Cache) -> None:
                                                   [book.judge.model])}
         if not tags:
             return
-        with _of_batches():
-            async for batch in client.with_options(max_retries=book.spending.retries).batches.list(limit=100):
-                if (tag := (batch.metadata or {}).get("roads")) in tags:
-                    book.db.execute("UPDATE batches SET id = ? WHERE tag = ?", [batch.id, tag])
-                    tags.remove(tag)
+        for batch in await _patiently(book, lambda: _batches(client)):
+            if (tag := (batch.metadata or {}).get("roads")) in tags:
+                book.db.execute("UPDATE batches SET id = ? WHERE tag = ?", [batch.id, tag])
+                tags.remove(tag)
         with book.alone():
             for tag in tags:
                 book.db.execute("DELETE FROM answers WHERE batch = ? AND answer IS NULL", [tag])
@@ -523,18 +565,17 @@ async def _adopt(client, book: Cache) -> None:
 async def _collect(client, book: Cache, keys: set[str], bar: tqdm, poll: float) -> str:
     """Wait for the batches that hold one of keys and store what they bring; the first error that they name, or ''."""
     await _adopt(client, book)
-    patient = client.with_options(max_retries=book.spending.retries)
     problem, waiting = "", book.open_batches(keys)
     while waiting:
         for tag, name in waiting.items():
-            with _of_batches():
-                batch = await patient.batches.retrieve(name)
-                if batch.status not in ("completed", "failed", "expired", "cancelled"):
-                    continue
-                files = [file for file in (batch.output_file_id, batch.error_file_id) if file]
-                lines = [line for file in files for line in (await patient.files.content(file)).content.splitlines()]
+            batch = await _patiently(book, lambda name=name: client.batches.retrieve(name))
+            if batch.status not in ("completed", "failed", "expired", "cancelled"):
+                continue
+            lines = []
+            for file in filter(None, (batch.output_file_id, batch.error_file_id)):
+                lines += await _patiently(book, lambda file=file: _lines(client, file))
             errors = batch.errors.data if batch.errors and batch.errors.data else []
-            found = _store(book, tag, [_object(line) for line in lines if line.strip()])
+            found = _store(book, tag, lines)
             problem = problem or found or "; ".join(str(error.message) for error in errors)
         waiting = book.open_batches(keys)
         bar.set_postfix_str(f"{len(waiting)} batches open, ${book.spent:.2f} of ${book.spending.budget:g}")
@@ -544,6 +585,32 @@ async def _collect(client, book: Cache, keys: set[str], bar: tqdm, poll: float) 
     return problem
 
 
+async def _batches(client) -> list:
+    return [batch async for batch in client.batches.list(limit=100)]
+
+
+async def _lines(client, file: str) -> list[dict]:
+    """What a file of answers says, a dict with the custom_id of a request for each line.
+
+    Raises:
+        Refused: it is something else, or cut: what was answered is still there to be fetched.
+    """
+    lines = [_object(line) for line in (await client.files.content(file)).content.splitlines() if line.strip()]
+    if not all("custom_id" in line for line in lines):
+        raise Refused(f"{file} is not lines of JSON")
+    return lines
+
+
+async def _patiently(book: Cache, call: Callable):
+    """What a call that may be repeated returns, tried again as a request is."""
+    for attempt in range(book.spending.retries + 1):
+        try:
+            with _errors():
+                return await call()
+        except (Lost, Refused) as error:
+            await _pause(attempt, error, book.spending)
+
+
 def _store(book: Cache, tag: str, lines: list[dict]) -> str:
     """Store the lines of an ended batch and strike out what failed or expired; the first error, or ''."""
     problem = ""
@@ -551,18 +618,25 @@ def _store(book: Cache, tag: str, lines: list[dict]) -> str:
         rows = dict(book.db.execute("SELECT key, id FROM answers WHERE batch = ? AND answer IS NULL", [tag]))
         for line in lines:
             row = rows.pop(line.get("custom_id"), None)
-            response = line.get("response") or {}
-            body = response.get("body") or {}
-            error = body.get("error") or line.get("error") or {}
             if row is None:
                 continue
-            if response.get("status_code") == 200:
-                book.settle(row, body)
-            elif error.get("code") in UNBILLED:
-                book.unreadable(row)
-            else:
-                problem = problem or f"{error.get('code')}: {error.get('message')}"
+            response = line.get("response") or {}
+            body = response.get("body") or {}
+            try:
+                if response.get("status_code") == 200:
+                    book.settle(row, _completion(body))
+                    continue
+                error = (body.get("error") if isinstance(body, dict) else None) or line.get("error") or {}
+                if error.get("code") in UNBILLED:
+                    book.unreadable(row)
+                    continue
+                raise Refused(f"{error.get('code')}: {error.get('message')}")
+            except Lost as lost:
+                book.close(row, None, None, lost.usage)
+                problem = problem or str(lost)
+            except Refused as refused:
                 book.strike(row)
+                problem = problem or str(refused)
         for row in rows.values():
             book.strike(row)
         book.db.execute("UPDATE batches SET done = 1 WHERE tag = ?", [tag])
