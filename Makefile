@@ -79,7 +79,7 @@ $(VENV)/.installed: requirements/dev.txt
 	@$(PIP) -r requirements/torch-cpu.txt 2>/dev/null || echo "pip finds no CPU build of torch: taking the package index's."
 	@$(PIP) --no-build-isolation -r requirements/dev.txt
 	@$(PY) -c 'import torch' 2>/dev/null || { echo "Adding the libraries that it wants (GBs)."; $(PIP) -r requirements/torch-cuda-libs.txt; }
-	@$(PY) -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "roads.pth").write_text("$(CURDIR)/src")'
+	@$(PY) scripts/relocatable.py
 	@$(PY) -c 'import torch' && touch $@
 
 test: setup  ## the test suite
