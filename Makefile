@@ -33,7 +33,8 @@ ifneq ($(filter rehearsal%,$(SCALE)),)
 override DATA := $(or $(DATA),data/rehearsal/openai.json)
 endif
 SCALE_NOW = $$(sed -n "s/^scale: *[\"']\{0,1\}\([A-Za-z0-9_-]*\).*/\1/p" params.yaml 2>/dev/null)
-SET_SCALE = $(CHECK) $(if $(SCALE)$(DATA),$(PY) -m roads.config set $(if $(SCALE),--scale="$$SCALE") $(if $(DATA),--data="$$DATA"))
+SET_SCALE = $(CHECK) $(if $(SCALE)$(DATA),$(PY) -m roads.config set \
+	$(if $(SCALE),--scale="$$SCALE") $(if $(DATA),--data="$$DATA"))
 # What is wrong with these two is said before params.yaml is written.
 CHECK = $(if $(LAUNCH),[ -f "$$ROADS_LAUNCH" ] || $(call refuse,LAUNCH,one of: $(LAUNCHES));) \
 	$(if $(JOBS),case "$$JOBS" in (*[!0-9]*|0*) $(call refuse,JOBS,a number from 1 on);; esac;)
