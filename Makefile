@@ -7,26 +7,44 @@ EXTRA := horizon complexity verifier worlds advantage more_data recipe budget
 .PHONY: help setup test test-vllm $(PAPER) $(EXTRA) figures extras claims report theory status plan graph dag times bench search lint lint-image image lock clean
 
 VENV := .venv
+# What make is given may hold anything, as the name of a folder may. It is taken as it is written, `$` and all, and gets
+# to a recipe by the environment: there "$$DATA" is one word, whatever is in it.
+GIVEN := SCALE DATA JOBS FIG LAUNCH PYTHON ARGS VENV
+$(foreach name,$(GIVEN),$(eval override $(name) := $$(value $(name))))
+OUTER_PATH := $(value PATH)
+export $(GIVEN) OUTER_PATH
+# VENV alone is part of targets and commands.
+UNSAFE := ; & | < > ( ) [ ] { } $$ ` " ' \ * ? ! ~ = % : , \#
+FOUND := $(filter-out 1,$(words x$(VENV)x)) $(filter -% +% @%,$(VENV)) $(foreach it,$(UNSAFE),$(findstring $(it),$(VENV)))
+ifneq ($(if $(VENV),$(strip $(FOUND)),empty),)
+$(error VENV=$(VENV): expected a folder without spaces, none of - + @ in front, and none of $(UNSAFE))
+endif
+
 PY := $(VENV)/bin/python
 TRL := .venv-trl
 VLLM := .venv-vllm
 TRL_PIP = $(TRL)/bin/python -m pip --disable-pip-version-check install -qq --no-deps --require-hashes
 VLLM_PIP = $(VLLM)/bin/python -m pip --disable-pip-version-check install -qq --no-deps --require-hashes
-OUTER_PATH := $(PATH)
-FIND_PYTHON = for p in $(or $(PYTHON),python3 python3.11 python3.12); do \
-	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
-	2>/dev/null && echo $$p && break; done
+FIND_PYTHON = for p in $(if $(PYTHON),"$$PYTHON",python3 python3.11 python3.12); do \
+	"$$p" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
+	2>/dev/null && printf '%s\n' "$$p" && break; done
 PIP := $(PY) -m pip --disable-pip-version-check install -qq --no-deps --require-hashes
 ifneq ($(filter rehearsal%,$(SCALE)),)
-DATA := $(or $(DATA),data/rehearsal/openai.json)
+override DATA := $(or $(DATA),data/rehearsal/openai.json)
 endif
 SCALE_NOW = $$(sed -n "s/^scale: *[\"']\{0,1\}\([A-Za-z0-9_-]*\).*/\1/p" params.yaml 2>/dev/null)
-SET_SCALE = $(if $(SCALE)$(DATA),$(PY) -m roads.config set $(if $(SCALE),--scale '$(SCALE)') $(if $(DATA),--data '$(DATA)'))
+SET_SCALE = $(CHECK) $(if $(SCALE)$(DATA),$(PY) -m roads.config set \
+	$(if $(SCALE),--scale="$$SCALE") $(if $(DATA),--data="$$DATA"))
+# What is wrong with these two is said before params.yaml is written.
+CHECK = $(if $(LAUNCH),[ -f "$$ROADS_LAUNCH" ] || $(call refuse,LAUNCH,one of: $(LAUNCHES));) \
+	$(if $(JOBS),case "$$JOBS" in (*[!0-9]*|0*) $(call refuse,JOBS,a number from 1 on);; esac;)
+LAUNCHES := $(patsubst configs/accelerate/%.yaml,%,$(sort $(wildcard configs/accelerate/*.yaml)))
+refuse = { printf 'error: $(1)=%s: expected $(2)\n' "$$$(1)" >&2; exit 2; }
 # The rehearsal brings its own hub and judge.
 REPRO = case "$(SCALE_NOW)" in rehearsal*) with="$(PY) scripts/rehearsal.py";; esac; \
-	exec $$with $(PY) -m roads.repro --make $$PPID $(if $(JOBS),--jobs $(JOBS))
+	exec $$with $(PY) -m roads.repro --make $$PPID $(if $(JOBS),--jobs="$$JOBS")
 
-export PATH := $(abspath $(VENV))/bin:$(PATH)
+export PATH := $(abspath $(VENV))/bin:$(OUTER_PATH)
 export PYTHONPATH := src
 export PYTHONHASHSEED := 0
 export MPLBACKEND := Agg
@@ -55,14 +73,14 @@ setup: $(VENV)/.installed  ## the environment in .venv, from requirements/dev.tx
 # torch: PyTorch's own CPU build (190 MB) where pip finds one: set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL to a place
 # that has it. Otherwise the package index's build; on Linux that is CUDA's (0.5 GB), and its libraries (GBs).
 $(VENV)/.installed: requirements/dev.txt
-	@PATH='$(OUTER_PATH)'; python=$$($(FIND_PYTHON)); [ -n "$$python" ] || { \
+	@PATH="$$OUTER_PATH"; python=$$($(FIND_PYTHON)); [ -n "$$python" ] || { \
 	  echo "error: no Python 3.11 or 3.12 with venv found; install one, or say make PYTHON=/path/to/python" >&2; exit 1; }; \
-	echo "Setting up $(VENV) with $$python: pinned packages, about a minute." && $$python -m venv --clear $(VENV)
+	echo "Setting up $(VENV) with $$python: pinned packages, about a minute." && "$$python" -m venv --clear $(VENV)
 	@$(PIP) -r requirements/build.txt
 	@$(PIP) -r requirements/torch-cpu.txt 2>/dev/null || echo "pip finds no CPU build of torch: taking the package index's."
 	@$(PIP) --no-build-isolation -r requirements/dev.txt
 	@$(PY) -c 'import torch' 2>/dev/null || { echo "Adding the libraries that it wants (GBs)."; $(PIP) -r requirements/torch-cuda-libs.txt; }
-	@$(PY) -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "roads.pth").write_text("$(CURDIR)/src")'
+	@$(PY) scripts/relocatable.py
 	@$(PY) -c 'import torch' && touch $@
 
 test: setup  ## the test suite
@@ -94,10 +112,10 @@ extras: setup  ## what the paper could not do: eight more figures
 
 claims: setup  ## decide the claims of claims.yaml from the figures that are there
 	@$(SET_SCALE)
-	@$(PY) -m roads.claims claims.yaml reports/$(SCALE_NOW)
+	@$(PY) -m roads.claims claims.yaml "reports/$(SCALE_NOW)"
 
 report: setup  ## claims, figures and theory on one page: reports/<scale>/index.html
-	@$(PY) -m roads.report reports/$(or $(SCALE),$(SCALE_NOW))
+	@$(PY) -m roads.report "reports/$(if $(SCALE),$$SCALE,$(SCALE_NOW))"
 
 theory: setup  ## the paper's statements checked on tiny token trees, into reports/theory/ (two minutes)
 	@$(PY) -m roads.theory.run reports/theory
@@ -106,7 +124,7 @@ status: setup  ## what is out of date
 	@$(PY) -m dvc status
 
 plan: setup  ## what FIG=3 (a number, a name, or all) would run at SCALE: time, dollars, disk; runs nothing
-	@$(PY) -m roads.plan $(if $(FIG),--figure '$(FIG)') $(if $(SCALE),--scale '$(SCALE)') $(if $(DATA),--data '$(DATA)')
+	@$(PY) -m roads.plan $(if $(FIG),--figure="$$FIG") $(if $(SCALE),--scale="$$SCALE") $(if $(DATA),--data="$$DATA")
 
 graph: setup  ## docs/graph.svg anew, the picture of dvc.yaml
 	@$(PY) scripts/graph.py
@@ -118,7 +136,7 @@ times: setup  ## seconds of every kind of stage, from their last runs
 	@$(PY) scripts/times.py
 
 bench: setup $(TRL)/.installed  ## measure against TRL, transformers and rouge-score; and cost against scale; rewrites docs/measured.md (some eight minutes)
-	@$(PY) benchmarks/bench.py --trl $(TRL) $(if $(DATA),--data '$(DATA)')
+	@$(PY) benchmarks/bench.py --trl $(TRL) $(if $(DATA),--data="$$DATA")
 	@$(PY) benchmarks/scale.py
 
 # TRL's environment: the same torch as .venv's.
@@ -143,7 +161,7 @@ image:  ## the CUDA image `roads`, with Docker; docs/cloud.md runs it
 	docker build -t roads .
 
 lock: setup  ## requirements/*.txt anew from pyproject.toml; ARGS=--upgrade for newer versions
-	$(PY) scripts/lock.py $(ARGS)
+	set -f; $(PY) scripts/lock.py $$ARGS
 
 clean:  ## delete .venv, .venv-trl and .venv-vllm (results stay; DVC keeps what it has made in .dvc/cache)
 	rm -rf $(VENV) $(TRL) $(VLLM)

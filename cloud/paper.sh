@@ -3,7 +3,7 @@
 # params.yaml and the judge's answers lie in SHARED, a bucket's mount or a shared folder. Asked to stop, it lets the runner
 # end its stages. With SCRATCH, a folder that outlives the machine, a stage that was cut goes on from its last checkpoint.
 #     FIGURES=fig11 IMAGE=roads OPTIONS=JOBS=8 SHARED=/bucket bash cloud/paper.sh
-set -euo pipefail
+set -euf -o pipefail # f: FIGURES and OPTIONS are words, and no patterns of file names
 every=300 # seconds: a lost machine's answers since then are asked for again; of six times that, stages are made again
 mkdir -p "$HOME/hub" "$SHARED/dvc" runs/.scratch ${SCRATCH:+"$SCRATCH"}
 

@@ -49,9 +49,9 @@ def compile(what: str, where: str = ANYWHERE, known=("dev.txt", "torch-cuda-libs
         path, overrides = Path(tmp, "all.txt"), Path(tmp, "overrides.txt")
         path.write_text("".join(file.read_text() for file in known if file.exists()))  # uv keeps what its output has
         overrides.write_text("\n".join(override))
-        cmd = f"-m uv pip compile -q {where} --fork-strategy fewest --generate-hashes --no-header"
-        cmd += f" --override {overrides} -o {path} {what}"
-        subprocess.run([sys.executable, *cmd.split(), *sys.argv[1:]], cwd=ROOT, check=True)
+        cmd = f"-m uv pip compile -q {where} --fork-strategy fewest --generate-hashes --no-header {what}"
+        cmd = [sys.executable, *cmd.split(), "--override", overrides, "-o", path, *sys.argv[1:]]
+        subprocess.run(cmd, cwd=ROOT, check=True)
         entries = re.split(r"^(?=[a-z0-9])", path.read_text(), flags=re.M)[1:]
     return {re.match(r"[a-z0-9.-]+", entry)[0]: entry for entry in entries}
 

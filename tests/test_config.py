@@ -1,5 +1,7 @@
 """params.yaml is strict: every mistake is one line with the file, the key, what was expected and the nearest key."""
 
+import json
+import re
 import subprocess
 import sys
 
@@ -126,6 +128,44 @@ def test_the_papers_recipe_is_that_of_its_tables():
     assert (samples.online.n, samples.online.temperature, samples.evaluate.temperature) == (25, 0.1, 0.01)
     assert samples.online.logits_divided_by == samples.online.temperature
     assert (paper.source.max_query_tokens, paper.source.max_response_tokens, paper.data.test) == (512, 53, 600)
+
+
+@pytest.mark.parametrize("name", ["../x", "a b", "$(touch owned)", "a;b", "a'b", "a.b", "-a", "1a", "a\n", "é", ""])
+def test_a_block_has_a_name_that_no_shell_or_folder_takes_amiss(params, name):
+    path = params("\nmini-timid: {", f"\n{json.dumps(name)}: {{")
+    with pytest.raises(UserError) as error:
+        config.load(path)
+    said = f"{path}: {name!r}: expected a block name of letters, digits, _ and -, a letter first"
+    assert str(error.value) == said
+    if name == "a b":
+        with pytest.raises(UserError, match=re.escape(said)):
+            config.switch("tiny", None, path)
+        with pytest.raises(UserError, match=re.escape(said)):
+            config.switch(name, None, path)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("scale: mini\n", "scale: $(x)\n"),
+    ("studies:\n", "studies:\n  $(x): {}\n"),
+    ("studies:\n  mini:\n", "studies:\n  $(x):\n"),
+    ("fig6: [mini-judge]", "fig6: [$(x)]"),
+    ("sizes: [mini,", "sizes: [$(x),"),
+    ("worlds: [mini,", "worlds: [$(x),"),
+    ("  fig6: [mini-judge]\n  fig12: ", "  fig6: [$(x)]\n  fig12: "),
+    ("  fig3: [mini]", "  fig3: [$(x)]"),
+])  # fmt: skip
+def test_whatever_names_a_block_names_one_that_is_there(params, old, new):
+    with pytest.raises(UserError, match=r"no block named '\$\(x\)'|expected .*mini.* for scale mini, got .*\$\(x\)"):
+        config.load(params(old, new))
+
+
+@pytest.mark.parametrize("name", ["../x", "$(touch owned)"])
+def test_no_other_name_is_a_scale(name, params):
+    command = [sys.executable, "-m", "roads.data", "out", "--scale", name]
+    done = subprocess.run(command, cwd=params().parent, capture_output=True, text=True,
+                          env={"PYTHONPATH": str(ROOT / "src")})
+    assert done.returncode == 2 and done.stderr.startswith(f"error: params.yaml: no block named {name!r}; ")
+    assert done.stdout == "" and done.stderr.count("\n") == 1 and len(list(params().parent.iterdir())) == 1
 
 
 def test_no_file_and_no_mapping(tmp_path):

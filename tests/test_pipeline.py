@@ -278,7 +278,9 @@ def test_real_posts_run_the_same_graph(checkout):
     edit(checkout, "best_of_n: 100}", "best_of_n: 20}")
     before = (checkout / "params.yaml").read_bytes()
     try:
-        make(checkout, "fig11", "SCALE=real-cpu", "DATA=data/tldr_sample")
+        shutil.copytree(ROOT / "data/tldr_sample", checkout / (posts := "my 'posts'; $(touch owned)"))
+        make(checkout, "fig11", "SCALE=real-cpu", f"DATA={posts}")
+        assert not (checkout / "owned").exists()
         content = json.loads((checkout / "reports/real-cpu/fig11.json").read_text(encoding="utf-8"))
         assert content["note"] == "real posts, scale real-cpu" and [bar["n"] for bar in content["bars"]] == [20] * 5
         assert "Up to date: fig11@real-cpu" in make(checkout, "fig11")

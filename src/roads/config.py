@@ -6,6 +6,7 @@
 
 import argparse
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,6 +17,7 @@ from ruamel.yaml.error import YAMLError
 from roads.stage import UserError, main
 
 PARAMS = Path("params.yaml")
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")  # of a block: it becomes part of commands, of folders and of DVC's keys
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -304,8 +306,10 @@ class Params(Strict):
 
     def _check_studies(self):
         for scale, figures in self.studies.items():
+            if scale not in self.scales:
+                raise ValueError(f"studies: no block named {scale!r}{nearest(scale, self.scales)}")
             for figure, arms in figures.items():
-                for name in (scale, *arms):
+                for name in arms:
                     if name not in self.scales:
                         raise ValueError(f"studies.{scale}.{figure}: no block named {name!r}"
                                          f"{nearest(name, self.scales)}")
@@ -384,6 +388,9 @@ def load(path: Path = PARAMS) -> Params:
         raise UserError(f"{path}: expected a mapping with the keys scale, seeds and one block per scale")
     # A mapping that is no top-level key is the block of a scale; anything else unknown is a mistake.
     scales = {key: raw[key] for key in raw if key not in Params.model_fields and isinstance(raw[key], dict)}
+    for name in scales:
+        if not NAME.fullmatch(str(name)):
+            raise UserError(f"{path}: {name!r}: expected a block name of letters, digits, _ and -, a letter first")
     flat = {key: value for key, value in raw.items() if key not in scales}
     try:
         return Params.model_validate({**flat, "scales": scales})

@@ -358,6 +358,8 @@ def page(folder: Path) -> str:
     Raises:
         UserError: no such folder, no figure in it, or a file that is not what `make` writes.
     """
+    if not folder.is_dir():
+        raise stage.UserError(f"{folder}: no such folder; expected reports/<scale>, which `make figures` makes")
     scale = folder.resolve().name
     names = {path.stem for path in folder.glob("*.json")} - {"claims"}
     if not names:
