@@ -94,7 +94,7 @@ class Command:
                 options[before[2:]] = word
             else:
                 places.append(word)
-        return cls(words[start].removeprefix("roads."), places, options, blocks[options["scale"]])
+        return cls(words[start].rpartition(".")[2], places, options, blocks[options["scale"]])
 
     @property
     def parameters(self) -> float:
