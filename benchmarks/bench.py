@@ -29,8 +29,9 @@ import numpy as np
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from roads import model, rouge, sample, stage, tldr, train
+from roads import model, rouge, stage, tldr, train
 from roads.stage import UserError
+from roads.stages import sample
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

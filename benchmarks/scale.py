@@ -19,7 +19,8 @@ import torch
 from bench import ROOT, machine, rewrite
 from tqdm import tqdm
 
-from roads import config, cost, dpo, model, sample, stage
+from roads import config, cost, model, stage
+from roads.stages import dpo, sample
 from roads.tldr import EOS
 
 RESULTS = Path(__file__).resolve().parent / "scale.json"

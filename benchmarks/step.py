@@ -45,10 +45,11 @@ class Clock:
 
 
 def ours(folder: Path, settings: dict, share: bool) -> None:
-    """`roads.dpo` with the prompt run once for both sides, or with `response_logps` of one and of the other."""
+    """`roads.stages.dpo` with the prompt run once for both sides, or with `response_logps` of one and of the other."""
     import torch
 
-    from roads import config, dpo, model, train
+    from roads import config, model, train
+    from roads.stages import dpo
 
     query, chosen, rejected = train.load_pairs(folder)
     policy = model.load_policy(folder / "policy")

@@ -27,7 +27,7 @@ STRAIGHT = 10  # how much more than an arrow's end a trunk pulls itself straight
 # What an entry does, by the module it runs, and its line and fill colour.
 KINDS = {
     "data": ("data",), "training": ("base", "sft", "reward", "dpo"), "sampling and ranking": ("sample", "rank"),
-    "evaluation": ("evaluate", "likelihood", "value", "best_of_n"), "one seed of a whole comparison": ("cell",),
+    "evaluation": ("evaluate", "likelihood", "value", "best_of_n"), "one seed of a whole comparison": ("arm",),
     "figure": ("figures",), "other": (),
 }  # fmt: skip
 COLOURS = {

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from roads import base, config, data, dpo, evaluate, likelihood, rank, reward, sample, sft, stage
+from roads import config, stage
+from roads.stages import base, data, dpo, evaluate, likelihood, rank, reward, sample, sft
 
 RUNS, DOCS = Path("runs/.search"), Path("docs")
 WORLD_SEED, SEEDS = 100, (100, 101)

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from roads import base, cell, config, data, dpo, evaluate, likelihood, model, rank, reward, sample, sft, stage, train
-from roads.best_of_n import best_of_n
-from roads.value import value
+from roads import config, model, stage, train
+from roads.stages import arm, base, data, dpo, evaluate, likelihood, rank, reward, sample, sft
+from roads.stages.best_of_n import best_of_n
+from roads.stages.value import value
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -65,7 +66,7 @@ def stages(out: Path, cfg: config.Scale) -> None:
         run(f"likelihood-{kind}", likelihood.likelihood, net, pairs, start, ..., cfg, kind)
         run(f"best_of_n-{kind}", best_of_n, best, where, net, start, ..., cfg, kind)
     run("value", value, online, pairs, start, ..., cfg, 0)
-    kl = cell.mean_kl(online, start, where / "test_best_of_n.npz", cfg, 0)
+    kl = arm.mean_kl(online, start, where / "test_best_of_n.npz", cfg, 0)
     drawn = run("completions", sample.sample, online, where / "test_human.npz", ..., cfg, "evaluate", 0)
     run("scores", evaluate.evaluate, drawn, where, ..., cfg, "human")
     stage.write_json(out / "kl.json", kl)

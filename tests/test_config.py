@@ -161,7 +161,7 @@ def test_whatever_names_a_block_names_one_that_is_there(params, old, new):
 
 @pytest.mark.parametrize("name", ["../x", "$(touch owned)"])
 def test_no_other_name_is_a_scale(name, params):
-    command = [sys.executable, "-m", "roads.data", "out", "--scale", name]
+    command = [sys.executable, "-m", "roads.stages.data", "out", "--scale", name]
     done = subprocess.run(command, cwd=params().parent, capture_output=True, text=True,
                           env={"PYTHONPATH": str(ROOT / "src")})
     assert done.returncode == 2 and done.stderr.startswith(f"error: params.yaml: no block named {name!r}; ")

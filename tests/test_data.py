@@ -17,7 +17,8 @@ from conftest import ROOT, run
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from roads import base, cell, config, data, hub, sample, stage, tldr
+from roads import config, hub, stage, tldr
+from roads.stages import arm, base, data, sample
 from roads.tldr import EOS, PAD
 
 PYTHIA = ROOT.parent / "shared/data/neox_tokenizer.json"
@@ -472,8 +473,8 @@ def test_stages_of_the_rehearsal_by_their_command_lines(tmp_path, checkpoints):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     text = (ROOT / "params.yaml").read_text().replace("runs/rehearsal-hub/medium", str(checkpoints / "llama"))
     (tmp_path / "params.yaml").write_text(text)
-    run(tmp_path, "roads.data", "data/rehearsal/openai.json", "out/data", "--scale", "rehearsal")
-    run(tmp_path, "roads.base", "out/data", "out/base", "--scale", "rehearsal")
+    run(tmp_path, "roads.stages.data", "data/rehearsal/openai.json", "out/data", "--scale", "rehearsal")
+    run(tmp_path, "roads.stages.base", "out/data", "out/base", "--scale", "rehearsal")
     assert stage.read_json(tmp_path / "out/data/params.json")["model"]["name"] == str(checkpoints / "llama")
     assert (tmp_path / "out/base/model.safetensors").exists()
     assert hub.fetch(str(checkpoints / "llama"), None, []) == (checkpoints / "llama", None)
@@ -486,9 +487,9 @@ def test_a_cell_takes_no_more_pairs_than_people_made(tmp_path):
     cfg = scale("rehearsal", data={"preferences": 7, "online": 6})
     np.savez(tmp_path / "more.npz", **rows(3, "query", "response"))
     np.savez(tmp_path / "preferences.npz", **rows(5, "query", "response", "chosen", "rejected"))
-    found = cell.splits(tmp_path, cfg)
+    found = arm.splits(tmp_path, cfg)
     assert {name: part.shape for name, part in found["preferences"].items()} == dict.fromkeys(
         ("query", "response", "chosen", "rejected"), (5, 1))
     assert found["online"]["query"][:, 0].tolist() == [0, 1, 2, 3, 4, 0] and "chosen" not in found["online"]
     np.savez(tmp_path / "preferences.npz", **rows(5, "query", "response"))  # labelled later: every prompt will do
-    assert cell.splits(tmp_path, cfg)["preferences"]["query"][:, 0].tolist() == [0, 1, 2, 3, 4, 0, 1]
+    assert arm.splits(tmp_path, cfg)["preferences"]["query"][:, 0].tolist() == [0, 1, 2, 3, 4, 0, 1]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from roads import best_of_n, dpo, judge, model, rank, value
+from roads import judge, model
+from roads.stages import best_of_n, dpo, rank, value
 from roads.tldr import EOS
 from roads.world import World
 

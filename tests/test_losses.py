@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from roads import model, train
-from roads.base import language_model_loss
-from roads.dpo import dpo_loss
-from roads.reward import reward_loss
-from roads.sft import sft_loss
+from roads.stages.base import language_model_loss
+from roads.stages.dpo import dpo_loss
+from roads.stages.reward import reward_loss
+from roads.stages.sft import sft_loss
 from roads.tldr import PAD
 
 LN2 = math.log(2)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from roads import model, sample
-from roads.rank import reward_scores
+from roads import model
+from roads.stages import sample
+from roads.stages.rank import reward_scores
 from roads.tldr import EOS, PAD
 
 

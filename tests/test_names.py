@@ -115,11 +115,11 @@ def test_no_command_of_the_graph_holds_a_name_that_is_given():
 
 
 def test_data_come_from_where_params_say_unless_the_command_does(place, tmp_path):
-    run(place, "roads.data", "src/roads/world.py", str(tmp_path / "given"), "--scale", "tiny")
+    run(place, "roads.stages.data", "src/roads/world.py", str(tmp_path / "given"), "--scale", "tiny")
     for number, args in enumerate((["OUT", "--scale", "tiny"], ["--scale", "tiny", "OUT"],
                                    ["--scale", "tiny", "src/roads/world.py", "OUT"])):
         out = tmp_path / str(number)
-        said = run(place, "roads.data", *(str(out) if arg == "OUT" else arg for arg in args))
+        said = run(place, "roads.stages.data", *(str(out) if arg == "OUT" else arg for arg in args))
         assert said.startswith(f"src/roads/world.py -> {out} (")
         for path in (tmp_path / "given").iterdir():
             assert (out / path.name).read_bytes() == path.read_bytes()
@@ -128,7 +128,7 @@ def test_data_come_from_where_params_say_unless_the_command_does(place, tmp_path
 def test_what_data_cost_does_not_hang_on_where_they_come_from():
     blocks = {name: block.model_dump() for name, block in config.load(ROOT / "params.yaml").scales.items()}
     for scale in blocks:
-        commands = [f"python -m roads.data {places} --scale {scale}" for places in ("F O", "O")]
+        commands = [f"python -m roads.stages.data {places} --scale {scale}" for places in ("F O", "O")]
         with_source, without = (cost.work(command, blocks) for command in commands)
         assert with_source == without is not None and {preflight.scale_of(command) for command in commands} == {scale}
 
@@ -148,7 +148,7 @@ def test_dvc_makes_data_of_a_folder_of_any_name(place):
     rows = json.loads((place / "runs/real-cpu/data/metrics.json").read_text(encoding="utf-8"))["rows"]
     assert rows["sft"] == 60 and rows["preferences"] == 40
     lock = YAML(typ="safe").load(place / "dvc.lock")["stages"]["data@real-cpu"]
-    assert lock["cmd"] == "python -m roads.data runs/real-cpu/data --scale real-cpu"
+    assert lock["cmd"] == "python -m roads.stages.data runs/real-cpu/data --scale real-cpu"
     assert lock["deps"][0]["path"] == POSTS
     assert "up to date" in run(place, "dvc", "status", "data@real-cpu")
     with (place / POSTS / "train.jsonl").open("a") as file:

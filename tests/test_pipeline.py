@@ -100,8 +100,8 @@ def test_nothing_runs_twice(scratchpad):
     ("preferences: 60, online: 60", "preferences: 60, online: 50", "params.yaml", ["fig12_arms"]),
     ("    seed: 0\n    subreddits: 2", "    seed: 7\n    subreddits: 2", "params.yaml",
      ["data", "pairs", "scores_sft", "scores", "fig12_arms"]),
-    ("Stage reward:", "Stage reward, edited:", "src/roads/reward.py", ["reward", "fig12_arms"]),
-    ("Stage cell:", "Stage cell, edited:", "src/roads/cell.py", ["fig12_arms"]),
+    ("Stage reward:", "Stage reward, edited:", "src/roads/stages/reward.py", ["reward", "fig12_arms"]),
+    ("Stage arm:", "Stage arm, edited:", "src/roads/stages/arm.py", ["fig12_arms"]),
     ("Fig. 7:", "Figure 7:", "src/roads/figures/likelihood.py", ["fig7"]),
 ])  # fmt: skip
 def test_a_change_reruns_what_depends_on_it(scratchpad, old, new, file, expected):
@@ -171,8 +171,8 @@ def test_a_killed_training_goes_on_at_its_checkpoint(checkout, tmp_path):
     where = clone(tmp_path / "killed")
     edit(where, "batch_size: 64, epochs: 2}", "batch_size: 64, epochs: 20}")  # 640 steps, a checkpoint every 200
     data = str(checkout / "runs/tiny/data")
-    run(where, "roads.base", data, "whole", "--scale", "tiny")
-    command = [sys.executable, "-m", "roads.base", data, "killed", "--scale", "tiny"]
+    run(where, "roads.stages.base", data, "whole", "--scale", "tiny")
+    command = [sys.executable, "-m", "roads.stages.base", data, "killed", "--scale", "tiny"]
     process = subprocess.Popen(command, cwd=where, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list(where.glob("runs/.scratch/*/checkpoint.pt")):
         assert process.poll() is None
@@ -190,7 +190,7 @@ def test_bad_params_stop_before_anything_runs(scratchpad):
     edit(scratchpad, "karma_weight: 8.0", "karma_wait: 8.0")
     expected = "error: params.yaml: mini.source.karma_wait: unknown key; did you mean 'karma_weight'?\n"
     assert run(scratchpad, "roads.repro", "fig11@tiny", code=2) == expected
-    assert run(scratchpad, "roads.data", "src/roads/world.py", "out", "--scale", "tiny", code=2) == expected
+    assert run(scratchpad, "roads.stages.data", "src/roads/world.py", "out", "--scale", "tiny", code=2) == expected
     assert expected in make(scratchpad, "fig11", code=2) and not (scratchpad / "out").exists()
 
 
@@ -204,7 +204,7 @@ def test_a_bad_row_leaves_nothing_half_written(scratchpad, tmp_path, line, messa
     rows = (tmp_path / "posts/train.jsonl").read_bytes().split(b"\n")
     (tmp_path / "posts/train.jsonl").write_bytes(b"\n".join([*rows[:2], line, *rows[2:]]))
     posts, out = str(tmp_path / "posts"), str(tmp_path / "out/data")
-    said = run(scratchpad, "roads.data", posts, out, "--scale", "real-cpu", code=2)
+    said = run(scratchpad, "roads.stages.data", posts, out, "--scale", "real-cpu", code=2)
     assert said.startswith("error: ") and message in said and said.count("\n") == 1
     assert not list((tmp_path / "out").iterdir())
 
@@ -220,7 +220,7 @@ def test_a_missing_cell_of_a_figure_is_named(checkout, tmp_path):
 
 def test_a_cell_gives_the_very_scores_of_the_graph(checkout, tmp_path):
     out = tmp_path / "cell"
-    run(checkout, "roads.cell", "runs/tiny/data", "runs/tiny/sft", str(out), "--scale", "tiny", "--seed", "0")
+    run(checkout, "roads.stages.arm", "runs/tiny/data", "runs/tiny/sft", str(out), "--scale", "tiny", "--seed", "0")
     found, metrics = np.load(out / "scores.npz"), json.loads((out / "metrics.json").read_text())
     for policy in ("sft", "dpo", "dpo_2x", "online_sft", "online"):
         place = checkout / "runs/tiny/human/scores" / policy / ("" if policy == "sft" else "s0")
@@ -234,7 +234,7 @@ def test_a_cell_gives_the_very_scores_of_the_graph(checkout, tmp_path):
 def test_a_killed_cell_takes_up_what_it_had_finished(checkout, tmp_path):
     where = clone(tmp_path / "killed")
     data, sft = (str(checkout / f"runs/tiny/{name}") for name in ("data", "sft"))
-    command = [sys.executable, "-m", "roads.cell", data, sft, "out", "--scale", "tiny", "--seed", "0"]
+    command = [sys.executable, "-m", "roads.stages.arm", data, sft, "out", "--scale", "tiny", "--seed", "0"]
     process = subprocess.Popen(command, cwd=where, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list(where.glob("runs/.scratch/*/dpo")):
         assert process.poll() is None
@@ -259,7 +259,7 @@ def test_a_killed_cell_takes_up_what_it_had_finished(checkout, tmp_path):
 def test_a_full_disk_is_one_line(checkout, tmp_path):
     """A real one: a file system of 64 KiB, in a mount namespace of its own."""
     script = (f"mount -t tmpfs -o size=64k none {tmp_path} && cd {checkout} && "
-              f"exec {sys.executable} -m roads.base runs/tiny/data {tmp_path}/base --scale tiny")
+              f"exec {sys.executable} -m roads.stages.base runs/tiny/data {tmp_path}/base --scale tiny")
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("no mount namespaces here")
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], env=ENV, capture_output=True, text=True)

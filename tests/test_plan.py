@@ -12,8 +12,9 @@ import torch
 from conftest import ENV, ROOT
 from ruamel.yaml import YAML
 
-from roads import config, cost, model, plan, repro, sample
+from roads import config, cost, model, plan, repro
 from roads.stage import UserError
+from roads.stages import sample
 
 DVC_YAML = """
 stages:

@@ -117,7 +117,7 @@ def test_a_disk_too_small_is_one_line(machine, params, monkeypatch):
 
 
 # The judge is the one of scale rehearsal, behind a server of ours; the stage is one that asks it.
-ASKS = {"scores@rehearsal-human-dpo-0": "python -m roads.evaluate runs/rehearsal/human/completions/dpo/s0 "
+ASKS = {"scores@rehearsal-human-dpo-0": "python -m roads.stages.evaluate runs/rehearsal/human/completions/dpo/s0 "
                                         "runs/rehearsal/data OUT --scale rehearsal --task human"}
 
 

@@ -68,7 +68,7 @@ def test_no_answer_is_paid_twice(rehearsed):
     assert "0 are not in the cache and cost $0.00 at most" in found
     with Fake() as server:
         env = {"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": "k"}
-        run(where, "roads.evaluate", completions, data, "runs/again", "--scale", "rehearsal", "--task", "human",
+        run(where, "roads.stages.evaluate", completions, data, "runs/again", "--scale", "rehearsal", "--task", "human",
             env=env)
         assert not server.asked
     again, before = (np.load(where / folder / "scores.npz")
@@ -79,7 +79,7 @@ def test_no_answer_is_paid_twice(rehearsed):
 @pytest.mark.slow
 def test_without_its_judge_it_says_so_before_it_runs(rehearsed):
     where, _ = rehearsed
-    module = where / "src/roads/evaluate.py"
+    module = where / "src/roads/stages/evaluate.py"
     before = module.read_text(encoding="utf-8")
     module.write_text(before + "\n", encoding="utf-8")
     done = run(where, "roads.repro", "fig3", code=2, env={"OPENAI_BASE_URL": "http://127.0.0.1:9/v1"})

@@ -7,12 +7,14 @@ import time
 import torch
 from conftest import ENV, ROOT
 
-from roads import config, model, sample
+from roads import config, model
+from roads.stages import sample
 
 RUN = """
 import sys, torch
 from pathlib import Path
-from roads import config, sample
+from roads import config
+from roads.stages import sample
 torch.set_num_threads(1)
 sample.ROWS = 4
 scale = config.load(Path(sys.argv[1]) / "params.yaml").scales["tiny"]

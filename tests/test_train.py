@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from roads import config, dpo, model, rank, reward, sample, sft, stage, train
+from roads import config, model, stage, train
+from roads.stages import dpo, rank, reward, sample, sft
 from roads.tldr import EOS, PAD
 
 ROOT = Path(__file__).parents[1]

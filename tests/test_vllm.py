@@ -15,8 +15,9 @@ import pytest
 import torch
 from conftest import ENV, ROOT
 
-from roads import client, config, model, sample, sample_vllm
+from roads import client, config, model, sample_vllm
 from roads.stage import UserError
+from roads.stages import sample
 from roads.tldr import EOS, PAD
 
 VLLM = importlib.util.find_spec("vllm") is not None

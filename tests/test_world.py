@@ -5,7 +5,7 @@ import pytest
 from conftest import ROOT
 
 from roads import config
-from roads.rank import annotate, best_and_worst
+from roads.stages.rank import annotate, best_and_worst
 from roads.world import EOS, PAD, World
 
 

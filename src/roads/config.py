@@ -214,7 +214,7 @@ class Scale(Strict):
 
     compute: Compute
     machine: Machine
-    policies: list[Literal["dpo", "dpo_2x", "online_sft", "online"]]  # that cell.py trains, where the block is an arm
+    policies: list[Literal["dpo", "dpo_2x", "online_sft", "online"]]  # that arm.py trains, where the block is an arm
     source: Annotated[World | Jsonl | OpenAI | TwoWord, Field(discriminator="kind")]
     data: Data
     model: Annotated[New | Pretrained, Field(discriminator="kind")]

@@ -307,7 +307,7 @@ KINDS: dict[str, Callable[[Command], Work]] = {
     "likelihood": _likelihood,
     "value": _value,
     "best_of_n": _best_of_n,
-    "cell": _cell,
+    "arm": _cell,
     "figures": lambda c: Work(size=2e5),
 }
 

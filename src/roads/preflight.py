@@ -122,6 +122,6 @@ def _check_judge(blocks: list[config.Scale]) -> None:
 def _check_hub(models: list) -> None:
     for model in models:
         if model.kind == "pretrained" and not Path(model.name).is_dir():
-            from roads import base
+            from roads.stages import base
 
             base.reachable(model)

@@ -1,6 +1,6 @@
 """Stage evaluate: completions of a policy -> a score per prompt.
 
-    python -m roads.evaluate COMPLETIONS DATA OUT --scale mini --task human
+    python -m roads.stages.evaluate COMPLETIONS DATA OUT --scale mini --task human
 
 Task human: winrate against the reference summary, by the judge (judge.py).
 Task rouge: ROUGE-L F1 against the preferred completion (Fig 11).

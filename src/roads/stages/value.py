@@ -1,6 +1,6 @@
 """Stage value: a policy under Eq. 2, likelihood of the preferences less beta times the reverse KL (Fig 4).
 
-    python -m roads.value POLICY PAIRS SFT OUT --scale mini --seed 0
+    python -m roads.stages.value POLICY PAIRS SFT OUT --scale mini --seed 0
 """
 
 from pathlib import Path
@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
-from roads import config, model, sample, stage, train
+from roads import config, model, stage, train
+from roads.stages import sample
 
 
 def value(policy: Path, pairs: Path, reference: Path, out: Path, cfg: config.Scale, seed: int) -> None:

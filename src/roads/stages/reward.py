@@ -1,6 +1,6 @@
 """Stage reward: the global reward model, a Bradley-Terry classifier of whole completions (Eq. 6).
 
-    python -m roads.reward PAIRS SFT OUT --scale mini --seed 0
+    python -m roads.stages.reward PAIRS SFT OUT --scale mini --seed 0
 """
 
 from pathlib import Path

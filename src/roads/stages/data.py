@@ -1,8 +1,8 @@
 """Stage data: rows -> tokens. Source: the synthetic world, OpenAI's posts and comparisons, or jsonl rows of your own.
 
-    python -m roads.data src/roads/world.py OUT --scale mini
-    python -m roads.data FOLDER OUT --scale real-cpu      # train.jsonl, valid.jsonl, test.jsonl, maybe comparisons
-    python -m roads.data data/openai.json OUT --scale paper      # what to download, and what must be in it
+    python -m roads.stages.data src/roads/world.py OUT --scale mini
+    python -m roads.stages.data FOLDER OUT --scale real-cpu   # train.jsonl, valid.jsonl, test.jsonl, maybe comparisons
+    python -m roads.stages.data data/openai.json OUT --scale paper   # what to download, and what must be in it
 
 Writes tokenizer.json and one .npz per split. Queries [n, Q] are padded left, responses [n, R] right.
     base.npz         tokens [n, L], weights [n, L]: documents for pretraining and the loss weight of each token

@@ -1,6 +1,6 @@
 """Stage sample: prompts -> completions, token ids kept.
 
-    python -m roads.sample POLICY DATA/preferences.npz OUT --scale mini --samples online --seed 0
+    python -m roads.stages.sample POLICY DATA/preferences.npz OUT --scale mini --samples online --seed 0
 
 Writes completions.npz: query [N, Q] and completions [N, n, R], padded right; every completion ends in EOS.
 """

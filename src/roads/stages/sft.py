@@ -1,6 +1,6 @@
 """Stage sft: one epoch of maximum likelihood on reference summaries.
 
-    python -m roads.sft DATA BASE OUT --scale mini
+    python -m roads.stages.sft DATA BASE OUT --scale mini
 """
 
 from pathlib import Path

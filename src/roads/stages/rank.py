@@ -1,8 +1,8 @@
 """Stage rank: completions -> chosen / rejected pairs.
 
-    python -m roads.rank COMPLETIONS OUT --scale mini --by human --data DATA      # annotators, judge or the rows' own
-    python -m roads.rank COMPLETIONS OUT --scale mini --by rouge --data DATA --split preferences
-    python -m roads.rank COMPLETIONS OUT --scale mini --by reward --model RM      # online DPO
+    python -m roads.stages.rank COMPLETIONS OUT --scale mini --by human --data DATA   # annotators, judge, the rows' own
+    python -m roads.stages.rank COMPLETIONS OUT --scale mini --by rouge --data DATA --split preferences
+    python -m roads.stages.rank COMPLETIONS OUT --scale mini --by reward --model RM   # online DPO
 
 Writes pairs.npz: query [N, Q], chosen [N, R], rejected [N, R]. A prompt whose completions all tie is dropped.
 """

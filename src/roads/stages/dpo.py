@@ -1,9 +1,9 @@
 """Stage dpo: direct preference optimisation; offline, online and local RM differ only in what they read.
 
-    python -m roads.dpo PAIRS REFERENCE OUT --scale mini --seed 0             # offline DPO
-    python -m roads.dpo PAIRS REFERENCE OUT --scale mini --seed 0 --times 2   # DPO 2x
-    python -m roads.dpo PAIRS REFERENCE OUT --scale mini --seed 0 --online    # logits / sampling temperature
-    python -m roads.dpo PAIRS REFERENCE OUT --scale mini --seed 0 --local     # local RM: no reference
+    python -m roads.stages.dpo PAIRS REFERENCE OUT --scale mini --seed 0             # offline DPO
+    python -m roads.stages.dpo PAIRS REFERENCE OUT --scale mini --seed 0 --times 2   # DPO 2x
+    python -m roads.stages.dpo PAIRS REFERENCE OUT --scale mini --seed 0 --online    # logits / sampling temperature
+    python -m roads.stages.dpo PAIRS REFERENCE OUT --scale mini --seed 0 --local     # local RM: no reference
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Stage best_of_n: the winrate of the sample that a reward model ranks first among N (Figs 8 and 9).
 
-    python -m roads.best_of_n COMPLETIONS DATA MODEL SFT OUT --scale mini --kind reward|local|dpo
+    python -m roads.stages.best_of_n COMPLETIONS DATA MODEL SFT OUT --scale mini --kind reward|local|dpo
 """
 
 from pathlib import Path
@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from roads import config, judge, likelihood, model, stage
+from roads import config, judge, model, stage
+from roads.stages import likelihood
 
 N = (1, 2, 5, 10, 25)
 

@@ -1,6 +1,6 @@
 """Stage likelihood: how likely a reward model finds the choices of held-out pairs (Fig 7).
 
-    python -m roads.likelihood MODEL PAIRS OUT --scale mini --kind reward|local|dpo --reference SFT
+    python -m roads.stages.likelihood MODEL PAIRS OUT --scale mini --kind reward|local|dpo --reference SFT
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Stage cell: one seed of the whole comparison from the SFT checkpoint on, in one process.
+"""Stage arm: one seed of the whole comparison from the SFT checkpoint on, in one process.
 
-    python -m roads.cell DATA SFT OUT --scale mini-k4 --seed 0
+    python -m roads.stages.arm DATA SFT OUT --scale mini-k4 --seed 0
 
 The points of a dial are many and small: this calls the same stages as the graph in the same order, keeps scores and
 metrics, and throws the models away. For a block that the graph runs as well both give the same bits. What a killed
@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from roads import config, data, dpo, evaluate, likelihood, rank, reward, sample, stage, train
+from roads import config, stage, train
+from roads.stages import data, dpo, evaluate, likelihood, rank, reward, sample
 
 
 class Steps:

@@ -1,7 +1,7 @@
 """Stage base: where every policy begins. A small model pretrained here, or one of the hub.
 
-    python -m roads.base DATA OUT --scale mini       # pretrain on base.npz, the stand-in for Pythia
-    python -m roads.base DATA OUT --scale paper      # fetch the model that params.yaml names
+    python -m roads.stages.base DATA OUT --scale mini       # pretrain on base.npz, the stand-in for Pythia
+    python -m roads.stages.base DATA OUT --scale paper      # fetch the model that params.yaml names
 
 Of whatever tokenizer, EOS is token 0 and padding token 1 from here on: see `renumber`.
 """
