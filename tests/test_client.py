@@ -16,7 +16,8 @@ import pytest
 from conftest import ENV, ROOT
 from fake_openai import Fake
 
-from roads import client, judge, tldr
+from roads import tldr
+from roads.judge import client, protocol
 from roads.stage import UserError
 
 KEY = "sk-a-secret-of-this-test"
@@ -76,7 +77,8 @@ def process(cache: Path, count: int, kind: str = "openai", **changes) -> subproc
 import sys
 from pathlib import Path
 from types import SimpleNamespace as N
-from roads import client, stage
+from roads import stage
+from roads.judge import client
 judge, spending = N(**{vars(JUDGE) | {"kind": kind}!r}), N(**{vars(SPENDING) | changes!r})
 messages = [f"message {{i}}" for i in range({count})]
 stage.main(lambda: print("\\n".join(client.answers(messages, judge, spending, Path({str(cache)!r}), poll=0.05))))
@@ -178,14 +180,15 @@ def test_retry_after_is_waited_for(cache, serve):
 def test_what_cannot_be_read_is_asked_twice_more_and_then_kept(cache, serve):
     fake = serve(["garbage", "refusal", "empty", "filter", "filter", "filter", "garbage", "ok"])
     one = spending(concurrency=1)
-    messages = [judge.fill("summary", post=f"post {i}", summarya="long one", summaryb="short") for i in range(3)]
-    said = client.answers(messages, JUDGE, one, cache, readable=judge.parse)
-    assert [judge.parse(answer) for answer in said] == ["", "", "A"]
+    messages = [protocol.fill("summary", post=f"post {i}", summarya="long one", summaryb="short") for i in range(3)]
+    said = client.answers(messages, JUDGE, one, cache, readable=protocol.parse)
+    assert [protocol.parse(answer) for answer in said] == ["", "", "A"]
     assert [fake.asked[message] for message in messages] == [3, 3, 2]
     stored = rows(cache, "sample, answer", f"key = '{client.key_of(messages[0], JUDGE)}'")
     assert stored == [(0, "They are both fine summaries."), (1, "I can't help with that."), (2, "")]
     assert rows(cache, "total(dollars)", f"key = '{client.key_of(messages[1], JUDGE)}'") == [(0.0,)]  # not billed
-    assert client.answers(messages, JUDGE, one, cache, readable=judge.parse) == said and sum(fake.asked.values()) == 8
+    assert client.answers(messages, JUDGE, one, cache, readable=protocol.parse) == said
+    assert sum(fake.asked.values()) == 8
 
 
 def test_the_budget_is_never_passed_and_a_larger_one_goes_on(cache, serve):
@@ -294,14 +297,14 @@ def test_an_unusable_cache_is_named(tmp_path):
 
 def test_a_batch_asks_again_what_failed_at_the_discount(cache, serve):
     fake = serve(["500", "ok", "expired", "drop", "garbage", "filter"])
-    messages = [judge.fill("summary", post=f"post {i}", summarya="long one", summaryb="short") for i in range(20)]
-    said = client.answers(messages, BATCH, SPENDING, cache, readable=judge.parse, poll=0.02)
-    assert [judge.parse(answer) for answer in said] == ["A"] * 20  # the filtered one was asked for twice more
+    messages = [protocol.fill("summary", post=f"post {i}", summarya="long one", summaryb="short") for i in range(20)]
+    said = client.answers(messages, BATCH, SPENDING, cache, readable=protocol.parse, poll=0.02)
+    assert [protocol.parse(answer) for answer in said] == ["A"] * 20  # the filtered one was asked for twice more
     assert [len(file.splitlines()) for name, file in fake.files.items() if name[5:].isdigit()] == [20, 5]
     assert len(fake.billed) == 21 == len(rows(cache, where="answer != ''"))  # the garbage is paid for as well
     assert dollars(cache) == pytest.approx(fake.dollars(2.5, 10) / 2)
     batches = len(fake.batches)
-    assert client.answers(messages, JUDGE, SPENDING, cache, readable=judge.parse) == said
+    assert client.answers(messages, JUDGE, SPENDING, cache, readable=protocol.parse) == said
     assert len(fake.batches) == batches and len(fake.billed) == 21
 
 
@@ -423,32 +426,32 @@ def test_the_outside_judge_reads_texts_and_answers_in_both_orders(tmp_path, cach
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     fake = serve()
     cfg = SimpleNamespace(judge=JUDGE, spending=SPENDING)
-    ask = judge.of(cfg, query, tmp_path)
-    found = judge.compare(ask, ours, theirs)
+    ask = protocol.of(cfg, query, tmp_path)
+    found = protocol.compare(ask, ours, theirs)
     assert found["score"].tolist() == [1, 0, 1, 0, 1, 0.5] and not found["failed"].any()
     assert len(fake.billed) == 11  # the same summaries are one question in both orders
-    prompt = judge.both_orders(JUDGE, tokenizer, query, ours, theirs)[0]
+    prompt = protocol.both_orders(JUDGE, tokenizer, query, ours, theirs)[0]
     assert prompt.startswith("Which of the following summaries does a better job") and prompt in fake.asked
     assert prompt.endswith('Preferred: <"A" or "B">')
     assert ("### Post:\nTom 0\n\nHe eats {{summarya}} 0.\n\nPOST: and sleeps\n\n### Summary A:\na longer one\n\n"
             "### Summary B:\nshort\n\n### Instructions:") in prompt
     with pytest.raises(UserError, match=r"expected SUBREDDIT"):
-        judge.posts_of(ours, tokenizer)
+        protocol.posts_of(ours, tokenizer)
 
 
 def test_answers_that_cannot_be_read_are_ties_and_counted(tmp_path, cache, serve):
     tokenizer, query, ours, theirs = tokenized()
     serve(["garbage"] * 3)
-    found = judge.compare(judge.outside(JUDGE, spending(concurrency=1), tokenizer, query), ours, theirs)
+    found = protocol.compare(protocol.outside(JUDGE, spending(concurrency=1), tokenizer, query), ours, theirs)
     assert found["failed"].tolist() == [True] + [False] * 5 and found["score"][0] == 0.5
-    assert judge.summary(found)["parse_failures"] == pytest.approx(1 / 6)
+    assert protocol.summary(found)["parse_failures"] == pytest.approx(1 / 6)
 
 
 def test_two_word_pairs_are_distinct_and_labelled_in_both_orders(cache, serve):
     posts = ["one two three four", "aa bb aaa bb", "same same same same", "x yy z ww", ""]
     fake = serve(["ok"] * 4 + ["garbage"] * 3)
     cfg = SimpleNamespace(**vars(JUDGE) | {"prompt": "two_word"})
-    found = judge.two_word_rows(posts, cfg, spending(concurrency=1), cache=cache)
+    found = protocol.two_word_rows(posts, cfg, spending(concurrency=1), cache=cache)
     assert found == [
         {"reference": "one two", "chosen": "three four", "rejected": "one two"},
         {"reference": "aa bb", "chosen": "aaa bb", "rejected": "aa bb"},
@@ -457,7 +460,7 @@ def test_two_word_pairs_are_distinct_and_labelled_in_both_orders(cache, serve):
         {"reference": "", "chosen": None, "rejected": None}]
     assert any(prompt.startswith("Which of the following two-word summaries") for prompt in fake.asked)
     billed = len(fake.billed)
-    assert judge.two_word_rows(posts, cfg, SPENDING, cache=cache) == found and len(fake.billed) == billed
+    assert protocol.two_word_rows(posts, cfg, SPENDING, cache=cache) == found and len(fake.billed) == billed
 
 
 def test_estimate_asks_nothing(tmp_path, cache, serve, monkeypatch, capsys):
@@ -466,7 +469,7 @@ def test_estimate_asks_nothing(tmp_path, cache, serve, monkeypatch, capsys):
     np.savez(tmp_path / "completions.npz", query=query, completions=ours[:, None])
     np.savez(tmp_path / "test_human.npz", query=query, response=theirs)
     fake = serve()
-    messages = judge.both_orders(JUDGE, tokenizer, query, ours, theirs)
+    messages = protocol.both_orders(JUDGE, tokenizer, query, ours, theirs)
     count, dear = client.estimate(messages, JUDGE, SPENDING, cache)
     assert count == 11 and not fake.asked and not cache.exists()
     client.answers(messages[:6], JUDGE, SPENDING, cache)

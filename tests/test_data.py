@@ -298,7 +298,7 @@ def test_comparisons_of_your_own(tmp_path, shape):
 
 
 def test_two_word_data(tmp_path, checkpoints, monkeypatch):
-    from roads import judge
+    from roads.judge import protocol
 
     def write_two_word(posts, cfg, spending):
         return [f"{post.split()[0]} there" if i else "" for i, post in enumerate(posts)]
@@ -314,7 +314,7 @@ def test_two_word_data(tmp_path, checkpoints, monkeypatch):
         return [text.split("TITLE: ")[1] for text in texts]
 
     for function in (write_two_word, two_word_rows, posts_of):
-        monkeypatch.setattr(judge, function.__name__, function, raising=False)
+        monkeypatch.setattr(protocol, function.__name__, function, raising=False)
     cfg = scale("rehearsal-two-word", model={"name": str(checkpoints / "qwen")}, source={"max_preference_tokens": 12})
     data.data(REHEARSAL / "openai.json", tmp_path / "data", cfg)
     found, tokenizer = arrays(tmp_path / "data"), tldr.load_tokenizer(tmp_path / "data/tokenizer.json")

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from roads import judge, model
+from roads import model
+from roads.judge import protocol
 from roads.stages import best_of_n, dpo, rank, value
 from roads.tldr import EOS
 from roads.world import World
@@ -27,7 +28,7 @@ from roads.world import World
     ("", ""),
 ])  # fmt: skip
 def test_an_answer_is_read(answer, expected):
-    assert judge.parse(answer) == expected
+    assert protocol.parse(answer) == expected
 
 
 @pytest.mark.parametrize("answer, expected", [
@@ -40,13 +41,13 @@ def test_an_answer_is_read(answer, expected):
     ("A cat", ""),
 ])  # fmt: skip
 def test_a_two_word_summary_is_read(answer, expected):
-    assert judge.two_words(answer) == expected
+    assert protocol.two_words(answer) == expected
 
 
 @pytest.mark.parametrize("name", ["summary", "two_word", "write_two_word"])
 def test_a_prompt_has_its_slots_and_no_other(name):
     slots = ["post"] if name == "write_two_word" else ["post", "summarya", "summaryb"]
-    text = judge.fill(name, **{slot: "{{post}} " + slot for slot in slots})
+    text = protocol.fill(name, **{slot: "{{post}} " + slot for slot in slots})
     assert text.count("{{post}}") == len(slots) and all(f"{{{{post}}}} {slot}\n" in text for slot in slots)
     assert (name == "summary") == ("two-word" not in text)
 
@@ -55,19 +56,19 @@ def test_a_judge_is_that_of_its_scale(tiny, tmp_path):
     rng = np.random.default_rng(0)
     query = World(tiny.source).prompts(50, rng)
     ours, theirs = (World(tiny.source).summaries(query, rng) for _ in range(2))
-    ask = judge.of(SimpleNamespace(judge=SimpleNamespace(kind="gold"), source=tiny.source), query, tmp_path)
-    assert ask(ours, theirs) == judge.gold(World(tiny.source), query)(ours, theirs)
+    ask = protocol.of(SimpleNamespace(judge=SimpleNamespace(kind="gold"), source=tiny.source), query, tmp_path)
+    assert ask(ours, theirs) == protocol.gold(World(tiny.source), query)(ours, theirs)
 
 
 def test_both_orders_a_tie_where_they_disagree_and_failures_counted():
     ours, theirs = np.arange(5)[:, None], np.arange(5)[:, None] + 10
     # Row: 0 ours wins in both orders; 1 theirs does; 2 always the first shown; 3 always the second; 4 garbage once.
     says = {True: ["A", "B", "A", "B", "A"], False: ["B", "A", "A", "B", ""]}
-    found = judge.compare(lambda first, second: [f"Preferred: {x}" for x in says[bool(first[0] < 10)]], ours, theirs)
+    found = protocol.compare(lambda first, second: [f"Preferred: {x}" for x in says[bool(first[0] < 10)]], ours, theirs)
     assert found["score"].tolist() == [1, 0, 0.5, 0.5, 0.5]
     assert found["consistent"].tolist() == [True, True, False, False, False]
     assert found["failed"].tolist() == [False] * 4 + [True]
-    assert judge.summary(found) == {"winrate": 0.5, "ties": 0.6, "position_consistency": 0.4, "parse_failures": 0.2}
+    assert protocol.summary(found) == {"winrate": 0.5, "ties": 0.6, "position_consistency": 0.4, "parse_failures": 0.2}
 
 
 def test_the_gold_judge_is_the_worlds_quality(tiny):
@@ -75,7 +76,7 @@ def test_the_gold_judge_is_the_worlds_quality(tiny):
     query = world.prompts(300, rng)
     ours, theirs = world.summaries(query, rng), world.summaries(query, rng)
     theirs[:20] = ours[:20]
-    found = judge.compare(judge.gold(world, query), ours, theirs)
+    found = protocol.compare(protocol.gold(world, query), ours, theirs)
     a, b = world.quality(query, ours), world.quality(query, theirs)
     assert (found["score"] == np.where(a == b, 0.5, a > b)).all() and (found["consistent"] == (a != b)).all()
     assert (found["score"][:20] == 0.5).all() and not found["failed"].any()

@@ -159,7 +159,7 @@ def test_every_stage_depends_on_the_modules_it_imports():
         modules = [re.match(r"python -m (\S+)", command)[1].replace(".", "/") for command in commands]
         expected = {path.relative_to(ROOT).as_posix() for module in modules
                     for path in imports(ROOT / "src" / f"{module}.py")}
-        expected |= {"src/roads/prompts"} if "src/roads/judge.py" in expected else set()
+        expected |= {"src/roads/judge/prompts"} if "src/roads/judge/protocol.py" in expected else set()
         assert {dep for dep in stage["deps"] if dep.startswith("src/")} == expected, name
 
 

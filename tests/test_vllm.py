@@ -15,7 +15,8 @@ import pytest
 import torch
 from conftest import ENV, ROOT
 
-from roads import client, config, model, sample_vllm
+from roads import config, model, sample_vllm
+from roads.judge import client
 from roads.stage import UserError
 from roads.stages import sample
 from roads.tldr import EOS, PAD

@@ -114,7 +114,7 @@ def _check_disk(size: float) -> None:
 
 def _check_judge(blocks: list[config.Scale]) -> None:
     for block in {block.judge.model: block for block in blocks}.values():
-        from roads import client
+        from roads.judge import client
 
         client.reachable(block.judge)
 

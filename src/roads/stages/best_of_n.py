@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from roads import config, judge, model, stage
+from roads import config, model, stage
+from roads.judge import protocol
 from roads.stages import likelihood
 
 N = (1, 2, 5, 10, 25)
@@ -35,12 +36,12 @@ def best_of_n(completions: Path, data: Path, path: Path, reference: Path, out: P
         references = np.load(data / "test_human.npz")["response"][: len(query)]
         counts, every = [n for n in N if n <= sampled.shape[1]], np.arange(len(query))
         chosen = np.concatenate([rows["completions"][every, best_of(rewards.numpy(), n)] for n in counts])
-        ask = judge.of(cfg, np.tile(rows["query"], (len(counts), 1)), data)
-        found = judge.compare(ask, chosen, np.tile(references, (len(counts), 1)))  # all at once: a batch takes a day
+        ask = protocol.of(cfg, np.tile(rows["query"], (len(counts), 1)), data)
+        found = protocol.compare(ask, chosen, np.tile(references, (len(counts), 1)))  # all at once: a batch takes a day
         verdicts = {n: {name: part[i * len(query) : (i + 1) * len(query)] for name, part in found.items()}
                     for i, n in enumerate(counts)}
         np.savez(folder / "scores.npz", **{f"n{n}": found["score"] for n, found in verdicts.items()})
-        stage.write_json(folder / "metrics.json", {f"n{n}": judge.summary(found) for n, found in verdicts.items()})
+        stage.write_json(folder / "metrics.json", {f"n{n}": protocol.summary(found) for n, found in verdicts.items()})
 
 
 def _command() -> None:

@@ -235,16 +235,16 @@ def two_word(query: np.ndarray, split: str, tokenizer, cfg: config.Scale, respon
 
     A prompt without what the split needs (no summary written, or a pair that the judge cannot tell apart) is left out.
     """
-    from roads import judge
+    from roads.judge import protocol
 
     if split == "more":  # prompts alone
         return {"query": query, "response": responses([""] * len(query))}
-    posts = judge.posts_of(query, tokenizer)
+    posts = protocol.posts_of(query, tokenizer)
     if split == "test":
-        written = judge.write_two_word(posts, cfg.judge, cfg.spending)
+        written = protocol.write_two_word(posts, cfg.judge, cfg.spending)
         keep = [i for i, text in enumerate(written) if text]
         return {"query": query[keep], "response": responses([written[i] for i in keep])}
-    written = judge.two_word_rows(posts, cfg.judge, cfg.spending)
+    written = protocol.two_word_rows(posts, cfg.judge, cfg.spending)
     keep = [i for i, row in enumerate(written) if row["chosen"]]
     if not keep:
         raise stage.UserError(f"data.{split}: of {len(posts)} posts the judge told no pair of two-word summaries apart")

@@ -2,7 +2,7 @@
 
     python -m roads.stages.evaluate COMPLETIONS DATA OUT --scale mini --task human
 
-Task human: winrate against the reference summary, by the judge (judge.py).
+Task human: winrate against the reference summary, by the judge (protocol.py).
 Task rouge: ROUGE-L F1 against the preferred completion (Fig 11).
 """
 
@@ -28,10 +28,10 @@ def evaluate(completions: Path, data: Path, out: Path, cfg: config.Scale, task: 
         metrics = {"prompts": len(query), "mean_tokens": float(tokens[:, 0].mean()),
                    "mean_tokens_reference": float(tokens[:, 1].mean())}
         if task == "human":
-            from roads import judge
+            from roads.judge import protocol
 
-            found = judge.compare(judge.of(cfg, query, data), sampled[:, 0], references)
-            metrics |= judge.summary(found)
+            found = protocol.compare(protocol.of(cfg, query, data), sampled[:, 0], references)
+            metrics |= protocol.summary(found)
             if cfg.synthetic:
                 from roads.world import World
 

@@ -34,9 +34,9 @@ def human_scores(query: np.ndarray, completions: np.ndarray, cfg: config.Scale, 
     if labels == "rows":
         return np.tile([1.0, 0.0], (len(query), 1))
     if labels == "judge":
-        from roads import judge
+        from roads.judge import protocol
 
-        first = judge.compare(judge.of(cfg, query, data), completions[:, 0], completions[:, 1])["score"]
+        first = protocol.compare(protocol.of(cfg, query, data), completions[:, 0], completions[:, 1])["score"]
         return np.stack([first, 1 - first], axis=1)
     from roads.world import World
 

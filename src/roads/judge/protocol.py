@@ -73,7 +73,7 @@ def outside(cfg, spending, tokenizer: Tokenizer, query: np.ndarray) -> Ask:
     """
 
     def ask(first: np.ndarray, second: np.ndarray) -> list[str]:
-        from roads import client
+        from roads.judge import client
 
         # The other order is asked for at once: `compare` wants it next, and a batch takes up to a day.
         messages = both_orders(cfg, tokenizer, query, first, second)
@@ -96,7 +96,7 @@ def fill(name: str, **slots: str) -> str:
 
 @cache
 def _template(name: str) -> str:
-    return (resources.files("roads") / "prompts" / f"{name}.txt").read_text(encoding="utf-8").rstrip("\n")
+    return (resources.files("roads.judge") / "prompts" / f"{name}.txt").read_text(encoding="utf-8").rstrip("\n")
 
 
 def posts_of(query: np.ndarray, tokenizer: Tokenizer) -> list[str]:
@@ -139,7 +139,7 @@ def write_two_word(posts: list[str], cfg, spending, draw: int = 0, **where) -> l
     Another draw is another summary. The temperature is 1, the endpoint's default, as the paper names none: at that of
     the judge, 0, the two summaries of a pair would be the same.
     """
-    from roads import client
+    from roads.judge import client
 
     writer = SimpleNamespace(kind=cfg.kind, model=cfg.model, temperature=1.0, max_tokens=20)
     messages = [fill("write_two_word", post=post) for post in posts]
@@ -154,7 +154,7 @@ def two_word_rows(posts: list[str], cfg, spending, **where) -> list[dict]:
         A dict per post: reference, the first summary that was written, '' if none was; chosen and rejected, None for
         a tie, and where DRAWS draws gave no two different summaries.
     """
-    from roads import client
+    from roads.judge import client
 
     pairs = [[text] if text else [] for text in write_two_word(posts, cfg, spending, **where)]
     for draw in range(1, DRAWS):

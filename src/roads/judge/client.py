@@ -1,7 +1,7 @@
 """Asks a model behind an OpenAI-compatible endpoint, and pays for no answer twice.
 
-    python -m roads.client status                                  # what the cache holds: answers and dollars by model
-    python -m roads.client estimate COMPLETIONS DATA --scale paper   # what judging these would cost; asks nothing
+    python -m roads.judge.client status                   # what the cache holds: answers and dollars by model
+    python -m roads.judge.client estimate COMPLETIONS DATA --scale paper   # what judging these would cost; asks nothing
 
 OPENAI_BASE_URL says where and OPENAI_API_KEY who asks. Every answer lies in runs/judge.sqlite from the moment it came,
 with its tokens and dollars, under the model and a hash of the request; what lies there is not asked again.
@@ -679,7 +679,7 @@ def _command() -> None:
     import numpy as np
 
     from roads import config
-    from roads.judge import both_orders
+    from roads.judge.protocol import both_orders
     from roads.tldr import load_tokenizer
 
     cfg = config.load_scale(a.scale)

@@ -1,0 +1,1 @@
+"""Who judges summaries: the protocol, and a language model behind an endpoint."""
