@@ -42,7 +42,7 @@ LAUNCHES := $(patsubst configs/accelerate/%.yaml,%,$(sort $(wildcard configs/acc
 refuse = { printf 'error: $(1)=%s: expected $(2)\n' "$$$(1)" >&2; exit 2; }
 # The rehearsal brings its own hub and judge.
 REPRO = case "$(SCALE_NOW)" in rehearsal*) with="$(PY) scripts/rehearsal.py";; esac; \
-	exec $$with $(PY) -m roads.repro --make $$PPID $(if $(JOBS),--jobs="$$JOBS")
+	exec $$with $(PY) -m roads.runner.repro --make $$PPID $(if $(JOBS),--jobs="$$JOBS")
 
 export PATH := $(abspath $(VENV))/bin:$(OUTER_PATH)
 export PYTHONPATH := src
@@ -124,10 +124,10 @@ status: setup  ## what is out of date
 	@$(PY) -m dvc status
 
 plan: setup  ## what FIG=3 (a number, a name, or all) would run at SCALE: time, dollars, disk; runs nothing
-	@$(PY) -m roads.plan $(if $(FIG),--figure="$$FIG") $(if $(SCALE),--scale="$$SCALE") $(if $(DATA),--data="$$DATA")
+	@$(PY) -m roads.runner.plan $(if $(FIG),--figure="$$FIG") $(if $(SCALE),--scale="$$SCALE") $(if $(DATA),--data="$$DATA")
 
 graph: setup  ## docs/graph.svg anew, the picture of dvc.yaml
-	@$(PY) scripts/graph.py
+	@$(PY) -m roads.runner.picture
 
 dag: setup  ## the graph of stages, as Mermaid text
 	@$(PY) -m dvc dag --mermaid

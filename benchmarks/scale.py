@@ -3,7 +3,7 @@
     python benchmarks/scale.py            # two or three minutes on a quiet core: what `make bench` does after bench.py
     python benchmarks/scale.py --quick    # a corner of the grid, printed and not written
 
-Every point runs the package's own code on one core and is predicted by roads/cost.py, the model behind `make plan`.
+Every point runs the package's own code on one core and is predicted by runner/cost.py, the model behind `make plan`.
 Four numbers of its device are fitted to two thirds of the points, by least squares of the relative error; the others
 are predicted. Writes benchmarks/scale.json and the section of docs/measured.md between <!-- scale --> and <!-- end -->.
 """
@@ -19,7 +19,8 @@ import torch
 from bench import ROOT, machine, rewrite
 from tqdm import tqdm
 
-from roads import config, cost, model, stage
+from roads import config, model, stage
+from roads.runner import cost
 from roads.stages import dpo, sample
 from roads.tldr import EOS
 

@@ -1,6 +1,6 @@
 """Run a command as at the paper's scale, with everything that it would reach over a network made here, and small.
 
-    python scripts/rehearsal.py python -m roads.repro fig3      # what `make fig3 SCALE=rehearsal` does
+    python scripts/rehearsal.py python -m roads.runner.repro fig3      # what `make fig3 SCALE=rehearsal` does
 
 Checkpoints in the hub's layout, with random weights (a GPT-NeoX and a Llama), lie in runs/rehearsal-hub; posts and
 comparisons in OpenAI's schema in data/rehearsal; the judge is tests/fake_openai.py, a server that prefers the longer

@@ -99,5 +99,5 @@ def rows():
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory):
     where = clone(tmp_path_factory.mktemp("checkout"))
-    where.joinpath("log").write_text(run(where, "roads.repro", *FIGURES), encoding="utf-8")
+    where.joinpath("log").write_text(run(where, "roads.runner.repro", *FIGURES), encoding="utf-8")
     return where

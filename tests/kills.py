@@ -66,7 +66,7 @@ def strike(kind: str, rng: random.Random, make: subprocess.Popen, mark: str) -> 
         sig, group = rng.choice(SIGNALS), rng.random() < 0.5
         (os.killpg if group else os.kill)(make.pid, sig)
         return f"{sig.name} to {'the group' if group else 'make'}"
-    runner = [pid for pid, command in processes(mark).items() if "roads.repro --make" in command]
+    runner = [pid for pid, command in processes(mark).items() if "roads.runner.repro --make" in command]
     victims = runner if runner and rng.random() < 0.7 else list(processes(mark))
     for pid in victims:
         try:

@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench  # noqa: E402
 import scale  # noqa: E402
 
-from roads import cost  # noqa: E402
+from roads.runner import cost  # noqa: E402
 
 DATA = ROOT / "data/tldr_sample"
 TINY = bench.Settings(hidden_size=32, layers=2, heads=2, vocab_size=1100, bpe=1000, query=160, response=24, repeats=2,

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 from conftest import ENV, ROOT
 from ruamel.yaml import YAML
 
-from roads import plan
+from roads.runner import plan
 
 SVG = "{http://www.w3.org/2000/svg}"
 PICTURE = (ROOT / "docs/graph.svg").read_text(encoding="utf-8")
@@ -30,7 +30,7 @@ def boxes() -> dict[str, tuple[float, ...]]:
 
 
 def test_make_graph_gives_these_bytes():
-    script = "import sys; sys.path.insert(0, 'scripts'); import graph; print(graph.draw(graph.read()), end='')"
+    script = "from roads.runner import picture; print(picture.draw(picture.read()), end='')"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=ENV | {"PYTHONHASHSEED": "7"},
                           capture_output=True, text=True)
     assert done.stdout == PICTURE, f"`make graph` draws it anew\n{done.stderr}"

@@ -9,7 +9,8 @@ import pytest
 from conftest import ENV, ROOT, clone, edit, make, run
 from ruamel.yaml import YAML
 
-from roads import config, cost, preflight
+from roads import config
+from roads.runner import cost, preflight
 
 HOSTILE = ["$(touch owned)", "$(shell touch owned)", "x'; touch owned; '", 'x"; touch owned; "', "x;touch owned",
            "`touch owned`", "--help"]

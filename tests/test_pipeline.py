@@ -122,7 +122,7 @@ def test_a_change_reruns_what_depends_on_it(scratchpad, old, new, file, expected
 
 def test_repro_runs_just_that(scratchpad):
     edit(scratchpad, "batch_size: 32, epochs: 1, beta: 0.5,", "batch_size: 32, epochs: 1, beta: 0.4,")
-    log = run(scratchpad, "roads.repro", *FIGURES)
+    log = run(scratchpad, "roads.runner.repro", *FIGURES)
     started = set(re.findall(r"^start (\S+)$", log, re.M))
     assert started == {"local@tiny-human-0", "likelihood@tiny-human-local-0", "fig7@tiny"}
     edit(scratchpad, "batch_size: 32, epochs: 1, beta: 0.4,", "batch_size: 32, epochs: 1, beta: 0.5,")
@@ -189,7 +189,7 @@ def test_a_killed_training_goes_on_at_its_checkpoint(checkout, tmp_path):
 def test_bad_params_stop_before_anything_runs(scratchpad):
     edit(scratchpad, "karma_weight: 8.0", "karma_wait: 8.0")
     expected = "error: params.yaml: mini.source.karma_wait: unknown key; did you mean 'karma_weight'?\n"
-    assert run(scratchpad, "roads.repro", "fig11@tiny", code=2) == expected
+    assert run(scratchpad, "roads.runner.repro", "fig11@tiny", code=2) == expected
     assert run(scratchpad, "roads.stages.data", "src/roads/world.py", "out", "--scale", "tiny", code=2) == expected
     assert expected in make(scratchpad, "fig11", code=2) and not (scratchpad / "out").exists()
 

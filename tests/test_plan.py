@@ -12,7 +12,8 @@ import torch
 from conftest import ENV, ROOT
 from ruamel.yaml import YAML
 
-from roads import config, cost, model, plan, repro
+from roads import config, model
+from roads.runner import cost, plan, repro
 from roads.stage import UserError
 from roads.stages import sample
 
@@ -154,9 +155,9 @@ def test_a_folder_with_fewer_posts_counts_as_it_is(tmp_path):
 
 
 def single(*stages: str) -> int:
-    """`python -m roads.repro --single-item STAGE`, one after the other; how many of them fail."""
+    """`python -m roads.runner.repro --single-item STAGE`, one after the other; how many of them fail."""
     env = ENV | {"PYTHONPATH": str(ROOT / "src")}
-    return sum(subprocess.run([sys.executable, "-m", "roads.repro", repro.SINGLE, name], env=env).returncode != 0
+    return sum(subprocess.run([sys.executable, "-m", "roads.runner.repro", repro.SINGLE, name], env=env).returncode != 0
                for name in stages)
 
 

@@ -9,7 +9,8 @@ import pytest
 from conftest import ROOT
 from fake_openai import Fake
 
-from roads import config, preflight, repro
+from roads import config
+from roads.runner import preflight, repro
 from roads.stage import LAUNCH, UserError
 
 H100, L4 = (81559, "580.65.06"), (23034, "580.65.06")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ENV, ROOT
 
-from roads import prefork
+from roads.runner import prefork
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="prefork.py is for Linux")
 CALL = "import os, sys; from roads import prefork; code = prefork.run(sys.argv[1], os.environ, sys.argv[2])"
@@ -26,7 +26,7 @@ def server(tmp_path_factory):
     (folder / "run_job.py").write_text("import runpy\nrunpy.run_path('job.py', run_name='__main__')", encoding="utf-8")
     path = f"{ROOT / 'src'}:{folder}"
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    command = [sys.executable, "-m", "roads.prefork", str(theirs.fileno()), str(os.getpid())]
+    command = [sys.executable, "-m", "roads.runner.prefork", str(theirs.fileno()), str(os.getpid())]
     process = subprocess.Popen(command, env=ENV | {"PYTHONPATH": path}, pass_fds=[theirs.fileno()])
     theirs.close()
     yield process, ours, ENV | {"PYTHONPATH": path, prefork.ORDERS: str(ours.fileno())}
@@ -125,7 +125,7 @@ def test_what_a_killed_fork_had_started_ends_with_it(start, tmp_path):
 def test_a_server_ends_with_its_parent_in_its_imports_too(after):
     script = ("import socket, subprocess, sys, os, time\n"
               "ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n"
-              "command = [sys.executable, '-m', 'roads.prefork', str(theirs.fileno()), str(os.getpid())]\n"
+              "command = [sys.executable, '-m', 'roads.runner.prefork', str(theirs.fileno()), str(os.getpid())]\n"
               "print(subprocess.Popen(command, pass_fds=[theirs.fileno(), ours.fileno()]).pid, flush=True)\n"
               "time.sleep(600)")  # the server has both ends of the socket: that its parent has gone is all it sees
     parent = subprocess.Popen([sys.executable, "-c", script], env=ENV | {"PYTHONPATH": str(ROOT / "src")},

@@ -82,6 +82,6 @@ def test_without_its_judge_it_says_so_before_it_runs(rehearsed):
     module = where / "src/roads/stages/evaluate.py"
     before = module.read_text(encoding="utf-8")
     module.write_text(before + "\n", encoding="utf-8")
-    done = run(where, "roads.repro", "fig3", code=2, env={"OPENAI_BASE_URL": "http://127.0.0.1:9/v1"})
+    done = run(where, "roads.runner.repro", "fig3", code=2, env={"OPENAI_BASE_URL": "http://127.0.0.1:9/v1"})
     module.write_text(before, encoding="utf-8")
     assert done.count("\n") == 1 and "127.0.0.1:9: the judge does not answer" in done

@@ -14,7 +14,8 @@ import pytest
 from conftest import ENV, ROOT, run
 from ruamel.yaml import YAML
 
-from roads import config, repro
+from roads import config
+from roads.runner import repro
 from roads.stage import LAUNCH
 
 DVC_YAML = """
@@ -55,7 +56,8 @@ def project(tmp_path, monkeypatch):
 
 
 def reproduce(*targets: str, code: int = 0) -> str:
-    return run(Path(), "roads.repro", *(targets or ["count@mini-0", "count@mini-1", "job@mini"]), code=code, env=PATH)
+    targets = targets or ("count@mini-0", "count@mini-1", "job@mini")
+    return run(Path(), "roads.runner.repro", *targets, code=code, env=PATH)
 
 
 def parsed(path: str = "dvc.lock") -> dict:
@@ -100,7 +102,7 @@ def test_a_full_cache_is_a_reason_and_the_run_goes_on_from_there(project):
     Path(".dvc/cache").mkdir()
     Path("words.txt").write_bytes(os.urandom(300_000))
     done = mounted("mount -t tmpfs -o size=200k none .dvc/cache && "
-                   f"exec {sys.executable} -m roads.repro words@mini job@mini --jobs 1")
+                   f"exec {sys.executable} -m roads.runner.repro words@mini job@mini --jobs 1")
     assert done.returncode == 1 and "done  job@mini" in done.stdout
     assert re.search(r"^FAILED words@mini: failed to transfer .* No space left on device.*; free some and run the same "
                      "command again", done.stdout, re.M), done.stdout
@@ -112,7 +114,7 @@ def test_a_full_cache_is_a_reason_and_the_run_goes_on_from_there(project):
 
 def test_its_temporary_files_may_be_on_another_disk(project):
     Path(".dvc/tmp").mkdir()
-    done = mounted(f"mount -t tmpfs none .dvc/tmp && exec {sys.executable} -m roads.repro job@mini")
+    done = mounted(f"mount -t tmpfs none .dvc/tmp && exec {sys.executable} -m roads.runner.repro job@mini")
     assert done.returncode == 0 and set(parsed()["stages"]) == {"job@mini"}, done.stdout
     assert not list(Path().glob(".*.writing"))
 
@@ -149,7 +151,7 @@ def test_wherever_a_lock_is_cut_a_run_leaves_one_that_parses_or_the_same(project
     at_md5, at_outs = whole.rindex("md5: ") + 20, whole.rindex("    outs:\n") + len("    outs:\n")
     for cut in (len(repro.LOCK), len(repro.LOCK) + 20, whole.index("hash"), at_outs, at_md5, len(whole) - 1):
         Path("dvc.lock").write_text(whole[:cut])
-        done = subprocess.run([sys.executable, "-m", "roads.repro", "words@mini", "job@mini"], env=ENV | PATH,
+        done = subprocess.run([sys.executable, "-m", "roads.runner.repro", "words@mini", "job@mini"], env=ENV | PATH,
                               text=True, capture_output=True)
         if done.returncode == 0:
             assert without_sizes(parsed()) == without_sizes(YAML(typ="safe").load(whole)), whole[:cut]
@@ -192,7 +194,7 @@ def test_training_on_several_processes_ends_with_the_runner(project):
                               "    pathlib.Path(os.environ['RANK']).write_text('')\n    time.sleep(600)\n"
                               "stage.main(wait, launch=True)\n")
     env = ENV | PATH | {"MARK": (mark := uuid.uuid4().hex), LAUNCH: str(ROOT / "configs/accelerate/2-cpu.yaml")}
-    runner = subprocess.Popen([sys.executable, "-m", "roads.repro", "job@mini"], env=env)
+    runner = subprocess.Popen([sys.executable, "-m", "roads.runner.repro", "job@mini"], env=env)
     while not (Path("0").exists() and Path("1").exists()):
         assert runner.poll() is None
         time.sleep(0.05)

@@ -1,9 +1,9 @@
 """Stages as forks of a process that has imported torch and the like: seconds less for each of hundreds of stages.
 
-repro.py starts `python -m roads.prefork` with one end of a socket pair and hands the other end down to the processes
-that run stages; `run` sends an order through it, and a fork runs the stage's command. Nobody else can reach the socket:
-it has no name. Our own modules are not imported before the fork: a stage runs the code that DVC has just hashed.
-Linux only. Elsewhere, or where it is not there, a command runs as a new process, with the same result.
+repro.py starts `python -m roads.runner.prefork` with one end of a socket pair and hands the other end down to the
+processes that run stages; `run` sends an order through it, and a fork runs the stage's command. Nobody else can reach
+the socket: it has no name. Our own modules are not imported before the fork: a stage runs the code that DVC has just
+hashed. Linux only. Elsewhere, or where it is not there, a command runs as a new process, with the same result.
 """
 
 import contextlib

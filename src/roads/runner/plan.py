@@ -1,7 +1,7 @@
 """What a figure would cost: stages that would run, time, dollars for the judge, disk. Runs and changes nothing.
 
-    python -m roads.plan                                  # every active figure at the active scale
-    python -m roads.plan --figure fig3 --scale mini       # or --figure 3, or an extra figure's name
+    python -m roads.runner.plan                                  # every active figure at the active scale
+    python -m roads.runner.plan --figure fig3 --scale mini       # or --figure 3, or an extra figure's name
 
 DVC says which stages are up to date, which it would take from its cache and which would have to run. Seconds are those
 of the stage's last run in this checkout (measured) or those of the model in cost.py (modelled).
@@ -18,8 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from roads import config, cost
-from roads.repro import TIMES, graph_of
+from roads import config
+from roads.runner import cost
+from roads.runner.repro import TIMES, graph_of
 from roads.stage import UserError, main
 
 FATES = UP_TO_DATE, IN_CACHE, TO_RUN = "up to date", "in DVC's cache", "to run"
@@ -273,14 +274,14 @@ def totals(cells: list[Cell], device: str, width: int, cores: int, price: float 
     lines.append(f"disk     {_size(sum(cell.size or 0 for cell in run))}, and as much again in .dvc/cache unless the "
                  "file system shares blocks")
     if unknown := sorted({entry_of(cell.name) for cell in run if cell.source == "unknown"}):
-        lines.append(f"unknown  {', '.join(unknown)}: never run here, not among KINDS of roads/cost.py; left out above")
+        lines.append(f"unknown  {', '.join(unknown)}: never run here, not among KINDS of cost.py; left out above")
     return "\n".join(lines)
 
 
 def _command() -> None:
     from dvc.exceptions import DvcException
 
-    parser = argparse.ArgumentParser(prog="python -m roads.plan", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m roads.runner.plan", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--figure", default="all", help="3, fig3, an extra figure's name, or all (the default)")
     parser.add_argument("--scale", help="a block of params.yaml (default: the active one)")

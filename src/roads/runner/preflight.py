@@ -11,7 +11,8 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from roads import config, cost
+from roads import config
+from roads.runner import cost
 from roads.stage import LAUNCH, UserError
 
 DRIVER = 580  # the first that CUDA 13 runs on

@@ -15,7 +15,7 @@ import networkx as nx
 from ruamel.yaml import YAML
 from scipy.optimize import isotonic_regression
 
-from roads import plan
+from roads.runner import plan
 from roads.stage import main
 
 OUT = Path("docs/graph.svg")

@@ -28,7 +28,8 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from roads import config, preflight, prefork
+from roads import config
+from roads.runner import preflight, prefork
 from roads.stage import LAUNCH, UserError, main
 
 TMP = Path(".dvc/tmp")
@@ -275,7 +276,7 @@ def run(stage: str, piped: bool, lock: int, gpu: str | None) -> str | None:
     with ours:
         with theirs:
             kept = [lock, theirs.fileno(), *([int(env[prefork.ORDERS])] if prefork.ORDERS in env else [])]
-            cmd = [sys.executable, "-m", "roads.repro", SINGLE, stage, "--runner", str(theirs.fileno())]
+            cmd = [sys.executable, "-m", "roads.runner.repro", SINGLE, stage, "--runner", str(theirs.fileno())]
             options = {"env": env, "text": True, "errors": "replace", "start_new_session": True, "pass_fds": kept}
             running[stage] = process = subprocess.Popen(cmd, **options, **pipes)
         last = ""
@@ -375,7 +376,7 @@ def workers(scale: config.Scale, jobs: int | None) -> tuple[int, list[str]]:
 def command() -> int:
     from dvc.exceptions import DvcException
 
-    parser = argparse.ArgumentParser(prog="python -m roads.repro", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m roads.runner.repro", description=__doc__.splitlines()[0])
     parser.add_argument("targets", nargs="*", help="what to bring up to date (default: all)")
     parser.add_argument("--jobs", type=int, help="at once (default: one per core, or per GPU)")
     parser.add_argument("--make", type=int, metavar="PID", help="stop when this make, which runs us, is to stop")
@@ -415,7 +416,7 @@ def imported() -> Iterator[None]:
         yield
         return
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    command = [sys.executable, "-m", "roads.prefork", str(theirs.fileno()), str(os.getpid())]
+    command = [sys.executable, "-m", "roads.runner.prefork", str(theirs.fileno()), str(os.getpid())]
     with ours:
         with theirs:
             process = subprocess.Popen(command, env=os.environ | {"PYTHONUNBUFFERED": "1"}, start_new_session=True,
