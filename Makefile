@@ -112,10 +112,10 @@ extras: setup  ## what the paper could not do: eight more figures
 
 claims: setup  ## decide the claims of claims.yaml from the figures that are there
 	@$(SET_SCALE)
-	@$(PY) -m roads.claims claims.yaml "reports/$(SCALE_NOW)"
+	@$(PY) -m roads.report.claims claims.yaml "reports/$(SCALE_NOW)"
 
 report: setup  ## claims, figures and theory on one page: reports/<scale>/index.html
-	@$(PY) -m roads.report "reports/$(if $(SCALE),$$SCALE,$(SCALE_NOW))"
+	@$(PY) -m roads.report.page "reports/$(if $(SCALE),$$SCALE,$(SCALE_NOW))"
 
 theory: setup  ## the paper's statements checked on tiny token trees, into reports/theory/ (two minutes)
 	@$(PY) -m roads.theory.run reports/theory

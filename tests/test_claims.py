@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from roads import claims, stage
+from roads import stage
+from roads.report import claims
 from roads.stage import UserError
 
 SIZES, COUNTS = ("small", "medium", "large"), (1, 2, 5, 10, 25)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, run
 
-from roads import report, stage
+from roads import stage
+from roads.report import page
 
 COMMIT = "c0ffee" * 6 + "beef"
 HOSTILE = "<script>window.hacked = 1</script>\"'><img src=x onerror=alert(1)> & {{ 7 * 7 }}"
@@ -78,7 +79,7 @@ def edit(path, **changes) -> None:
 
 
 def test_what_is_on_the_page(folder):
-    text = report.write(folder).read_text(encoding="utf-8")
+    text = page.write(folder).read_text(encoding="utf-8")
     where = [text.index(f'<h3 id="figure-{name}"') for name in ("fig3", "fig11", "horizon")]
     assert where == sorted(where), "the paper's figures in their order, the others behind"
     assert "Synthetic world: evidence about the mechanism, not about TL;DR" in text
@@ -102,7 +103,7 @@ def test_without_claims_theory_picture_or_csv(folder):
     (folder / "fig3.png").unlink()
     (folder / "fig3.csv").unlink()
     shutil.rmtree(folder.parent / "theory")
-    text = report.page(folder)
+    text = page.page(folder)
     for command in ("make claims SCALE=mini", "make fig3 SCALE=mini", "make theory"):
         assert command in text
     assert 'href="fig3.csv"' not in text and 'href="fig11.csv"' in text
@@ -129,7 +130,7 @@ def hostile(folder) -> None:
 
 def test_nothing_from_a_file_becomes_markup(folder):
     hostile(folder)
-    text = report.page(folder)
+    text = page.page(folder)
     assert text.count("&lt;script&gt;window.hacked") > 20
     assert "<script" not in text and "<img src=x" not in text and "<i>" not in text
     assert "{{ 7 * 7 }}" in text and 'href="a%20%22b%22%20%3Ci%3E%26%23%3F.csv"' not in text
@@ -137,10 +138,10 @@ def test_nothing_from_a_file_becomes_markup(folder):
 
 
 def test_same_inputs_same_bytes(folder, tmp_path):
-    first = report.write(folder).read_bytes()
-    assert report.write(folder).read_bytes() == first
+    first = page.write(folder).read_bytes()
+    assert page.write(folder).read_bytes() == first
     shutil.copytree(folder.parent, tmp_path / "elsewhere/reports")
-    assert report.write(tmp_path / "elsewhere/reports/mini").read_bytes() == first
+    assert page.write(tmp_path / "elsewhere/reports/mini").read_bytes() == first
     assert str(tmp_path).encode() not in first
 
 
@@ -148,12 +149,12 @@ def test_figures_that_disagree_are_told_apart(folder):
     other = stage.read_json(folder / "fig11.json")["provenance"] | {
         "commit": None, "params": {"mini": {"dpo": {"lr": 0.5, "beta": 0.05}}}}
     edit(folder / "fig11.json", provenance=other, seeds=[7])
-    run_ = report.provenance({name: report.read(folder / f"{name}.json", report.Figure, "make")
+    run_ = page.provenance({name: page.read(folder / f"{name}.json", page.Figure, "make")
                               for name in ("fig3", "fig11")})
     assert run_["commit"] == [(COMMIT, "fig3"), (None, "fig11")]
     assert run_["seeds"] == [("0, 1, 2", "fig3"), ("7", "fig11")]
     assert run_["params"] == {"mini.dpo.beta": [("0.05", None)], "mini.dpo.lr": [("0.0001", "fig3"), ("0.5", "fig11")]}
-    assert "not recorded" in report.page(folder)
+    assert "not recorded" in page.page(folder)
 
 
 @pytest.mark.parametrize("name, content, told", [
@@ -164,30 +165,30 @@ def test_figures_that_disagree_are_told_apart(folder):
     ("../theory/statements.json", "[]", r"statements.json: top level: .*`make theory`"),
 ])
 def test_bad_input_names_file_and_key_and_leaves_the_old_page(folder, name, content, told):
-    report.write(folder)
+    page.write(folder)
     before = (folder / "index.html").read_bytes()
     (folder / name).write_text(content)
     with pytest.raises(stage.UserError, match=told):
-        report.write(folder)
+        page.write(folder)
     assert (folder / "index.html").read_bytes() == before
     assert not list(folder.glob(".*"))
 
 
 def test_command(folder, tmp_path):
-    assert "index.html (" in run(ROOT, "roads.report", str(folder))
+    assert "index.html (" in run(ROOT, "roads.report.page", str(folder))
     (tmp_path / "reports/empty").mkdir()
-    assert run(ROOT, "roads.report", str(tmp_path / "reports/empty"), code=2).startswith("error: ")
+    assert run(ROOT, "roads.report.page", str(tmp_path / "reports/empty"), code=2).startswith("error: ")
 
 
 def test_numbers():
-    assert [report.number(x, True) for x in (0.0254, -0.0004, -12.34, None, float("nan"))] == [
+    assert [page.number(x, True) for x in (0.0254, -0.0004, -12.34, None, float("nan"))] == [
         "+0.025", "−0.000", "−12.3", "–", "–"]
-    middle = report.forest(report.Estimate(mean=0, low=-1, high=1), far=2, margin=1)
+    middle = page.forest(page.Estimate(mean=0, low=-1, high=1), far=2, margin=1)
     assert middle == {"low": "26.00%", "mean": "50.00%", "high": "74.00%", "from": "26.00%", "width": "48.00%"}
-    assert report.reach([]) == 1.0 and report.reach([report.Estimate(mean=0, low=-3, high=1)], [2.0]) == 3.0
-    with_weights = report.Claim.model_validate(
+    assert page.reach([]) == 1.0 and page.reach([page.Estimate(mean=0, low=-3, high=1)], [2.0]) == 3.0
+    with_weights = page.Claim.model_validate(
         claim("a", "fig3", "undecided", None, contrast={"A K=2": -1, "A K=8": 1, "B K=2": 1, "B K=8": -1, "C": -0.5}))
-    assert report.contrast(with_weights) == "− 0.5 × C + B K=2 − A K=2 + A K=8 − B K=8 >\u00a00"
+    assert page.contrast(with_weights) == "− 0.5 × C + B K=2 − A K=2 + A K=8 − B K=8 >\u00a00"
 
 
 CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, (
@@ -231,32 +232,32 @@ def browser():
 def test_in_a_browser(folder, browser, scheme, width, height, kind):
     if kind == "hostile":
         hostile(folder)
-    path = report.write(folder)
-    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+    path = page.write(folder)
+    tab = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
     said, asked, failed = [], [], []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
-    page.on("requestfailed", lambda request: failed.append(request.url))
-    page.goto(path.as_uri())
-    assert page.evaluate("[...document.images].map(i => i.naturalWidth > 0 && i.alt.length > 20)") == [True] * 6
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.on("requestfailed", lambda request: failed.append(request.url))
+    tab.goto(path.as_uri())
+    assert tab.evaluate("[...document.images].map(i => i.naturalWidth > 0 && i.alt.length > 20)") == [True] * 6
     for opened in (False, True):
-        page.evaluate("open => document.querySelectorAll('details').forEach(d => d.open = open)", opened)
-        assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
-    assert page.evaluate(LOW_CONTRAST) == []
-    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        tab.evaluate("open => document.querySelectorAll('details').forEach(d => d.open = open)", opened)
+        assert tab.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+    assert tab.evaluate(LOW_CONTRAST) == []
+    background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
     assert background == {"light": "rgb(251, 250, 247)", "dark": "rgb(21, 23, 26)"}[scheme]
-    anchors, ids = page.evaluate("""[[...document.querySelectorAll('a[href^="#"]')].map(a => a.hash.slice(1)),
+    anchors, ids = tab.evaluate("""[[...document.querySelectorAll('a[href^="#"]')].map(a => a.hash.slice(1)),
                                      [...document.querySelectorAll('[id]')].map(e => e.id)]""")
     assert set(anchors) <= set(ids) and len(set(ids)) == len(ids)
-    links = page.evaluate("""[...document.querySelectorAll('a:not([href^="#"])')].map(a => a.getAttribute('href'))""")
+    links = tab.evaluate("""[...document.querySelectorAll('a:not([href^="#"])')].map(a => a.getAttribute('href'))""")
     assert len(links) > 12
     for link in links:
         assert (folder / re.sub(r"%(..)", lambda m: chr(int(m[1], 16)), link)).exists(), link
-    page.keyboard.press("Tab")
-    page.keyboard.press("Enter")
-    assert page.evaluate("location.hash") == "#main", "the first thing that the keyboard reaches skips to the report"
-    assert page.evaluate("window.hacked") is None
+    tab.keyboard.press("Tab")
+    tab.keyboard.press("Enter")
+    assert tab.evaluate("location.hash") == "#main", "the first thing that the keyboard reaches skips to the report"
+    assert tab.evaluate("window.hacked") is None
     assert said == [] and failed == [] and asked[0] == path.as_uri()
     assert all(url.startswith("data:") for url in asked[1:]), "nothing from outside"
-    page.close()
+    tab.close()

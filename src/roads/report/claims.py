@@ -1,6 +1,6 @@
 """Decide the claims of claims.yaml from the figures' per-prompt scores; stats.py has the tests and their rules.
 
-    python -m roads.claims claims.yaml reports/mini     # writes reports/mini/claims.{json,csv} and prints them
+    python -m roads.report.claims claims.yaml reports/mini     # writes reports/mini/claims.{json,csv} and prints them
 """
 
 import argparse

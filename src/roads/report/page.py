@@ -1,6 +1,6 @@
 """One page with everything that was found: claims, hypotheses, figures and theory, in reports/<scale>/index.html.
 
-    python -m roads.report reports/mini
+    python -m roads.report.page reports/mini
 
 It reads every <figure>.json with its .png and .csv, claims.json, and the theory in the folder `theory` beside. What
 is not there is named, with the command that makes it. The page is one file that asks for nothing from outside, and

@@ -1,0 +1,1 @@
+"""What is made of the figures: the claims, decided, and one page."""
