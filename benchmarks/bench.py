@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from roads import model, rouge, stage, tldr, train
+from roads import candidates, model, rouge, stage, tldr, train
 from roads.stage import UserError
 from roads.stages import sample
 
@@ -80,7 +80,7 @@ def load(folder: Path, s: Settings):
     return [row.summary for row in rows], tokenizer, torch.from_numpy(query), torch.from_numpy(response)
 
 
-def candidates(response: torch.Tensor, row: int, n: int) -> torch.Tensor:
+def distinct_responses(response: torch.Tensor, row: int, n: int) -> torch.Tensor:
     """n distinct responses [n, R], those of other rows."""
     others = torch.arange(row + 1, row + len(response)) % len(response)
     _, first = np.unique(response[others], axis=0, return_index=True)
@@ -241,12 +241,12 @@ def scoring(rows, s: Settings) -> Iterator[dict]:
     _, _, query, response = rows
     policy = sharpen(new_policy(s))
     rm = model.RewardModel(policy.base_model).eval()
-    distinct = torch.stack([candidates(response, i, s.n) for i in range(s.repeats)])
+    distinct = torch.stack([distinct_responses(response, i, s.n) for i in range(s.repeats)])
     generator = torch.Generator().manual_seed(s.seed)
     cold = sample.generate(policy, query[: s.repeats], s.n, s.response, 0.1, generator)
     for kind, completions in (("distinct", distinct), ("sampled at temperature 0.1", cold)):
         def ours(i, completions=completions):
-            return model.candidate_rewards(rm, query[i : i + 1], completions[i : i + 1])[0]
+            return candidates.rewards(rm, query[i : i + 1], completions[i : i + 1])[0]
 
         def theirs(i, completions=completions):
             return rm(query[i : i + 1].expand(s.n, -1), completions[i])
@@ -272,7 +272,7 @@ def reference(rows, s: Settings) -> list[dict]:
         return slice(i * s.batch_size, (i + 1) * s.batch_size)
 
     def ours(i):
-        return model.candidate_logps(policy, query[part(i)], both[part(i)])
+        return candidates.logps(policy, query[part(i)], both[part(i)])
 
     def theirs(i):
         sides = both[part(i)].unbind(1)

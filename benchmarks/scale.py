@@ -19,7 +19,7 @@ import torch
 from bench import ROOT, machine, rewrite
 from tqdm import tqdm
 
-from roads import config, model, stage
+from roads import candidates, config, model, stage
 from roads.runner import cost
 from roads.stages import dpo, sample
 from roads.tldr import EOS
@@ -89,9 +89,9 @@ def runs(point: dict):
             policy.get_output_embeddings().weight[EOS] = 0  # nearly all go on to the end
         return lambda: sample.generate(policy, query, n, RESPONSE, 1.0, generator)
     if point["what"] == "reference":
-        return lambda: model.in_batches(model.candidate_logps, policy, query, completions, label="")
+        return lambda: candidates.in_batches(candidates.logps, policy, query, completions, label="")
     rm = model.RewardModel(policy.base_model).eval()
-    return lambda: model.in_batches(model.candidate_rewards, rm, query, completions, label="")
+    return lambda: candidates.in_batches(candidates.rewards, rm, query, completions, label="")
 
 
 def seconds(run) -> float:

@@ -48,14 +48,14 @@ def ours(folder: Path, settings: dict, share: bool) -> None:
     """`roads.stages.dpo` with the prompt run once for both sides, or with `response_logps` of one and of the other."""
     import torch
 
-    from roads import config, model, train
+    from roads import candidates, config, model, train
     from roads.stages import dpo
 
     query, chosen, rejected = train.load_pairs(folder)
     policy = model.load_policy(folder / "policy")
     start = time.perf_counter()
     both = torch.stack([chosen, rejected], 1)
-    reference = model.in_batches(model.candidate_logps, policy, query, both, label="reference")
+    reference = candidates.in_batches(candidates.logps, policy, query, both, label="reference")
     clock = Clock(time.perf_counter() - start, reference)
 
     def loss(i):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from roads import model, train
+from roads import candidates, model, train
 from roads.stages.base import language_model_loss
 from roads.stages.dpo import dpo_loss
 from roads.stages.reward import reward_loss
@@ -51,7 +51,7 @@ def test_dpo_starts_at_ln_2(policy, rows, temperature):
     query, response = rows
     chosen, rejected = response[:2].repeat(2, 1), response[2:].repeat(2, 1)
     both = torch.stack([chosen, rejected], 1)
-    reference = model.in_batches(model.candidate_logps, policy, query, both, temperature, label="", budget=30)
+    reference = candidates.in_batches(candidates.logps, policy, query, both, temperature, label="", budget=30)
     losses = dpo_loss(*model.pair_logps(policy, query, chosen, rejected, temperature), *reference.T, beta=0.05)
     assert losses.tolist() == pytest.approx([LN2] * 4, abs=1e-6)
 

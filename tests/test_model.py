@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from roads import model
+from roads import candidates, model
 from roads.stages import sample
 from roads.stages.rank import reward_scores
 from roads.tldr import EOS, PAD
@@ -95,9 +95,9 @@ def test_a_tree_of_candidates_equals_one_forward_each(policy, rows, kind, n):
     net = policy if kind == "neox" else llama(kind)
     rm = model.RewardModel(net.base_model).eval()
     query, completions = rows[0], completions_of(n)
-    together = (model.in_batches(model.candidate_rewards, rm, query, completions, label=""),
-                model.in_batches(model.candidate_logps, net, query, completions, 0.7, label="", budget=60))
-    assert torch.equal(together[0], model.candidate_rewards(rm, query, completions))
+    together = (candidates.in_batches(candidates.rewards, rm, query, completions, label=""),
+                candidates.in_batches(candidates.logps, net, query, completions, 0.7, label="", budget=60))
+    assert torch.equal(together[0], candidates.rewards(rm, query, completions))
     for i in range(len(query)):
         for j in range(n):
             row = alone(query[i], completions[i, j])
@@ -108,7 +108,7 @@ def test_a_tree_of_candidates_equals_one_forward_each(policy, rows, kind, n):
 def test_every_distinct_prefix_is_run_once(policy, rows):
     """[5, 6, EOS] and [5, 7, EOS] are five nodes, two of which nothing follows: log-probs do without those."""
     a, b = [5, 6, EOS], [5, 7, EOS]
-    prompt, token, depth, end, node = model._prefix_tree(torch.tensor([[a, b, a], [b, b, [EOS, PAD, PAD]]]))
+    prompt, token, depth, end, node = candidates.prefix_trees(torch.tensor([[a, b, a], [b, b, [EOS, PAD, PAD]]]))
     assert prompt.tolist() == [0] * 5 + [1] * 4
     assert token.tolist() == [5, 6, EOS, 7, EOS, EOS, 5, 7, EOS] and depth.tolist() == [0, 1, 2, 1, 2, 0, 0, 1, 2]
     assert end.tolist() == [5, 3, 3, 5, 5, 6, 9, 9, 9]
@@ -116,29 +116,29 @@ def test_every_distinct_prefix_is_run_once(policy, rows):
 
     shapes = []
     hook = policy.base_model.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
-    model.candidate_logps(policy, rows[0][:1], torch.tensor([[a, b, a]]))
-    model.candidate_rewards(model.RewardModel(policy.base_model), rows[0][:1], torch.tensor([[a, b, a]]))
+    candidates.logps(policy, rows[0][:1], torch.tensor([[a, b, a]]))
+    candidates.rewards(model.RewardModel(policy.base_model), rows[0][:1], torch.tensor([[a, b, a]]))
     hook.remove()
     assert shapes == [(1, 4), (1, 3), (1, 4), (1, 5)]
 
 
 def test_logits_of_few_states_at_a_time_change_no_number(policy, rows, monkeypatch):
-    whole = model.candidate_logps(policy, rows[0], completions_of(25))
+    whole = candidates.logps(policy, rows[0], completions_of(25))
     monkeypatch.setattr(model, "LOGITS", 3 * 20)
-    assert torch.allclose(model.candidate_logps(policy, rows[0], completions_of(25)), whole, rtol=1e-6)
+    assert torch.allclose(candidates.logps(policy, rows[0], completions_of(25)), whole, rtol=1e-6)
 
 
 @pytest.mark.parametrize("device", [
     "cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))])
 def test_candidates_on_a_device_and_in_bf16(policy, rows, device):
     completions = completions_of(25)
-    expected = model.in_batches(model.candidate_logps, policy, rows[0], completions, label="")
+    expected = candidates.in_batches(candidates.logps, policy, rows[0], completions, label="")
     policy.to(device)
-    found = model.in_batches(model.candidate_logps, policy, rows[0], completions, label="")
+    found = candidates.in_batches(candidates.logps, policy, rows[0], completions, label="")
     assert found.device.type == "cpu" and torch.allclose(found, expected, rtol=1e-4)
     with torch.autocast(device, torch.bfloat16):
-        half = model.in_batches(model.candidate_logps, policy, rows[0], completions, label="")
-        model.in_batches(model.candidate_rewards, model.RewardModel(policy.base_model).to(device), rows[0], completions,
+        half = candidates.in_batches(candidates.logps, policy, rows[0], completions, label="")
+        candidates.in_batches(candidates.rewards, model.RewardModel(policy.base_model).to(device), rows[0], completions,
                          label="")
     assert half.dtype == torch.float32 and not torch.equal(half, expected)
     assert torch.allclose(half, expected, rtol=0.03)

@@ -278,12 +278,12 @@ def save(model: nn.Module, folder: Path) -> None:
 
 
 def reference_logps(policy: nn.Module, query: Tensor, completions: Tensor, temperature: float, key: str) -> Tensor:
-    """`model.candidate_logps` [N, n] of a stage's reference, computed once: each process takes a part of the rows.
+    """`candidates.logps` [N, n] of a stage's reference, computed once: each process takes a part of the rows.
 
     They are kept in runs/.reference/<key>, for other seeds, more epochs and a run that was killed: the key must follow
     from the policy's weights, the rows, the temperature and `compute`.
     """
-    from roads import model
+    from roads import candidates
 
     rank, world = processes()
     file = REFERENCES / f"{key}.npy"
@@ -296,8 +296,8 @@ def reference_logps(policy: nn.Module, query: Tensor, completions: Tensor, tempe
     found = torch.zeros(completions.shape[:2], device=policy.device)
     mine = torch.arange(len(query)).tensor_split(world)[rank]
     if len(mine):
-        found[mine] = model.in_batches(model.candidate_logps, policy, query[mine], completions[mine], temperature,
-                                       label="reference").to(policy.device)
+        found[mine] = candidates.in_batches(candidates.logps, policy, query[mine], completions[mine], temperature,
+                                            label="reference").to(policy.device)
     found = _sum(found).cpu()
     if rank == 0:
         REFERENCES.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from roads import config, stage, train
+from roads import candidates, config, stage, train
 from roads.stages import data, dpo, evaluate, likelihood, rank, reward, sample
 
 
@@ -42,7 +42,7 @@ def mean_kl(policy: Path, sft: Path, prompts: Path, cfg: config.Scale, seed: int
     rows = np.load(prompts)
     query = torch.from_numpy(rows["query"])
     sampled = sample.completions(policy, query, rows["response"].shape[1], cfg.samples.value, seed, cfg)
-    ratios = likelihood.implicit_rewards(policy, sft, query, sampled, cfg.compute).double().mean(1)
+    ratios = candidates.implicit_rewards(policy, sft, query, sampled, cfg.compute).double().mean(1)
     return {"kl": float(ratios.mean()), "kl_standard_error": float(ratios.std() / len(ratios) ** 0.5)}
 
 

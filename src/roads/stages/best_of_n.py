@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from roads import config, model, stage
+from roads import candidates, config, model, stage
 from roads.judge import protocol
-from roads.stages import likelihood
 
 N = (1, 2, 5, 10, 25)
 
@@ -29,9 +28,9 @@ def best_of_n(completions: Path, data: Path, path: Path, reference: Path, out: P
         query, sampled = map(torch.from_numpy, (rows["query"], rows["completions"]))
         if kind == "reward":
             rm = model.RewardModel.load(path, cfg.compute).eval()
-            rewards = model.in_batches(model.candidate_rewards, rm, query, sampled, label=kind)
+            rewards = candidates.in_batches(candidates.rewards, rm, query, sampled, label=kind)
         else:
-            rewards = likelihood.implicit_rewards(path, reference if kind == "dpo" else None, query, sampled,
+            rewards = candidates.implicit_rewards(path, reference if kind == "dpo" else None, query, sampled,
                                                   cfg.compute)
         references = np.load(data / "test_human.npz")["response"][: len(query)]
         counts, every = [n for n in N if n <= sampled.shape[1]], np.arange(len(query))

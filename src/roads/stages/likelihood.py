@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from roads import config, model, stage, train
+from roads import candidates, config, model, stage, train
 
 
 def margins(path: Path, pairs: Path, reference: Path, cfg: config.Scale, kind: str) -> torch.Tensor:
@@ -20,18 +20,11 @@ def margins(path: Path, pairs: Path, reference: Path, cfg: config.Scale, kind: s
     both = torch.stack(sides, 1)
     if kind == "reward":
         rm = model.RewardModel.load(path, cfg.compute).eval()
-        scores = model.in_batches(model.candidate_rewards, rm, query, both, label=kind)
+        scores = candidates.in_batches(candidates.rewards, rm, query, both, label=kind)
     else:
         of = reference if kind == "dpo" else None
-        scores = getattr(cfg, kind).beta * implicit_rewards(path, of, query, both, cfg.compute)
+        scores = getattr(cfg, kind).beta * candidates.implicit_rewards(path, of, query, both, cfg.compute)
     return scores[:, 0] - scores[:, 1]
-
-
-def implicit_rewards(path: Path, reference: Path | None, query, completions, compute: config.Compute) -> torch.Tensor:
-    """log pi, or log(pi / pi_ref) where there is a reference, of completions [N, n, R]: [N, n]."""
-    policies = [model.load_policy(policy, compute).eval() for policy in (path, reference) if policy]
-    logps = [model.in_batches(model.candidate_logps, policy, query, completions, label="logps") for policy in policies]
-    return logps[0] - logps[1] if reference else logps[0]
 
 
 def likelihood(path: Path, pairs: Path, reference: Path, out: Path, cfg: config.Scale, kind: str) -> None:

@@ -52,10 +52,11 @@ def reward_scores(query: np.ndarray, completions: np.ndarray, path: Path, comput
     """Rewards [N, n]."""
     import torch
 
-    from roads.model import RewardModel, candidate_rewards, in_batches
+    from roads import candidates, model
 
-    rm = RewardModel.load(path, compute).eval()
-    return in_batches(candidate_rewards, rm, *map(torch.from_numpy, (query, completions)), label="rewards").numpy()
+    rm = model.RewardModel.load(path, compute).eval()
+    both = map(torch.from_numpy, (query, completions))
+    return candidates.in_batches(candidates.rewards, rm, *both, label="rewards").numpy()
 
 
 def rank(completions: Path, out: Path, cfg: config.Scale, by: str, data: Path | None = None,

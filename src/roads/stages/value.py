@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
-from roads import config, model, stage, train
+from roads import candidates, config, model, stage, train
 from roads.stages import sample
 
 
@@ -31,7 +31,7 @@ def value(policy: Path, pairs: Path, reference: Path, out: Path, cfg: config.Sca
         sampled = sample.completions(policy, query, chosen.shape[1], settings, seed, cfg)
         # The pair's two completions and the policy's own share their prompt.
         both = torch.cat([torch.stack([chosen, rejected], 1), sampled], 1)
-        ours, theirs = (model.in_batches(model.candidate_logps, model.load_policy(path, cfg.compute).eval(), query,
+        ours, theirs = (candidates.in_batches(candidates.logps, model.load_policy(path, cfg.compute).eval(), query,
                                          both, label=name) for path, name in ((policy, "policy"),
                                                                               (reference, "reference")))
         ratios = (ours - theirs).double()
