@@ -29,9 +29,8 @@ import numpy as np
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from roads import candidates, model, rouge, stage, tldr, train
+from roads import candidates, generate, model, rouge, stage, tldr, train
 from roads.stage import UserError
-from roads.stages import sample
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -243,7 +242,7 @@ def scoring(rows, s: Settings) -> Iterator[dict]:
     rm = model.RewardModel(policy.base_model).eval()
     distinct = torch.stack([distinct_responses(response, i, s.n) for i in range(s.repeats)])
     generator = torch.Generator().manual_seed(s.seed)
-    cold = sample.generate(policy, query[: s.repeats], s.n, s.response, 0.1, generator)
+    cold = generate.complete(policy, query[: s.repeats], s.n, s.response, 0.1, generator)
     for kind, completions in (("distinct", distinct), ("sampled at temperature 0.1", cold)):
         def ours(i, completions=completions):
             return candidates.rewards(rm, query[i : i + 1], completions[i : i + 1])[0]
@@ -310,7 +309,7 @@ def sampling(rows, s: Settings) -> Iterator[dict]:
     for temperature in (1.0, 0.1):
         def ours(i, temperature=temperature):
             generator = torch.Generator().manual_seed(i)
-            return sample.generate(policy, query[i * s.prompts : (i + 1) * s.prompts], s.n, s.response, temperature,
+            return generate.complete(policy, query[i * s.prompts : (i + 1) * s.prompts], s.n, s.response, temperature,
                                    generator)
 
         def theirs(i, temperature=temperature):

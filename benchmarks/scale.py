@@ -19,9 +19,9 @@ import torch
 from bench import ROOT, machine, rewrite
 from tqdm import tqdm
 
-from roads import candidates, config, model, stage
+from roads import candidates, config, generate, model, stage
 from roads.runner import cost
-from roads.stages import dpo, sample
+from roads.stages import dpo
 from roads.tldr import EOS
 
 RESULTS = Path(__file__).resolve().parent / "scale.json"
@@ -87,7 +87,7 @@ def runs(point: dict):
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             policy.get_output_embeddings().weight[EOS] = 0  # nearly all go on to the end
-        return lambda: sample.generate(policy, query, n, RESPONSE, 1.0, generator)
+        return lambda: generate.complete(policy, query, n, RESPONSE, 1.0, generator)
     if point["what"] == "reference":
         return lambda: candidates.in_batches(candidates.logps, policy, query, completions, label="")
     rm = model.RewardModel(policy.base_model).eval()

@@ -17,8 +17,8 @@ from conftest import ROOT, run
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from roads import config, hub, stage, tldr
-from roads.stages import arm, base, data, sample
+from roads import config, generate, hub, stage, tldr
+from roads.stages import arm, base, data
 from roads.tldr import EOS, PAD
 
 PYTHIA = ROOT.parent / "shared/data/neox_tokenizer.json"
@@ -383,7 +383,7 @@ def test_a_pretrained_base_says_what_the_model_said(tmp_path, checkpoints, name)
     assert tied == (name == "qwen") and ours.config.eos_token_id == EOS and ours.config.pad_token_id == PAD
     assert stage.read_json(tmp_path / "base/metrics.json") == {"commit": None, "parameters": ours.num_parameters()}
     query = torch.from_numpy(np.load(tmp_path / "data/sft.npz")["query"][:4])
-    drawn = sample.generate(ours, query, 3, 10, 1.0, torch.Generator().manual_seed(0))
+    drawn = generate.complete(ours, query, 3, 10, 1.0, torch.Generator().manual_seed(0))
     assert drawn.shape == (4, 3, 10) and all((row == EOS).sum() == 1 for row in drawn.view(12, 10))
 
 

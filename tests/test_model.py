@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from roads import candidates, model
-from roads.stages import sample
+from roads import candidates, generate, model
 from roads.stages.rank import reward_scores
 from roads.tldr import EOS, PAD
 
@@ -176,18 +175,18 @@ def generator(seed=0):
 
 
 def test_sampling_is_bit_identical_at_a_seed(policy, rows):
-    one, two, other = (sample.generate(policy, rows[0], 6, 8, 1.0, generator(seed)) for seed in (1, 1, 2))
+    one, two, other = (generate.complete(policy, rows[0], 6, 8, 1.0, generator(seed)) for seed in (1, 1, 2))
     assert torch.equal(one, two) and not torch.equal(one, other)
 
 
 def test_completions_end_in_one_eos(policy, rows):
-    for row in sample.generate(policy, rows[0], 50, 6, 1.5, generator()).view(-1, 6):
+    for row in generate.complete(policy, rows[0], 50, 6, 1.5, generator()).view(-1, 6):
         end = row.tolist().index(EOS)
         assert (row[end + 1 :] == PAD).all() and not (row[:end] == PAD).any()
 
 
 def test_cold_samples_are_greedy_and_ignore_the_cache(policy, rows):
-    found = sample.generate(policy, rows[0], 2, 6, 1e-6, generator())
+    found = generate.complete(policy, rows[0], 2, 6, 1e-6, generator())
     for query, completions in zip(rows[0], found, strict=True):
         tokens = query[query != PAD]
         for step in range(5):
@@ -205,7 +204,7 @@ def test_cache_and_leaving_rows_change_no_token(policy, rows):
     with torch.no_grad():
         policy.get_output_embeddings().weight[EOS] *= 3  # rows that end at different steps
     n, length = 40, 8
-    found = sample.generate(policy, rows[0], n, length, 1.3, generator(5)).view(-1, length)
+    found = generate.complete(policy, rows[0], n, length, 1.3, generator(5)).view(-1, length)
     drawn = torch.Generator().manual_seed(5)
     texts = [query[query != PAD] for query in rows[0] for _ in range(n)]
     for step in range(length):
@@ -225,27 +224,27 @@ def test_cache_and_leaving_rows_change_no_token(policy, rows):
 
 
 def test_how_many_prompts_run_together_changes_no_token(policy, rows, monkeypatch):
-    sizes, grow = [], sample._grow
+    sizes, grow = [], generate._grow
 
     def counted(policy, query, *args):
         sizes.append(len(query))
         return grow(policy, query, *args)
 
-    monkeypatch.setattr(sample, "_grow", counted)
-    together = sample.generate(policy, rows[0], 5, 8, 1.3, generator(5))
+    monkeypatch.setattr(generate, "_grow", counted)
+    together = generate.complete(policy, rows[0], 5, 8, 1.3, generator(5))
     assert sizes == [4]
     one = 5 * (8 * policy.config.num_hidden_layers * 32 * (rows[0].shape[1] + 8) + 24 * 20)  # the longest prompt's
-    monkeypatch.setattr(sample, "MEMORY", 2 * one)
-    assert torch.equal(sample.generate(policy, rows[0], 5, 8, 1.3, generator(5)), together)
+    monkeypatch.setattr(generate, "MEMORY", 2 * one)
+    assert torch.equal(generate.complete(policy, rows[0], 5, 8, 1.3, generator(5)), together)
     assert sizes[1] == 2 and sum(sizes[1:]) == 4 and len(sizes) > 2
-    monkeypatch.setattr(sample, "MEMORY", 1)  # one prompt always runs
-    assert torch.equal(sample.generate(policy, rows[0], 5, 8, 1.3, generator(5)), together)
+    monkeypatch.setattr(generate, "MEMORY", 1)  # one prompt always runs
+    assert torch.equal(generate.complete(policy, rows[0], 5, 8, 1.3, generator(5)), together)
     assert sizes[-4:] == [1] * 4
 
 
 def test_first_tokens_follow_softmax_of_logits_over_temperature(policy, rows):
     logits = policy(rows[0][1:2]).logits[0, -1].detach().double() / 0.5
     logits[PAD] = -torch.inf
-    first = sample.generate(policy, rows[0][1:2], 20_000, 2, 0.5, generator())[0, :, 0]
+    first = generate.complete(policy, rows[0][1:2], 20_000, 2, 0.5, generator())[0, :, 0]
     frequency = torch.bincount(first.long(), minlength=20) / 20_000
     assert torch.allclose(frequency.double(), logits.softmax(0), atol=0.012)  # 3 sd of a frequency of .5

@@ -12,10 +12,9 @@ import torch
 from conftest import ENV, ROOT
 from ruamel.yaml import YAML
 
-from roads import config, model
+from roads import config, generate, model
 from roads.runner import cost, plan, repro
 from roads.stage import UserError
-from roads.stages import sample
 
 DVC_YAML = """
 stages:
@@ -293,16 +292,16 @@ def test_a_sampled_token_is_a_pass_for_as_many_prompts_as_the_sampler_takes():
     source = {"kind": "jsonl", "vocab_size": 4096, "max_query_tokens": 256, "max_response_tokens": 53}
     size = {"kind": "new", "hidden_size": 96, "layers": 2}
     net = model.new_policy(config.New(**size, heads=4, max_positions=512), 4096, seed=0)
-    assert (cost.ROWS, cost.MEMORY) == (sample.ROWS, sample.MEMORY)
+    assert (cost.ROWS, cost.MEMORY) == (generate.ROWS, generate.MEMORY)
     for n, prompts in ((25, 300), (1, 5000)):
-        fit = min(sample.ROWS // n, sample.fit(net.config, 256 + 53, n, torch.device("cpu")))
+        fit = min(generate.ROWS // n, generate.batch_size_for(net.config, 256 + 53, n, torch.device("cpu")))
         found = work("sample P D/online.npz O --samples online", source=source, model=size, data={"online": prompts,
                      "preferences": 0}, samples={"online": {"n": n, "temperature": 1.0}}, compute={"sampler": "hf"})
         assert 1 < fit < prompts and found.layers == -(-prompts // fit) * 53 * 2
 
 
 def test_a_cell_is_the_sum_of_its_stages():
-    cell = work("cell D S O --seed 0")
+    cell = work("arm D S O --seed 0")
     parts = sum(map(work, [REWARD, DPO, f"{DPO} --times 2", *ONLINE, *ONLINE]), cost.Work())
     assert parts.flops < cell.flops < 1.3 * parts.flops and cell.steps == parts.steps  # the rest is evaluation
     assert cell.judged == 2 * 5 * 600 and cell.size == 8 * 5 * 600
@@ -329,7 +328,7 @@ def test_pairs_that_come_with_the_data_are_neither_sampled_nor_judged():
     judged = PYTHIA["samples"] | {"human": {"n": 2, "temperature": 0.1, "labels": "judge"}}
     assert work(sampled, samples=judged).decoded == 1.4e9 * 92858 * 2 * 53
     assert work(ranked, samples=judged).dollars == pytest.approx(2 * 175, rel=0.05)  # as others paid, in one order
-    cell = "cell D S O --seed 0"
+    cell = "arm D S O --seed 0"
     assert work(cell, samples=judged).judged == work(cell).judged + 2 * (92858 + 83802)
 
 

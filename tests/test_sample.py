@@ -7,19 +7,17 @@ import time
 import torch
 from conftest import ENV, ROOT
 
-from roads import config, model
-from roads.stages import sample
+from roads import config, generate, model
 
 RUN = """
 import sys, torch
 from pathlib import Path
-from roads import config
-from roads.stages import sample
+from roads import config, generate
 torch.set_num_threads(1)
-sample.ROWS = 4
+generate.ROWS = 4
 scale = config.load(Path(sys.argv[1]) / "params.yaml").scales["tiny"]
 query = torch.arange(2, 18).repeat(300, 1)
-found = sample.completions(Path("policy"), query, 12, config.Sampling(n=4, temperature=1.0), 5, scale)
+found = generate.completions(Path("policy"), query, 12, config.Sampling(n=4, temperature=1.0), 5, scale)
 torch.save(found, "found.pt")
 """
 
@@ -28,9 +26,9 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, monkeypatch, tiny):
     net = model.new_policy(config.New(kind="new", hidden_size=64, layers=2, heads=2, max_positions=64), 20, 3)
     net.save_pretrained(tmp_path / "policy")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sample, "ROWS", 4)
+    monkeypatch.setattr(generate, "ROWS", 4)
     query = torch.arange(2, 18).repeat(300, 1)
-    whole = sample.completions(tmp_path / "policy", query, 12, config.Sampling(n=4, temperature=1.0), 5, tiny)
+    whole = generate.completions(tmp_path / "policy", query, 12, config.Sampling(n=4, temperature=1.0), 5, tiny)
     scratch = tmp_path / "runs/.scratch"
     assert not list(scratch.iterdir())
 
@@ -51,10 +49,10 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, monkeypatch, tiny):
 def test_other_settings_or_weights_share_no_batch(tmp_path, policy):
     query = torch.arange(2, 8)[None]
     policy.save_pretrained(tmp_path)
-    keys = [sample._key(tmp_path, query, 5, 1.0), sample._key(tmp_path, query, 5, 0.9),
-            sample._key(tmp_path, query + 1, 5, 1.0)]
+    keys = [generate._key(tmp_path, query, 5, 1.0), generate._key(tmp_path, query, 5, 0.9),
+            generate._key(tmp_path, query + 1, 5, 1.0)]
     with torch.no_grad():
         policy.get_output_embeddings().weight[3] += 1
     policy.save_pretrained(tmp_path)
-    keys.append(sample._key(tmp_path, query, 5, 1.0))
+    keys.append(generate._key(tmp_path, query, 5, 1.0))
     assert len(set(keys)) == 4

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from roads import config, model, stage, train
+from roads import config, generate, model, stage, train
 from roads.stages import dpo, rank, reward, sample, sft
 from roads.tldr import EOS, PAD
 
@@ -320,7 +320,7 @@ def test_bf16_is_near_fp32_and_its_weights_stay_fp32(tmp_path, policy, rows):
         found.sum().backward()
         assert {part.dtype for part in net.parameters()} == {torch.float32}
         assert all(part.grad.dtype == torch.float32 for part in net.parameters() if part.grad is not None)
-    assert sample.generate(half, rows[0], 2, 4, 1.0, torch.Generator().manual_seed(0)).shape == (4, 2, 4)
+    assert generate.complete(half, rows[0], 2, 4, 1.0, torch.Generator().manual_seed(0)).shape == (4, 2, 4)
 
 
 def test_weights_that_moved_are_cast_to_bf16_anew(tmp_path, policy, rows):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ENV, ROOT
 
-from roads import config, model, sample_vllm
+from roads import config, generate, generate_vllm, model
 from roads.judge import client
 from roads.stage import UserError
 from roads.stages import sample
@@ -60,20 +60,20 @@ def scale():
 
 @pytest.fixture(scope="module")
 def llm(policy, scale):
-    with sample_vllm.engine(policy, 50 + LENGTH, scale) as llm:
+    with generate_vllm.engine(policy, 50 + LENGTH, scale) as llm:
         yield llm
 
 
 @pytest.fixture
 def loaded(llm, monkeypatch):
     """Stages take the engine that is up already: a second one would take half a minute."""
-    monkeypatch.setattr(sample_vllm, "engine", lambda *_: nullcontext(llm))
+    monkeypatch.setattr(generate_vllm, "engine", lambda *_: nullcontext(llm))
 
 
 @pytest.mark.skipif(VLLM, reason="vLLM is here")
 def test_without_vllm_one_line_says_so(policy, prompts, scale):
     with pytest.raises(UserError, match="needs the package vllm, which the image has; run there, or set hf"):
-        sample.completions(policy, prompts, LENGTH, config.Sampling(n=2, temperature=1.0), 0, scale)
+        generate.completions(policy, prompts, LENGTH, config.Sampling(n=2, temperature=1.0), 0, scale)
 
 
 @needs_vllm
@@ -83,14 +83,14 @@ def test_what_vllm_cannot_do_is_said_before_it_loads(tmp_path, policy, scale):
             (policy, 65, scale, "take 65 tokens and the model has positions for 64"),
             (policy, 15, scale.model_copy(update={"compute": COMPUTE.model_copy(update={"device": ELSEWHERE})}),
              f"vllm finds {HERE} here and compute.device is {ELSEWHERE}")):
-        with pytest.raises(UserError, match=message), sample_vllm.engine(folder, width, block):
+        with pytest.raises(UserError, match=message), generate_vllm.engine(folder, width, block):
             pass
 
 
 @needs_vllm
 def test_cold_tokens_are_those_of_transformers(llm, policy, prompts):
-    found, net = sample_vllm.generate(llm, prompts, 3, LENGTH, 0.01, 0), model.load_policy(policy).eval()
-    assert torch.equal(found, sample.generate(net, prompts, 3, LENGTH, 0.01, torch.Generator().manual_seed(0)))
+    found, net = generate_vllm.complete(llm, prompts, 3, LENGTH, 0.01, 0), model.load_policy(policy).eval()
+    assert torch.equal(found, generate.complete(net, prompts, 3, LENGTH, 0.01, torch.Generator().manual_seed(0)))
     for query, completion in zip(prompts, found[:, 0], strict=True):  # and of transformers' own loop
         query = query[query != PAD][None].long()
         greedy = net.generate(query, attention_mask=torch.ones_like(query), do_sample=False, max_new_tokens=LENGTH - 1,
@@ -102,7 +102,7 @@ def test_cold_tokens_are_those_of_transformers(llm, policy, prompts):
 @needs_vllm
 @pytest.mark.parametrize("temperature", [0.1, WARM])
 def test_completions_end_in_one_eos(llm, prompts, temperature):
-    found = sample_vllm.generate(llm, prompts, 25, LENGTH, temperature, 7)
+    found = generate_vllm.complete(llm, prompts, 25, LENGTH, temperature, 7)
     assert found.shape == (8, 25, LENGTH) and found.dtype == torch.int32
     lengths = (found != PAD).sum(2)
     for row in found.view(-1, LENGTH):
@@ -113,12 +113,12 @@ def test_completions_end_in_one_eos(llm, prompts, temperature):
 
 @needs_vllm
 def test_a_completion_follows_from_its_seed_alone(llm, prompts):
-    found = sample_vllm.generate(llm, prompts, 25, LENGTH, WARM, 100)
-    assert torch.equal(found[3:], sample_vllm.generate(llm, prompts[3:], 25, LENGTH, WARM, 100 + 3 * 25))
-    assert torch.equal(found[0, 20:], sample_vllm.generate(llm, prompts[:1], 5, LENGTH, WARM, 120)[0])
-    assert not torch.equal(found, sample_vllm.generate(llm, prompts, 25, LENGTH, WARM, 100 + 8 * 25))
+    found = generate_vllm.complete(llm, prompts, 25, LENGTH, WARM, 100)
+    assert torch.equal(found[3:], generate_vllm.complete(llm, prompts[3:], 25, LENGTH, WARM, 100 + 3 * 25))
+    assert torch.equal(found[0, 20:], generate_vllm.complete(llm, prompts[:1], 5, LENGTH, WARM, 120)[0])
+    assert not torch.equal(found, generate_vllm.complete(llm, prompts, 25, LENGTH, WARM, 100 + 8 * 25))
     # vLLM gives completion k of a prompt its seed + k: prompts whose seeds are neighbours would share their draws.
-    twice = sample_vllm.generate(llm, prompts[:1].repeat(2, 1), 25, LENGTH, WARM, 0)
+    twice = generate_vllm.complete(llm, prompts[:1].repeat(2, 1), 25, LENGTH, WARM, 0)
     assert (twice[0, 1:] == twice[1, :-1]).all(1).float().mean() < 0.5
 
 
@@ -126,8 +126,8 @@ def test_a_completion_follows_from_its_seed_alone(llm, prompts):
 def test_more_prompts_than_run_at_once(llm):
     """10,000 tokens of prompts: vLLM takes some 4,000 in a step, and must not cut one in two."""
     query = torch.randint(2, VOCAB, (200, 50), generator=torch.Generator().manual_seed(2)).int()
-    found = sample_vllm.generate(llm, query, 1, LENGTH, WARM, 0)
-    assert torch.equal(found[150:], sample_vllm.generate(llm, query[150:], 1, LENGTH, WARM, 150))
+    found = generate_vllm.complete(llm, query, 1, LENGTH, WARM, 0)
+    assert torch.equal(found[150:], generate_vllm.complete(llm, query[150:], 1, LENGTH, WARM, 150))
 
 
 @needs_vllm
@@ -137,7 +137,7 @@ def test_tokens_follow_the_softmax(llm, policy, prompts):
 
     temperature, n = 0.8 * WARM, 2500
     net, query = model.load_policy(policy).eval(), prompts[4].long()
-    drawn = sample_vllm.generate(llm, prompts[4:5].repeat(4, 1), n, 4, temperature, 0).view(-1, 4).long()
+    drawn = generate_vllm.complete(llm, prompts[4:5].repeat(4, 1), n, 4, temperature, 0).view(-1, 4).long()
     with torch.no_grad():
         texts = torch.cat([query.repeat(VOCAB, 1), torch.arange(VOCAB)[:, None]], 1)
         logits = net(texts).logits[:, -2:].double() / temperature
@@ -155,7 +155,7 @@ def test_tokens_follow_the_softmax(llm, policy, prompts):
 
 @needs_vllm
 def test_a_stage_that_was_stopped_goes_on_with_the_same_tokens(loaded, tmp_path, monkeypatch, policy, prompts, scale):
-    monkeypatch.setattr(sample, "SCRATCH", tmp_path / "scratch")
+    monkeypatch.setattr(generate, "SCRATCH", tmp_path / "scratch")
     np.savez(tmp_path / "prompts.npz", query=prompts, response=np.zeros((8, LENGTH), np.int32))
     settings = scale.samples.online
 
@@ -163,16 +163,16 @@ def test_a_stage_that_was_stopped_goes_on_with_the_same_tokens(loaded, tmp_path,
         sample.sample(policy, tmp_path / "prompts.npz", tmp_path / out, scale, "online", 2)
         return np.load(tmp_path / out / "completions.npz")["completions"]
 
-    whole, calls, generate = run("whole"), [], sample_vllm.generate
+    whole, calls, complete = run("whole"), [], generate_vllm.complete
 
     def stopped(*args):
         calls.append(args)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return generate(*args)
+        return complete(*args)
 
-    monkeypatch.setattr(sample_vllm, "ROWS", 2 * settings.n)
-    monkeypatch.setattr(sample_vllm, "generate", stopped)
+    monkeypatch.setattr(generate_vllm, "ROWS", 2 * settings.n)
+    monkeypatch.setattr(generate_vllm, "complete", stopped)
     with pytest.raises(KeyboardInterrupt):
         run("parts")
     assert not (tmp_path / "parts").exists() and len(list((tmp_path / "scratch").iterdir())) == 2
@@ -205,7 +205,7 @@ def server(tmp_path_factory):
                "tiny", "--dtype", "float32", "--enforce-eager", "--host", "127.0.0.1", "--port", str(port)]
     log = folder.with_name("server.log")
     with log.open("wb") as out:
-        process = subprocess.Popen(command, env=ENV | sample_vllm.ENVIRONMENT, stdout=out, stderr=out,
+        process = subprocess.Popen(command, env=ENV | generate_vllm.ENVIRONMENT, stdout=out, stderr=out,
                                    start_new_session=True)
     try:
         deadline = time.monotonic() + 300

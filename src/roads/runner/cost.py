@@ -190,7 +190,8 @@ def sample(c: Command, prompts: int, samples: dict) -> Work:
     n, width = samples["n"], c.prompt + c.response
     vllm = c.block.get("compute", {}).get("sampler") == "vllm"
     words = prompts * (n if vllm else c.distinct(samples)) * c.response
-    row = 8 * c.depth * c.block["model"].get("hidden_size", 0) * width + 24 * _vocab(c.block)  # as sample.fit has it
+    # As generate.batch_size_for has it.
+    row = 8 * c.depth * c.block["model"].get("hidden_size", 0) * width + 24 * _vocab(c.block)
     batches = math.ceil(prompts / max(1, min(ROWS, MEMORY // row) // n))
     return Work(flops=c.forward(prompts * c.prompt, c.prompt),
                 decoded=c.forward(words, COPIED * (c.prompt + c.response // 2), words) / 2,

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from roads import candidates, config, stage, train
+from roads import candidates, config, generate, stage, train
 from roads.stages import data, dpo, evaluate, likelihood, rank, reward, sample
 
 
@@ -41,7 +41,7 @@ def mean_kl(policy: Path, sft: Path, prompts: Path, cfg: config.Scale, seed: int
     """Reverse KL from the SFT policy in nats, by samples of the policy at T = 1, with its standard error."""
     rows = np.load(prompts)
     query = torch.from_numpy(rows["query"])
-    sampled = sample.completions(policy, query, rows["response"].shape[1], cfg.samples.value, seed, cfg)
+    sampled = generate.completions(policy, query, rows["response"].shape[1], cfg.samples.value, seed, cfg)
     ratios = candidates.implicit_rewards(policy, sft, query, sampled, cfg.compute).double().mean(1)
     return {"kl": float(ratios.mean()), "kl_standard_error": float(ratios.std() / len(ratios) ** 0.5)}
 
@@ -55,7 +55,7 @@ def splits(where: Path, cfg: config.Scale) -> dict[str, dict[str, np.ndarray]]:
             "online": data.first(cfg.data.online, preferences, more)}
 
 
-def cell(where: Path, sft: Path, out: Path, cfg: config.Scale, seed: int) -> None:
+def arm(where: Path, sft: Path, out: Path, cfg: config.Scale, seed: int) -> None:
     """Write scores.npz: <policy> [N], a score per prompt of test_human, for SFT and every policy of the block;
     metrics.json: each one's metrics and KL from SFT, and how well the reward models tell held-out pairs apart."""
     torch.set_num_threads(cfg.machine.threads)
@@ -114,7 +114,7 @@ def _command() -> None:
     parser = stage.arguments(__doc__, "data", "sft", "out")
     parser.add_argument("--seed", type=int, required=True)
     a = parser.parse_args()
-    cell(a.data, a.sft, a.out, config.load_scale(a.scale), a.seed)
+    arm(a.data, a.sft, a.out, config.load_scale(a.scale), a.seed)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
-from roads import candidates, config, model, stage, train
-from roads.stages import sample
+from roads import candidates, config, generate, model, stage, train
 
 
 def value(policy: Path, pairs: Path, reference: Path, out: Path, cfg: config.Scale, seed: int) -> None:
@@ -28,7 +27,7 @@ def value(policy: Path, pairs: Path, reference: Path, out: Path, cfg: config.Sca
     used = {"samples": {"value": settings.model_dump()}, "beta": beta, "seed": seed}
     with stage.output(out, used, [policy, pairs, reference]) as folder:
         query, chosen, rejected = train.load_pairs(pairs)
-        sampled = sample.completions(policy, query, chosen.shape[1], settings, seed, cfg)
+        sampled = generate.completions(policy, query, chosen.shape[1], settings, seed, cfg)
         # The pair's two completions and the policy's own share their prompt.
         both = torch.cat([torch.stack([chosen, rejected], 1), sampled], 1)
         ours, theirs = (candidates.in_batches(candidates.logps, model.load_policy(path, cfg.compute).eval(), query,

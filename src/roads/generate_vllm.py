@@ -101,9 +101,9 @@ def engine(policy: Path, width: int, cfg: config.Scale) -> Iterator[ProcessPoolE
         yield process
 
 
-def generate(engine: ProcessPoolExecutor, query: torch.Tensor, n: int, length: int, temperature: float,
+def complete(engine: ProcessPoolExecutor, query: torch.Tensor, n: int, length: int, temperature: float,
              seed: int) -> torch.Tensor:
-    """n completions per query [B, Q], [B, n, length] int32: `sample.generate` by vLLM, other draws.
+    """n completions per query [B, Q], [B, n, length] int32: `generate.complete` by vLLM, other draws.
 
     Completion k of query i is drawn with the seed `seed + i * n + k`, so that it depends on no other; on a GPU its
     rounding may, as it does on which rows run together.
