@@ -5,11 +5,9 @@ not. It takes the GPUs it sees: one, or as many as machine.tensor_parallel sprea
 stages at once, each with a GPU of its own in CUDA_VISIBLE_DEVICES.
 """
 
-import ctypes
 import gc
 import importlib.util
 import os
-import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ import numpy as np
 import torch
 
 from roads import config, stage
+from roads.process import end_with_parent
 from roads.stage import UserError
 from roads.tldr import EOS, PAD
 
@@ -30,8 +29,6 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 # its makers; on the CPU room for 4 GiB of keys and values, and OMP_NUM_THREADS threads wherever the system puts them.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1",
                "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-PR_SET_PDEATHSIG = 1
-
 _llm = None  # of the process that has it
 
 
@@ -56,9 +53,9 @@ def _check(policy: Path, width: int, cfg: config.Scale) -> None:
                         f" {shape['max_position_embeddings']}; lower source.max_query_tokens")
 
 
-def _load(policy: Path, width: int, cfg: config.Scale) -> None:
-    """In vLLM's own process: load it."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # when the stage is killed, by whatever
+def _load(policy: Path, width: int, cfg: config.Scale, stage_id: int) -> None:
+    """In vLLM's own process, which is to end with the stage's: load it."""
+    end_with_parent(stage_id)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     _check(policy, width, cfg)
@@ -97,7 +94,7 @@ def engine(policy: Path, width: int, cfg: config.Scale) -> Iterator[ProcessPoolE
         gc.collect()
         torch.cuda.empty_cache()
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        process.submit(_load, policy, width, cfg).result()
+        process.submit(_load, policy, width, cfg, os.getpid()).result()
         yield process
 
 

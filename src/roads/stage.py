@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from roads.runner.prefork import end_with_parent
+from roads.process import end_with_parent
 
 SOURCE = "params.yaml's data_from"  # where a stage's data come from, unless its command line says otherwise
 LAUNCH = "ROADS_LAUNCH"  # the file of configs/accelerate that training stages are started with; `make … LAUNCH=name`

@@ -7,7 +7,6 @@ hashed. Linux only. Elsewhere, or where it is not there, a command runs as a new
 """
 
 import contextlib
-import ctypes
 import importlib
 import json
 import os
@@ -16,8 +15,9 @@ import runpy
 import signal
 import socket
 import sys
-import threading
 import traceback
+
+from roads.process import end_with, end_with_parent
 
 ORDERS = "ROADS_PREFORK"  # in the environment: the number of the file descriptor that takes orders
 PLAIN = re.compile(r"python -m [\w@%+=:,./ -]+", re.ASCII)  # a command that means the same without a shell
@@ -45,25 +45,6 @@ def run(command: str, env: dict[str, str], cwd: str) -> int | None:
                 return None
         code = ours.recv(8)
     return int(code) if code else -signal.SIGKILL
-
-
-def end_with_parent(parent: int) -> None:
-    """Have Linux kill this process when its parent, the one of that id, ends; it may be gone already."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def end_with(connection: socket.socket) -> None:
-    """End this process, and its group, which it leads, when the other end of the connection is closed."""
-
-    def wait() -> None:
-        with contextlib.suppress(OSError):
-            connection.recv(1)
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def serve(orders: socket.socket) -> None:

@@ -29,6 +29,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from roads import config
+from roads.process import end_with
 from roads.runner import preflight, prefork
 from roads.stage import LAUNCH, UserError, main
 
@@ -132,7 +133,7 @@ def single_item(stage: str, runner: socket.socket | None) -> int:
     takes beside its command. And it writes in place: a kill -9 then would leave half of it.
     """
     if runner:
-        prefork.end_with(runner)
+        end_with(runner)
     from dvc.dvcfile import Lockfile
     from dvc.exceptions import DvcException
     from dvc.logger import set_loggers_level
