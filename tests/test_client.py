@@ -1,6 +1,7 @@
 """The client of an outside judge, against a real server that fails in every way of fake_openai.py."""
 
 import os
+import runpy
 import signal
 import socket
 import sqlite3
@@ -17,7 +18,7 @@ from conftest import ENV, ROOT
 from fake_openai import Fake
 
 from roads import tldr
-from roads.judge import client, protocol
+from roads.judge import batches, client, endpoint, ledger, protocol
 from roads.stage import UserError
 
 KEY = "sk-a-secret-of-this-test"
@@ -34,7 +35,7 @@ def spending(**changes):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(client.random, "uniform", lambda low, high: 0.05)  # of the pauses between attempts
+    monkeypatch.setattr(endpoint.random, "uniform", lambda low, high: 0.05)  # of the pauses between attempts
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def test_a_200_without_an_answer_is_none_and_the_account_is_the_bill(cache, serv
 
 
 def test_an_outage_of_a_second_loses_no_answer(cache, serve, monkeypatch):
-    monkeypatch.setattr(client.random, "uniform", lambda low, high: 0.5)
+    monkeypatch.setattr(endpoint.random, "uniform", lambda low, high: 0.5)
     fake = serve(outage=1.0)
     assert client.answers(MESSAGES, JUDGE, SPENDING, cache) == SAID
     assert len(fake.billed) == len(rows(cache)) == 60 and dollars(cache) == pytest.approx(fake.dollars(2.5, 10))
@@ -159,7 +160,7 @@ def test_the_price_is_that_of_the_tokens_and_another_request_is_another_answer(c
         client.answers(MESSAGES[:1], SimpleNamespace(**vars(JUDGE) | other), SPENDING, cache)
     client.answers(MESSAGES[:1], JUDGE, SPENDING, cache, draw=1)
     assert fake.asked[MESSAGES[0]] == 5
-    assert "gpt-4o-2024-08-06: $0.00, 63 answers" in client.status(cache) and "mine: " in client.status(cache)
+    assert "gpt-4o-2024-08-06: $0.00, 63 answers" in ledger.status(cache) and "mine: " in ledger.status(cache)
 
 
 def test_all_answers_need_neither_server_nor_key(cache, serve, monkeypatch):
@@ -184,9 +185,9 @@ def test_what_cannot_be_read_is_asked_twice_more_and_then_kept(cache, serve):
     said = client.answers(messages, JUDGE, one, cache, readable=protocol.parse)
     assert [protocol.parse(answer) for answer in said] == ["", "", "A"]
     assert [fake.asked[message] for message in messages] == [3, 3, 2]
-    stored = rows(cache, "sample, answer", f"key = '{client.key_of(messages[0], JUDGE)}'")
+    stored = rows(cache, "sample, answer", f"key = '{ledger.key_of(messages[0], JUDGE)}'")
     assert stored == [(0, "They are both fine summaries."), (1, "I can't help with that."), (2, "")]
-    assert rows(cache, "total(dollars)", f"key = '{client.key_of(messages[1], JUDGE)}'") == [(0.0,)]  # not billed
+    assert rows(cache, "total(dollars)", f"key = '{ledger.key_of(messages[1], JUDGE)}'") == [(0.0,)]  # not billed
     assert client.answers(messages, JUDGE, one, cache, readable=protocol.parse) == said
     assert sum(fake.asked.values()) == 8
 
@@ -195,7 +196,7 @@ def test_the_budget_is_never_passed_and_a_larger_one_goes_on(cache, serve):
     short = SimpleNamespace(**vars(JUDGE) | {"max_tokens": 10})
     # Every answer costs what it may cost at most, but for fractions of a token.
     fake = serve(["ok", "cut", "ok", "429"], delay=0.01, tokens=lambda prompt, _: (len(prompt) // 3 + 16, 10))
-    worst = client.worst_price(MESSAGES[0], short, SPENDING)
+    worst = ledger.worst_price(MESSAGES[0], short, SPENDING)
     for budget in (12.9 * worst, 12.9 * worst, 25.9 * worst):  # a restart is no new budget
         with pytest.raises(UserError, match=r"^spent \$0.0\d+ of \$0.0\d+ on gpt-4o.*raise spending.budget"):
             client.answers(MESSAGES, short, spending(budget=budget), cache)
@@ -216,7 +217,7 @@ def test_kill_9_loses_no_answer_and_pays_for_none_twice(cache, serve):
     fake.delay = 0
     assert client.answers(MESSAGES, JUDGE, spending(timeout=2.0), cache) == SAID
     lost = rows(cache, "key", "answer IS NULL")  # they were under way; the server may have billed them
-    again = {client.key_of(prompt, JUDGE) for prompt, n in fake.asked.items() if n > 1}
+    again = {ledger.key_of(prompt, JUDGE) for prompt, n in fake.asked.items() if n > 1}
     assert len(stored) >= 15 and len(lost) <= 4 and again <= {key for key, in lost} and not again & set(stored)
     assert len(rows(cache, where="answer IS NOT NULL")) == 60 and len(fake.billed) <= len(rows(cache)) == 60 + len(lost)
     assert fake.dollars(2.5, 10) < dollars(cache) + 1e-9
@@ -286,7 +287,7 @@ def test_an_endpoint_that_is_no_url(cache, monkeypatch, url):
     ("localhost:80", True), ("judge", True), ("10.1.2.3:8000", True), ("::1", True),
     ("api.openai.com", False), ("8.8.8.8:80", False)])  # fmt: skip
 def test_a_local_endpoint(host, local):
-    assert client._local(host) == local
+    assert endpoint._local(host) == local
 
 
 def test_an_unusable_cache_is_named(tmp_path):
@@ -338,12 +339,12 @@ def test_a_batch_behind_pages_is_one_line_and_no_answer_is_lost(cache, serve, pa
 
 def test_a_page_in_place_of_the_models_is_one_line(serve):
     fake = serve()
-    client.reachable(JUDGE)
+    endpoint.reachable(JUDGE)
     for _ in range(2):  # by either type of content
         fake.times.append(("", 0.0))
         fake.pages["/v1/models"] = 1
         with pytest.raises(UserError, match=r"the judge does not answer \(200 without a list of models\)"):
-            client.reachable(JUDGE)
+            endpoint.reachable(JUDGE)
 
 
 def test_a_batch_is_waited_for_after_kill_9_and_never_submitted_twice(cache, serve):
@@ -353,7 +354,7 @@ def test_a_batch_is_waited_for_after_kill_9_and_never_submitted_twice(cache, ser
     running.send_signal(signal.SIGKILL)
     running.communicate()
     assert len(rows(cache, where="answer IS NULL")) == 60 and not fake.billed
-    assert client.Cache(cache, JUDGE, SPENDING).under_way(client.key_of(MESSAGES[0], JUDGE))
+    assert ledger.Ledger(cache, JUDGE, SPENDING).under_way(ledger.key_of(MESSAGES[0], JUDGE))
     fake.batches["batch_0"]["polls"] = 2
     # One request an answer, for a change: what is in a batch is not asked beside it.
     assert client.answers(MESSAGES, JUDGE, SPENDING, cache, poll=0.02) == SAID
@@ -389,10 +390,10 @@ def test_a_batch_that_was_never_submitted_is_struck_out(cache, serve):
 
 
 def test_batches_keep_to_their_size_and_to_the_budget(cache, serve, monkeypatch):
-    monkeypatch.setattr(client, "BATCH_REQUESTS", 7)
+    monkeypatch.setattr(batches, "BATCH_REQUESTS", 7)
     fake = serve()
     short = SimpleNamespace(**vars(BATCH) | {"max_tokens": 10})
-    budget = 10.5 * client.worst_price(MESSAGES[0], short, SPENDING)
+    budget = 10.5 * ledger.worst_price(MESSAGES[0], short, SPENDING)
     with pytest.raises(UserError, match="raise spending.budget"):
         client.answers(MESSAGES, short, spending(budget=budget), cache, poll=0.02)
     assert [len(file.splitlines()) for name, file in fake.files.items() if name[5:].isdigit()][:2] == [7, 3]
@@ -470,20 +471,20 @@ def test_estimate_asks_nothing(tmp_path, cache, serve, monkeypatch, capsys):
     np.savez(tmp_path / "test_human.npz", query=query, response=theirs)
     fake = serve()
     messages = protocol.both_orders(JUDGE, tokenizer, query, ours, theirs)
-    count, dear = client.estimate(messages, JUDGE, SPENDING, cache)
+    count, dear = ledger.estimate(messages, JUDGE, SPENDING, cache)
     assert count == 11 and not fake.asked and not cache.exists()
     client.answers(messages[:6], JUDGE, SPENDING, cache)
-    assert fake.dollars(2.5, 10) < dear and client.estimate(messages, JUDGE, SPENDING, cache)[0] == 5
+    assert fake.dollars(2.5, 10) < dear and ledger.estimate(messages, JUDGE, SPENDING, cache)[0] == 5
     from roads import config
     monkeypatch.setattr(config, "load_scale", lambda name: SimpleNamespace(judge=JUDGE, spending=SPENDING))
     monkeypatch.setattr(sys, "argv", ["client", "estimate", str(tmp_path), str(tmp_path), "--scale", "paper"])
     asked = sum(fake.asked.values())
-    client._command()
+    runpy.run_module("roads.judge", run_name="judge")["_command"]()
     assert f"11 are not in the cache and cost ${dear:.2f} at most" in capsys.readouterr().out
     assert sum(fake.asked.values()) == asked
 
 
 def test_the_worst_price_is_above_the_true_one():
     for text in ("Plain English words, as in a post about a cat.", "\N{CAT FACE}" * 40, "猫はとても可愛い" * 9):
-        assert client.worst_price(text, JUDGE, SPENDING) > client.price(len(text) / 4, 100, SPENDING, False)
-    assert client.worst_price("猫" * 40, JUDGE, SPENDING) > client.price(120, 100, SPENDING, False)
+        assert ledger.worst_price(text, JUDGE, SPENDING) > ledger.price(len(text) / 4, 100, SPENDING, False)
+    assert ledger.worst_price("猫" * 40, JUDGE, SPENDING) > ledger.price(120, 100, SPENDING, False)

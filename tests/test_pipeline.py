@@ -131,7 +131,7 @@ def test_repro_runs_just_that(scratchpad):
 
 
 # Of parameters, folders, files, answers: no number is made there.
-CARRIERS = {"config", "stage", "hub", "client", "ledger", "process"}
+CARRIERS = {"config", "stage", "hub", "client", "endpoint", "batches", "ledger", "process"}
 
 
 def imports(module: Path) -> set[Path]:

@@ -60,11 +60,11 @@ def test_the_pairs_are_peoples_and_the_judges(rehearsed):
 def test_no_answer_is_paid_twice(rehearsed):
     """All that a scored file needs is in the cache: scoring it again asks the server nothing."""
     where, _ = rehearsed
-    status = run(where, "roads.judge.client", "status")
+    status = run(where, "roads.judge", "status")
     answers = int(re.search(r"gpt-4o-2024-08-06: \$[\d.]+, ([\d,]+) answers", status)[1].replace(",", ""))
     assert answers > 300 and "0 answers under way, 0 lost" in status
     completions, data = "runs/rehearsal/human/completions/dpo/s0", "runs/rehearsal/data"
-    found = run(where, "roads.judge.client", "estimate", completions, data, "--scale", "rehearsal")
+    found = run(where, "roads.judge", "estimate", completions, data, "--scale", "rehearsal")
     assert "0 are not in the cache and cost $0.00 at most" in found
     with Fake() as server:
         env = {"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": "k"}

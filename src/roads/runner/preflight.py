@@ -115,9 +115,9 @@ def _check_disk(size: float) -> None:
 
 def _check_judge(blocks: list[config.Scale]) -> None:
     for block in {block.judge.model: block for block in blocks}.values():
-        from roads.judge import client
+        from roads.judge import endpoint
 
-        client.reachable(block.judge)
+        endpoint.reachable(block.judge)
 
 
 def _check_hub(models: list) -> None:

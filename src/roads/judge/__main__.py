@@ -1,0 +1,43 @@
+"""The answers of an outside judge, and what they cost.
+
+    python -m roads.judge status                                     # what is stored: answers and dollars by model
+    python -m roads.judge estimate COMPLETIONS DATA --scale paper    # what judging these would cost; asks nothing
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from roads import config
+from roads.judge import ledger
+from roads.judge.protocol import both_orders
+from roads.stage import UserError, main
+from roads.tldr import load_tokenizer
+
+
+def _command() -> None:
+    parser = argparse.ArgumentParser(prog="python -m roads.judge", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("status", help="what the cache holds, and what it cost")
+    judging = commands.add_parser("estimate", help="what it costs at most to judge completions against the references")
+    judging.add_argument("completions", type=Path)
+    judging.add_argument("data", type=Path)
+    judging.add_argument("--scale", required=True, help="a block of params.yaml")
+    a = parser.parse_args()
+    if a.command == "status":
+        return print(ledger.status())
+    cfg = config.load_scale(a.scale)
+    if cfg.judge is None or cfg.judge.kind == "gold":
+        raise UserError(f"{a.scale}: judge.kind: expected openai or batch; its judge is not asked over a network")
+    rows, references = np.load(a.completions / "completions.npz"), np.load(a.data / "test_human.npz")["response"]
+    messages = both_orders(cfg.judge, load_tokenizer(a.data / "tokenizer.json"), rows["query"],
+                           rows["completions"][:, 0], references)
+    count, dollars = ledger.estimate(messages, cfg.judge, cfg.spending)
+    print(f"{len(messages):,} answers of {cfg.judge.model}, both orders; {count:,} are not in the cache and cost "
+          f"${dollars:.2f} at most, ${dollars * ledger.SAMPLES:.2f} if none could be read")
+
+
+if __name__ == "__main__":
+    main(_command)

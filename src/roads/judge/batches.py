@@ -1,0 +1,162 @@
+"""OpenAI's Batch API: half the price, within a day. A batch goes on without us, and is found again after a kill."""
+
+import asyncio
+import json
+import uuid
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from roads.judge.endpoint import (
+    UNBILLED,
+    Lost,
+    Refused,
+    as_object,
+    completion,
+    errors,
+    host_of,
+    patiently,
+    request,
+)
+from roads.judge.ledger import Ledger, locked
+from roads.stage import UserError
+
+BATCH_REQUESTS, BATCH_BYTES = 50_000, 150 * 10**6
+
+
+async def submit(client, book: Ledger, missing: dict[str, str]) -> int:
+    """Put what the budget allows into batches, as few as hold it; how many.
+
+    A batch's tag is in the book before the batch is submitted and goes along as metadata, so that a run that is killed
+    before it learns the id finds the batch again.
+    """
+    rest, sent = deque(missing.items()), 0
+    with locked(book.path, "submit"):
+        while rest:
+            tag, lines, size = uuid.uuid4().hex, [], 0
+            with book.alone():
+                book.db.execute("INSERT INTO batches VALUES (?, ?, NULL, 0)", [tag, book.judge.model])
+                while rest and len(lines) < BATCH_REQUESTS and size < BATCH_BYTES:
+                    key, message = rest.popleft()
+                    if book.answer(key) is not None or book.under_way(key):
+                        continue
+                    try:
+                        book.enter(key, message, until=float("inf"), batch=tag)
+                    except UserError:
+                        rest.clear()
+                        if not lines and not book.open_batches(set(missing)):
+                            raise
+                        break
+                    lines.append(json.dumps({"custom_id": key, "method": "POST", "url": "/v1/chat/completions",
+                                             "body": request(message, book.judge)}) + "\n")
+                    size += len(lines[-1])
+                if not lines:
+                    book.db.execute("DELETE FROM batches WHERE tag = ?", [tag])
+                    continue
+            content = "requests.jsonl", "".join(lines).encode()
+            file = await patiently(book, lambda it=content: client.files.create(file=it, purpose="batch"))
+            with _of_batches():
+                batch = await client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions",
+                                                    completion_window="24h", metadata={"roads": tag})
+            book.db.execute("UPDATE batches SET id = ? WHERE tag = ?", [batch.id, tag])
+            sent += 1
+    return sent
+
+
+@contextmanager
+def _of_batches() -> Iterator[None]:
+    try:
+        with errors():
+            yield
+    except (Lost, Refused) as error:
+        raise UserError(f"{host_of()}: {error}; batches go on without us: run again to fetch them") from None
+
+
+async def _adopt(client, book: Ledger) -> None:
+    """Find the batches whose id a killed run did not write down; strike out those that were never submitted."""
+    with locked(book.path, "submit"):
+        tags = {tag for (tag,) in book.db.execute("SELECT tag FROM batches WHERE model = ? AND id IS NULL",
+                                                  [book.judge.model])}
+        if not tags:
+            return
+        for batch in await patiently(book, lambda: _batches(client)):
+            if (tag := (batch.metadata or {}).get("roads")) in tags:
+                book.db.execute("UPDATE batches SET id = ? WHERE tag = ?", [batch.id, tag])
+                tags.remove(tag)
+        with book.alone():
+            for tag in tags:
+                book.db.execute("DELETE FROM answers WHERE batch = ? AND answer IS NULL", [tag])
+                book.db.execute("DELETE FROM batches WHERE tag = ?", [tag])
+
+
+async def collect(client, book: Ledger, keys: set[str], bar: tqdm, poll: float) -> str:
+    """Wait for the batches that hold one of keys and store what they bring; the first error that they name, or ''."""
+    await _adopt(client, book)
+    problem, waiting = "", book.open_batches(keys)
+    while waiting:
+        for tag, name in waiting.items():
+            batch = await patiently(book, lambda name=name: client.batches.retrieve(name))
+            if batch.status not in ("completed", "failed", "expired", "cancelled"):
+                continue
+            lines = []
+            for file in filter(None, (batch.output_file_id, batch.error_file_id)):
+                lines += await patiently(book, lambda file=file: _lines(client, file))
+            errors = batch.errors.data if batch.errors and batch.errors.data else []
+            found = _store(book, tag, lines)
+            problem = problem or found or "; ".join(str(error.message) for error in errors)
+        waiting = book.open_batches(keys)
+        bar.set_postfix_str(f"{len(waiting)} batches open, ${book.spent:.2f} of ${book.spending.budget:g}")
+        if waiting:
+            await asyncio.sleep(poll)
+            poll = min(60.0, poll * 1.5)
+    return problem
+
+
+async def _batches(client) -> list:
+    return [batch async for batch in client.batches.list(limit=100)]
+
+
+async def _lines(client, file: str) -> list[dict]:
+    """What a file of answers says, a dict with the custom_id of a request for each line.
+
+    Raises:
+        Refused: it is something else, or cut: what was answered is still there to be fetched.
+    """
+    lines = [as_object(line) for line in (await client.files.content(file)).content.splitlines() if line.strip()]
+    if not all("custom_id" in line for line in lines):
+        raise Refused(f"{file} is not lines of JSON")
+    return lines
+
+
+def _store(book: Ledger, tag: str, lines: list[dict]) -> str:
+    """Store the lines of an ended batch and strike out what failed or expired; the first error, or ''."""
+    problem = ""
+    with book.alone():
+        rows = dict(book.db.execute("SELECT key, id FROM answers WHERE batch = ? AND answer IS NULL", [tag]))
+        for line in lines:
+            row = rows.pop(line.get("custom_id"), None)
+            if row is None:
+                continue
+            response = line.get("response") or {}
+            body = response.get("body") or {}
+            try:
+                if response.get("status_code") == 200:
+                    book.settle(row, completion(body), host_of())
+                    continue
+                error = (body.get("error") if isinstance(body, dict) else None) or line.get("error") or {}
+                if error.get("code") in UNBILLED:
+                    book.unreadable(row)
+                    continue
+                raise Refused(f"{error.get('code')}: {error.get('message')}")
+            except Lost as lost:
+                book.close(row, None, None, lost.usage)
+                problem = problem or str(lost)
+            except Refused as refused:
+                book.strike(row)
+                problem = problem or str(refused)
+        for row in rows.values():
+            book.strike(row)
+        book.db.execute("UPDATE batches SET done = 1 WHERE tag = ?", [tag])
+    return problem

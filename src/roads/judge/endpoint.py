@@ -1,0 +1,207 @@
+"""An OpenAI-compatible endpoint: where it is, what its errors mean, and how long to wait after one.
+
+OPENAI_BASE_URL says where and OPENAI_API_KEY who asks. We retry, not the SDK: it would ask an empty account again and
+not tell which answers were lost.
+"""
+
+import asyncio
+import ipaddress
+import json
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+from roads.judge.ledger import Ledger, usage_of
+from roads.stage import UserError
+
+LONGEST_WAIT = 120.0  # seconds of Retry-After; what asks for more is left for another run
+UNBILLED = ("content_filter", "content_policy_violation", "invalid_prompt")  # the endpoint will not read the prompt
+
+
+class Lost(Exception):
+    """A request went out and no answer came back: it may have been billed, at what `usage` says if that is known."""
+
+    def __init__(self, message: str, usage: dict | None = None):
+        super().__init__(message)
+        self.usage = usage
+
+
+class Refused(Exception):
+    """The server answered with an error that passes; nothing was billed."""
+
+    def __init__(self, message: str, wait: float | None = None):
+        super().__init__(message)
+        self.wait = wait  # seconds that the server asks for
+
+
+class Unanswerable(Exception):
+    """The endpoint refuses this prompt, and will again."""
+
+
+def completion(content: bytes | dict) -> dict:
+    """The JSON of a chat completion that came with status 200: an object with a message, which may say nothing.
+
+    Raises:
+        Refused: it is something else, a page of a proxy or an error in words, which nobody bills.
+        Lost: it was cut, or has no message and says what it took.
+    """
+    try:
+        body = json.loads(content) if isinstance(content, bytes) else content
+    except ValueError:
+        if content.lstrip().startswith(b"{"):
+            raise Lost("the answer was cut") from None
+        body = content.decode(errors="replace")
+    try:
+        if isinstance(body["choices"][0]["message"], dict):
+            return body
+    except (KeyError, IndexError, TypeError):
+        pass
+    if isinstance(body, dict) and (usage := usage_of(body)):
+        raise Lost("200 without an answer, and billed", usage)
+    shown = body.get("error") or body if isinstance(body, dict) else body
+    raise Refused(f"200 without an answer ({_without_key(' '.join(str(shown).split()))[:80]})")
+
+
+def as_object(text: bytes | str) -> dict:
+    """A JSON object; {}, which holds no answer, for anything else."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def request(message: str, judge) -> dict:
+    return {"model": judge.model, "messages": [{"role": "user", "content": message}],
+            "temperature": judge.temperature, "max_tokens": judge.max_tokens}
+
+
+def host_of() -> str:
+    """Where OPENAI_BASE_URL points, without user or password."""
+    parts = urlsplit(os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1")
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError:  # a port that is no number
+        host = None
+    if not host or parts.scheme not in ("http", "https"):
+        raise UserError("OPENAI_BASE_URL: expected http://HOST:PORT/v1 or https://HOST/v1")
+    return f"{host}:{port}" if port else host
+
+
+def _key() -> str:
+    return os.environ.get("OPENAI_API_KEY", "").strip()
+
+
+def _without_key(text: str) -> str:
+    return text.replace(_key(), "...") if _key() else text
+
+
+def connect():
+    """An AsyncOpenAI of the environment's endpoint and key."""
+    from openai import AsyncOpenAI
+
+    host = host_of()
+    key = _key() or ("none" if _local(host) else None)
+    if not key:
+        raise UserError(f"OPENAI_API_KEY is not set, and {host} needs it; export it, or let OPENAI_BASE_URL name a "
+                        "server of your own")
+    return AsyncOpenAI(api_key=key, max_retries=0, _strict_response_validation=True)  # else a page of HTML is a batch
+
+
+def _local(host: str) -> bool:
+    """An endpoint of this machine or its network, which may ask for no key."""
+    name = host.rsplit(":", 1)[0]
+    try:
+        return ipaddress.ip_address(name).is_private
+    except ValueError:
+        return "." not in name  # localhost, or a container's name
+
+
+def reachable(judge, timeout: float = 20.0) -> None:
+    """Raises UserError where the endpoint, the key or the judge's model is not to be had; asks and costs nothing."""
+
+    async def models() -> list[str]:
+        async with connect() as client:
+            reply = await client.with_options(timeout=timeout).models.with_raw_response.list()
+        try:  # local servers leave out some of what the SDK would insist on
+            return [model["id"] for model in as_object(reply.http_response.content)["data"]]
+        except (KeyError, TypeError):
+            raise Refused("200 without a list of models") from None
+
+    try:
+        with errors():
+            there = asyncio.run(models())
+    except (Lost, Refused) as error:
+        raise UserError(f"{host_of()}: the judge does not answer ({error}); check OPENAI_BASE_URL") from None
+    if judge.model not in there:
+        some = ", ".join(there[:3]) or "none"
+        raise UserError(f"judge.model: {host_of()} has no {judge.model!r}; it has {some}{', ...' * (len(there) > 3)}")
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """The SDK's errors as ours: Lost, Refused, or a UserError for what no retry mends. The key is in none of them."""
+    import openai
+
+    try:
+        yield
+    except openai.APIStatusError as error:
+        body = error.body if isinstance(error.body, dict) else {}
+        code, status, where = str(body.get("code") or body.get("type") or ""), error.status_code, host_of()
+        said = " ".join(str(body.get("message") or "").split())
+        said = _without_key(said)[:200]
+        if "insufficient_quota" in (code, body.get("type")):
+            raise UserError(f"{where}: insufficient_quota; add money to the account and run again") from None
+        if status in (401, 403):
+            raise UserError(f"{where}: {status}, OPENAI_API_KEY may not do this; check key and judge.model") from None
+        if status in (408, 409, 429) or status >= 500:
+            raise Refused(f"{status} {said}".strip(), _retry_after(error.response.headers)) from None
+        if code in UNBILLED:
+            raise Unanswerable from None
+        if status == 404:
+            raise UserError(f"{where}: 404, no such model or path ({said}); check judge.model and OPENAI_BASE_URL, "
+                            "which ends in /v1") from None
+        raise UserError(f"{where}: {status} {code} {said}; the request cannot be answered as it is") from None
+    except (openai.APIResponseValidationError, json.JSONDecodeError):
+        raise Refused("200 without an answer") from None
+    except openai.APIConnectionError as error:
+        if "Connect" in type(error.__cause__).__name__:  # ConnectError, ConnectTimeout: nothing was sent
+            raise Refused(f"no connection ({error.__cause__})") from None
+        raise Lost("the connection was cut or timed out") from None
+    except TimeoutError:
+        raise Lost("no answer in time") from None
+
+
+def _retry_after(headers) -> float | None:
+    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
+        try:
+            return max(0.0, float(headers[name]) / unit)
+        except (KeyError, ValueError):  # the header may be a date: we wait as if it were not there
+            pass
+    return None
+
+
+async def pause(attempt: int, error: Exception, spending) -> None:
+    """Wait before another attempt: what the server asks for and some more, so that not all come back at once.
+
+    Raises:
+        UserError: it was the last attempt, or the server asks for too long a wait.
+    """
+    asked = getattr(error, "wait", None) or 0.0
+    if attempt >= spending.retries or asked > LONGEST_WAIT:
+        what = f"asks to wait {asked:.0f} s" if asked > LONGEST_WAIT else f"failed {attempt + 1} times in a row"
+        raise UserError(f"{host_of()} {what}: {error}; what was answered is stored: run again, or check "
+                        "OPENAI_BASE_URL, spending.timeout and spending.concurrency") from None
+    await asyncio.sleep(asked + min(8.0, 0.5 * 2**attempt) * random.uniform(0.5, 1))
+
+
+async def patiently(book: Ledger, call: Callable):
+    """What a call that may be repeated returns, tried again as a request is."""
+    for attempt in range(book.spending.retries + 1):
+        try:
+            with errors():
+                return await call()
+        except (Lost, Refused) as error:
+            await pause(attempt, error, book.spending)
