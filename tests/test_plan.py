@@ -13,7 +13,7 @@ from conftest import ENV, ROOT
 from ruamel.yaml import YAML
 
 from roads import config, generate, model
-from roads.runner import cost, plan, repro
+from roads.runner import cost, dvc_patches, plan, repro
 from roads.stage import UserError
 
 DVC_YAML = """
@@ -208,7 +208,7 @@ def test_a_lock_in_the_middle_of_a_merge_is_left_alone(project):
 def test_a_lock_with_more_than_stages_in_it_is_written_by_dvc(project):
     reproduce()
     whole = Path("dvc.lock").read_text()
-    entry, at = repro.entry_of("fig11@mini", whole)
+    entry, at = dvc_patches.entry_of("fig11@mini", whole)
     Path("dvc.lock").write_text(whole[:at] + whole[at + len(entry) :] + "datasets: []\n")
     assert single("fig11@mini") == 0
     assert lock() == {**YAML(typ="safe").load(whole), "datasets": []}
@@ -216,13 +216,13 @@ def test_a_lock_with_more_than_stages_in_it_is_written_by_dvc(project):
 
 def test_every_entry_of_the_committed_lock_is_found():
     text = (ROOT / "dvc.lock").read_text(encoding="utf-8")
-    assert text.startswith(repro.LOCK) and repro.LAYOUT.fullmatch(text)
-    at = len(repro.LOCK)
+    assert text.startswith(dvc_patches.LOCK) and dvc_patches.LAYOUT.fullmatch(text)
+    at = len(dvc_patches.LOCK)
     for name in YAML(typ="safe").load(text)["stages"]:
-        entry, begins = repro.entry_of(name, text)
+        entry, begins = dvc_patches.entry_of(name, text)
         assert begins == at and entry.startswith(f"  {name}:\n")
         at += len(entry)
-    assert at == len(text) and repro.entry_of("fig3", text) == repro.entry_of("no@such", text) == ("", at)
+    assert at == len(text) and dvc_patches.entry_of("fig3", text) == dvc_patches.entry_of("no@such", text) == ("", at)
 
 
 # The cost model

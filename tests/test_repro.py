@@ -15,8 +15,8 @@ from conftest import ENV, ROOT, run
 from ruamel.yaml import YAML
 
 from roads import config
-from roads.runner import repro
-from roads.stage import LAUNCH
+from roads.runner import dvc_patches
+from roads.stage import LAUNCH, UserError
 
 DVC_YAML = """
 stages:
@@ -136,7 +136,7 @@ def test_a_lock_without_its_last_newline_stays_a_lock(project):
     Path("words.txt").write_text("four\n")
     reproduce()
     assert set(parsed()["stages"]) == set(YAML(typ="safe").load(whole)["stages"])
-    assert repro.LAYOUT.fullmatch(Path("dvc.lock").read_text())
+    assert dvc_patches.LAYOUT.fullmatch(Path("dvc.lock").read_text())
     assert "Up to date" in reproduce()
 
 
@@ -149,7 +149,8 @@ def test_wherever_a_lock_is_cut_a_run_leaves_one_that_parses_or_the_same(project
     whole = Path("dvc.lock").read_text()
     ends = []
     at_md5, at_outs = whole.rindex("md5: ") + 20, whole.rindex("    outs:\n") + len("    outs:\n")
-    for cut in (len(repro.LOCK), len(repro.LOCK) + 20, whole.index("hash"), at_outs, at_md5, len(whole) - 1):
+    start = len(dvc_patches.LOCK)
+    for cut in (start, start + 20, whole.index("hash"), at_outs, at_md5, len(whole) - 1):
         Path("dvc.lock").write_text(whole[:cut])
         done = subprocess.run([sys.executable, "-m", "roads.runner.repro", "words@mini", "job@mini"], env=ENV | PATH,
                               text=True, capture_output=True)
@@ -162,14 +163,22 @@ def test_wherever_a_lock_is_cut_a_run_leaves_one_that_parses_or_the_same(project
     assert {0, 2} == set(ends)
 
 
+def test_another_dvc_is_refused(project, monkeypatch):
+    import dvc
+
+    monkeypatch.setattr(dvc, "__version__", "4.0.0")
+    with pytest.raises(UserError, match=r"^DVC 4\.0\.0: the runner is made for 3\.67\.x"):
+        repro.out_of_date([])
+
+
 def test_what_would_not_parse_is_not_written(project):
     from dvc.dvcfile import Lockfile
     from dvc.repo import Repo
 
     reproduce("words@mini", "job@mini")
     broken = Path("dvc.lock").read_text().replace("    cmd: python", "    cmd: [python")
-    assert repro.LAYOUT.fullmatch(broken)
-    _, dump = repro.own_entry("words@mini", Lockfile._load, Lockfile.dump_stages)
+    assert dvc_patches.LAYOUT.fullmatch(broken)
+    _, dump = dvc_patches.own_entry("words@mini", Lockfile._load, Lockfile.dump_stages)
     with Repo() as repo:
         stage = repo.stage.load_one(name="words@mini")
         Path("dvc.lock").write_text(broken)  # by somebody else, since the run has begun

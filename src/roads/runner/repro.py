@@ -6,38 +6,28 @@ going, in the order of DVC's graph. A plain `dvc repro` does the same work, one 
 
 import argparse
 import contextlib
-import errno
 import fcntl
-import functools
-import io
-import logging
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-from ruamel.yaml import YAML
-
 from roads import config
 from roads.process import end_with
-from roads.runner import preflight, prefork
+from roads.runner import dvc_patches, preflight, prefork
 from roads.stage import LAUNCH, UserError, main
 
 TMP = Path(".dvc/tmp")
 TIMES = Path("runs/times.csv")  # stage, seconds: a line for every run of a stage; `make times` sums it up
 SINGLE = "--single-item"
-LOCK = "schema: '2.0'\nstages:\n"
-LAYOUT = re.compile(LOCK + r"(?:  [\w@-]+:\n(?:    .*\n)+)*")  # as DVC writes dvc.lock, with nothing but stages in it
 STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
 running: dict[str, subprocess.Popen] = {}
 stopping = threading.Event()
@@ -68,38 +58,14 @@ def graph_of(repo, targets: list[str]) -> tuple[dict, set]:
     roots = [stage for target in targets or known for stage in known.get(target) or repo.stage.collect(target)]
     needs = {s: nx.descendants(graph, s) for s in graph}
     wanted = set(roots).union(*(needs[stage] for stage in roots))
-    with repo.lock, params_read_once():
+    with repo.lock, dvc_patches.params_read_once():
         stale = {stage for stage in wanted if stage.status()}
     return {s: needs[s] for s in wanted}, {s for s in wanted if stale & (needs[s] | {s})}
 
 
-@contextlib.contextmanager
-def params_read_once() -> Iterator[None]:
-    """DVC 3.67 parses params.yaml again for every stage and walks through all of it for each of a stage's keys, which
-    makes up most of a run with nothing to do."""
-    from dvc.dependency import param
-
-    read, files = param.read_param_file, {}
-
-    def read_once(fs, path: str, key_paths: list[str] | None = None, flatten: bool = False) -> dict:
-        if path not in files:
-            files[path] = read(fs, path)
-        try:
-            found = {key: functools.reduce(lambda part, name: part[name], key.split("."), files[path])
-                     for key in key_paths or ()}
-        except (KeyError, TypeError):
-            found = {}
-        return found if found and flatten else read(fs, path, key_paths, flatten)
-
-    param.read_param_file = read_once
-    try:
-        yield
-    finally:
-        param.read_param_file = read
-
-
 def out_of_date(targets: list[str]) -> tuple[dict[str, set[str]], dict[str, str | list[str]]]:
     """The stages that may have to run for the targets -> those among them that each one waits for, and its command."""
+    dvc_patches.check_version()
     from dvc.repo import Repo
 
     with Repo(_wait_for_lock=True) as repo:
@@ -125,109 +91,26 @@ def resolve(targets: list[str], params: config.Params) -> list[str]:
 
 
 def single_item(stage: str, runner: socket.socket | None) -> int:
-    """`dvc repro --single-item STAGE`, which reads and writes no entry of dvc.lock but the stage's own and replaces the
-    file as a whole; its commands are forks of the process that has torch imported already. The runner, which is gone
-    when its end of the socket is closed, is told why it failed.
-
-    DVC 3.67 parses all of dvc.lock before and after every stage, at mini for two thirds of the seconds that a stage
-    takes beside its command. And it writes in place: a kill -9 then would leave half of it.
-    """
+    """`dvc repro --single-item STAGE`, its commands as forks of the process that has torch imported already. The
+    runner, which is gone when its end of the socket is closed, is told why it failed."""
     if runner:
         end_with(runner)
-    from dvc.dvcfile import Lockfile
-    from dvc.exceptions import DvcException
-    from dvc.logger import set_loggers_level
-    from dvc.repo import Repo
-    from dvc.stage import run as stage_run
     from dvc.stage.exceptions import StageCmdFailedError
 
-    as_new_process, errors = stage_run._run, []
-    for name in "dvc", "dvc_data", "dvc_objects":
-        logging.getLogger(name).handlers = [Errors(errors)]
-
-    def run_command(executable, command: str, **kwargs) -> None:
-        code = prefork.run(command, kwargs["env"], kwargs["cwd"])
-        if code is None:
-            as_new_process(executable, command, **kwargs)
-        elif code:
-            raise StageCmdFailedError(command, code)
-
-    load, dump = own_entry(stage, Lockfile._load, Lockfile.dump_stages)
-
-    def dump_what_is_kept(lockfile, stages, **kwargs) -> None:
-        if errors:  # DVC itself would enter what it could not keep in its cache
-            raise DvcException(errors[0])
-        dump(lockfile, stages, **kwargs)
-
-    stage_run._run, Lockfile._load, Lockfile.dump_stages = run_command, load, dump_what_is_kept
-    logging.getLogger("dvc.progress").setLevel(logging.CRITICAL)
     try:
-        with set_loggers_level(logging.ERROR), Repo(_wait_for_lock=True) as repo:
-            repo.reproduce(stage, single_item=True)
+        dvc_patches.reproduce(stage, prefork.run)
         return 0
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:
         cause = error.__cause__ or error  # DVC's "failed to reproduce" comes first
         code = re.search(r"exited with (-?\d+)$", str(cause)) if isinstance(cause, StageCmdFailedError) else None
-        reason = ended(int(code[1])) if code else because(cause)
+        reason = ended(int(code[1])) if code else dvc_patches.because(cause)
     if runner:
         runner.sendall(reason.encode())
     else:
         print(f"{stage}: {reason}", file=sys.stderr)
     return 1
-
-
-class Errors(logging.Handler):
-    """Keeps what DVC logs as an error, on one line each."""
-
-    def __init__(self, errors: list[str]):
-        super().__init__(logging.ERROR)
-        self.errors = errors
-
-    def emit(self, record: logging.LogRecord) -> None:
-        cause = record.exc_info[1] if record.exc_info else None
-        self.errors.append(record.getMessage() + (f": {because(cause)}" if cause else ""))
-
-
-def own_entry(stage: str, load_all: Callable, dump_all: Callable) -> tuple[Callable, Callable]:
-    """DVC's `Lockfile._load` and `Lockfile.dump_stages`, of one stage's entry alone where dvc.lock is as DVC writes it.
-
-    What is written parses, or the old file stays.
-    """
-    from dvc.stage.serialize import to_lockfile
-
-    def text_of(lockfile) -> str | None:
-        """None: in the middle of a merge, or changed by hand; DVC will know what to do."""
-        text = Path(lockfile.path).read_text(encoding="utf-8") if lockfile.exists() else LOCK
-        return text if LAYOUT.fullmatch(text) else None
-
-    def load(lockfile, **kwargs) -> tuple[dict, str]:
-        if (text := text_of(lockfile)) is None:
-            return load_all(lockfile, **kwargs)
-        entry, _ = entry_of(stage, text)
-        return YAML(typ="safe").load(LOCK + (entry or "  {}")), text
-
-    def dump(lockfile, stages, **kwargs) -> None:
-        path = Path(lockfile.path)
-        new = path.with_name(f".{path.name}.writing")  # not in .dvc/tmp, which may be another file system
-        if (text := text_of(lockfile)) is None:
-            shutil.copyfile(path, new)
-            lockfile.path = str(new)
-            try:
-                dump_all(lockfile, stages, **kwargs)
-            finally:
-                lockfile.path = str(path)
-        else:
-            for done in stages:
-                before, at = entry_of(done.name, text)
-                text = text[:at] + as_entry(to_lockfile(done, **kwargs)) + text[at + len(before) :]
-            new.write_text(text, encoding="utf-8")
-        for _ in YAML(typ="safe").parse(new.read_text(encoding="utf-8")):  # raises where it is no YAML
-            pass
-        os.replace(new, path)
-
-    return load, dump
 
 
 def ended(code: int) -> str:
@@ -236,33 +119,6 @@ def ended(code: int) -> str:
         sig = signal.Signals(-code if code < 0 else code - 128)
         return f"killed by signal {sig}{': out of memory?' if sig == signal.SIGKILL else f' ({sig.name})'}"
     return f"exit code {code}"
-
-
-def because(error: BaseException) -> str:
-    """An error and what it comes from, on one line."""
-    said = []
-    while error is not None:
-        text = " ".join(str(error).split()) or type(error).__name__
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            text += " (of .dvc or runs; free some and run the same command again)"
-        said += [text] if text not in " ".join(said) else []
-        error = error.__cause__
-    return ": ".join(said)
-
-
-def entry_of(stage: str, lock: str) -> tuple[str, int]:
-    """The text of a stage's entry in dvc.lock, '' if there is none, and where it begins, or would."""
-    found = re.search(rf"^  {re.escape(stage)}:\n(?:    .*\n)+", lock, re.M)
-    return (found[0], found.start()) if found else ("", len(lock))
-
-
-def as_entry(stages: dict) -> str:
-    """Stages as dvc.lock has them below `stages:`, in DVC's own layout."""
-    yaml, text = YAML(typ="safe"), io.StringIO()
-    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = False, False
-    yaml.representer.add_representer(OrderedDict, lambda representer, value: representer.represent_dict(value))
-    yaml.dump({"stages": stages}, text)
-    return text.getvalue().removeprefix("stages:\n")
 
 
 def run(stage: str, piped: bool, lock: int, gpu: str | None) -> str | None:
@@ -399,7 +255,7 @@ def command() -> int:
         todo, commands = out_of_date(targets)
     except DvcException as error:
         fix = "; `git checkout dvc.lock` brings back what was committed" if "dvc.lock" in str(error) else ""
-        raise UserError(f"dvc: {because(error)}{fix}") from None
+        raise UserError(f"dvc: {dvc_patches.because(error)}{fix}") from None
     if not todo:
         print("Up to date:", *targets or ["every stage"])
         return 0
