@@ -15,7 +15,7 @@ from conftest import ENV, ROOT, run
 from ruamel.yaml import YAML
 
 from roads import config
-from roads.runner import dvc_patches
+from roads.runner import dvc_patches, repro
 from roads.stage import LAUNCH, UserError
 
 DVC_YAML = """

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from roads.process import end_with_parent
 
-SOURCE = "params.yaml's data_from"  # where a stage's data come from, unless its command line says otherwise
 LAUNCH = "ROADS_LAUNCH"  # the file of configs/accelerate that training stages are started with; `make … LAUNCH=name`
 
 
@@ -70,24 +69,13 @@ def output(out: Path, config: dict, reads: list[Path] = ()) -> Iterator[Path]:
 
 
 def arguments(doc: str, *paths: str) -> argparse.ArgumentParser:
-    """A stage's command line: paths by position, and the scale whose block of params.yaml it reads.
-
-    `source` may be left out, as dvc.yaml does: the name of a folder of posts is not for a shell to read.
-    """
+    """A stage's command line: paths by position, "[name]" for one that may be left out, and the scale whose block of
+    params.yaml it reads."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for path in paths:
-        if path == "source":
-            parser.add_argument(path, type=_source, nargs="?", default=SOURCE, help="default: %(default)s")
-        else:
-            parser.add_argument(path, type=Path)
+        parser.add_argument(path.strip("[]"), type=Path, nargs="?" if path.startswith("[") else None)
     parser.add_argument("--scale", required=True, help="a block of params.yaml")
     return parser
-
-
-def _source(path: str) -> Path:
-    from roads import config  # which imports this module
-
-    return Path(config.load().data_from if path == SOURCE else path)
 
 
 def _launch() -> None:

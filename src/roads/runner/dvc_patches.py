@@ -2,7 +2,8 @@
 
 DVC 3.67 reads params.yaml anew for every stage, and parses and writes all of dvc.lock before and after every stage:
 at mini that is two thirds of the seconds that a stage takes beside its command. It writes in place: a kill -9 leaves
-half of the file. It also enters outputs in dvc.lock that it could not keep in its cache, with an error that `--quiet` hides.
+half of the file. And it enters outputs in dvc.lock that it could not keep in its cache, with an error that `--quiet`
+hides.
 """
 
 import contextlib

@@ -275,9 +275,10 @@ def data(source: Path, out: Path, cfg: config.Scale) -> None:
 
 
 def _command() -> None:
-    parser = stage.arguments(__doc__, "source", "out")
+    parser = stage.arguments(__doc__, "[source]", "out")
     a = parser.parse_args()
-    data(a.source, a.out, config.load_scale(a.scale))
+    # dvc.yaml leaves it out: the name of a folder of posts is not for a shell to read.
+    data(a.source or Path(config.load().data_from), a.out, config.load_scale(a.scale))
 
 
 if __name__ == "__main__":
