@@ -53,9 +53,9 @@ def test_both_sides_train_alike_and_away_from_the_start(found):
     assert losses["ours"][0] == pytest.approx(0.6931472, abs=1e-6) and abs(losses["ours"][1] - losses["ours"][0]) > 1e-4
 
 
-def test_candidates_are_distinct_and_of_other_rows():
+def test_responses_are_distinct_and_of_other_rows():
     _, _, _, response = bench.load(DATA, TINY)
-    found = bench.candidates(response, 3, 4)
+    found = bench.distinct_responses(response, 3, 4)
     assert len(found.unique(dim=0)) == 4 and not (found == response[3]).all(1).any()
 
 

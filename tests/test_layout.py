@@ -3,10 +3,14 @@
 import ast
 import doctest
 import importlib
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 
 import pytest
-from conftest import ROOT
+from conftest import ENV, ROOT
+
+import roads
 
 SRC = ROOT / "src"
 MODULES = {".".join(path.relative_to(SRC).with_suffix("").parts): path for path in sorted(SRC.glob("roads/**/*.py"))}
@@ -48,6 +52,19 @@ def test_of_the_stages_only_arm_calls_others():
     callers = {module for module, others in IMPORTS.items() if module.startswith("roads.stages.")
                and any(other.startswith("roads.stages.") for other in others)}
     assert callers == {"roads.stages.arm"}
+
+
+@pytest.mark.parametrize("old, new", roads.MOVED.items())
+def test_an_old_command_says_what_it_is_called_now(old, new):
+    assert roads._old_name(["python", "-u", "-m", f"roads.{old}", "--help"]) == old
+    assert {f"roads.{new}", f"roads.{new}.__main__"} & set(MODULES) and f"roads.{old}" not in MODULES
+
+
+def test_an_old_command_ends_with_one_line():
+    done = subprocess.run([sys.executable, "-m", "roads.client", "status"], cwd=ROOT, env=ENV, text=True,
+                          capture_output=True)
+    assert done.returncode == 2 and done.stderr == ("error: roads.client is now roads.judge: python -m roads.judge "
+                                                    "--help\n")
 
 
 EXAMPLES = [module for module, path in MODULES.items() if ">>> " in path.read_text(encoding="utf-8")]

@@ -15,7 +15,7 @@ from conftest import ENV, ROOT
 from roads.runner import prefork
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="prefork.py is for Linux")
-CALL = "import os, sys; from roads import prefork; code = prefork.run(sys.argv[1], os.environ, sys.argv[2])"
+CALL = "import os, sys; from roads.runner import prefork; code = prefork.run(sys.argv[1], os.environ, sys.argv[2])"
 CALL += "; print('code', code)"
 
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from roads import config, generate, model, stage, train
+from roads import candidates, config, generate, model, stage, train
 from roads.stages import dpo, rank, reward, sample, sft
 from roads.tldr import EOS, PAD
 
@@ -396,7 +396,7 @@ def test_seeds_share_the_reference(tiny, inputs, monkeypatch, policy):
     policy.save_pretrained("sft")
     dpo.dpo(Path("pairs"), Path("sft"), Path("computed"), tiny, 1)
     assert len(list(Path("runs/.reference").iterdir())) == 1
-    monkeypatch.setattr(model, "in_batches", lambda *_, **__: pytest.fail("computed again"))
+    monkeypatch.setattr(candidates, "in_batches", lambda *_, **__: pytest.fail("computed again"))
     dpo.dpo(Path("pairs"), Path("sft"), Path("known"), tiny, 1)
     for name in ("model.safetensors", "metrics.json"):
         assert Path("known", name).read_bytes() == Path("computed", name).read_bytes()

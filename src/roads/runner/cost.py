@@ -94,7 +94,8 @@ class Command:
                 options[before[2:]] = word
             else:
                 places.append(word)
-        return cls(words[start].rpartition(".")[2], places, options, blocks[options["scale"]])
+        module = words[start].removeprefix("roads.").removeprefix("stages.")
+        return cls(module, places, options, blocks[options["scale"]])
 
     @property
     def parameters(self) -> float:

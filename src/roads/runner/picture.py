@@ -43,7 +43,7 @@ def read() -> nx.DiGraph:
     graph = nx.DiGraph()
     for name, entry in entries.items():
         command = entry["cmd"] if isinstance(entry["cmd"], str) else entry["cmd"][0]
-        module = re.search(r"-m roads\.(?:\w+\.)*(\w+)", command)
+        module = re.search(r"-m roads\.(?:stages\.)?(\w+)", command)
         kind = next((kind for kind, modules in KINDS.items() if module and module[1] in modules), "other")
         graph.add_node(name, kind=kind, note=note(entry.get("matrix", {})), desc=entry.get("desc", command))
     with plan.switched(SCALE, None) as (repo, *_):
