@@ -164,6 +164,29 @@ def test_every_stage_depends_on_the_modules_it_imports():
         assert {dep for dep in stage["deps"] if dep.startswith("src/")} == expected, name
 
 
+# Numbers that move nothing; where posts are, a dependency by itself; and what a dial's blocks say of themselves.
+UNLISTED = {"machine", "spending", "data_from"}
+# What an entry reads elsewhere: the judge writes Fig 10's data, ROUGE asks for no labels, not every arm samples online.
+ELSEWHERE = {"data": {"judge"}, "pairs": {"samples.rouge"}, "budget_arms": {"samples.online"}}
+
+
+@pytest.mark.slow
+def test_every_stage_depends_on_the_parameters_it_reads_and_on_no_others(tmp_path):
+    """All of them, but for figures, run at tiny and are watched."""
+    where = clone(tmp_path / "watched")
+    (where / ".dvc/tmp").mkdir()
+    done = subprocess.run([sys.executable, ROOT / "tests/reads.py", "reads.json"], cwd=where, env=ENV, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    stages = json.loads((where / "reads.json").read_text(encoding="utf-8"))
+    assert len(stages) > 30 and {"dpo", "online_pairs", "fig12_arms"} <= set(stages)
+    for name, entry in stages.items():
+        read, listed = set(entry["read"]) - UNLISTED, set(entry["listed"])
+        parents = {key.split(".")[0] for key in listed if "." in key}
+        assert read - listed - parents == set(), f"{name} reads what dvc.yaml does not list"
+        assert listed - read - ELSEWHERE.get(name, set()) == set(), f"dvc.yaml lists what {name} does not read"
+
+
 # What goes wrong
 
 
