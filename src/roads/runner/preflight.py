@@ -122,7 +122,7 @@ def _check_judge(blocks: list[config.Scale]) -> None:
 
 def _check_hub(models: list) -> None:
     for model in models:
-        if model.kind == "pretrained" and not Path(model.name).is_dir():
+        if model.kind == "packaged" or model.kind == "pretrained" and not Path(model.name).is_dir():
             from roads.stages import base
 
             base.reachable(model)
