@@ -152,6 +152,7 @@ class Machine(Strict):
     micro_batch: Count | None  # rows, or pairs, that a GPU takes at once; null: halved until it fits
     gradient_checkpointing: bool
     tensor_parallel: Count  # GPUs that vLLM spreads a model over
+    stages_per_gpu: Count = 1  # at the same time: a small model leaves most of a large GPU idle
 
 
 class Gold(Strict):

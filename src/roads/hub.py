@@ -1,4 +1,4 @@
-"""Where models and rows come from: the Hugging Face hub, a folder that stands for one of its repositories, or a package."""
+"""Where models and rows come from: the Hugging Face hub, a folder in place of one of its repositories, or a package."""
 
 import importlib.util
 from pathlib import Path

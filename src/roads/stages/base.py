@@ -92,7 +92,8 @@ def fetch(data: Path, out: Path, cfg: config.Scale) -> None:
             source, version, options = file.parent, {"sha256": _sha256(file)}, {"gguf_file": file.name}
         else:
             source, commit = hub.fetch(cfg.model.name, cfg.model.revision, ["config.json"])
-            source, version, options = source if commit is None else cfg.model.name, {"commit": commit}, {"revision": commit}
+            source = source if commit is None else cfg.model.name
+            version, options = {"commit": commit}, {"revision": commit}
         where = f"model {cfg.model.name}"
         try:
             rows = AutoConfig.from_pretrained(source, **options).get_text_config().vocab_size
