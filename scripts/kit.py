@@ -39,7 +39,7 @@ JOIN = """#!/bin/sh
 # Joins the parts beside it into the folder roads-kit here; then: roads-kit/run.sh fig11 --minutes 9
 set -e
 from=$(cd "$(dirname "$0")" && pwd)
-(cd "$from" && sha256sum --quiet -c SHA256SUMS --ignore-missing)
+(cd "$from" && sha256sum --quiet --ignore-missing -c SHA256SUMS)
 for name in kit extra; do
   if ls "$from/$name".tar.* >/dev/null 2>&1; then cat "$from/$name".tar.* | tar xf -; fi
 done
@@ -131,14 +131,19 @@ def build(out: Path, scale: str, python: str) -> None:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
         (kit / "kit.json").write_text(json.dumps({"scale": scale, "python": python, "commit": commit}) + "\n")
         parts = split(kit, "kit", out) + split(more, "extra", out)
-    (out / "join.sh").write_text(JOIN)
-    (out / "join.sh").chmod(0o755)
-    sums = "".join(f"{hashlib.sha256(part.read_bytes()).hexdigest()}  {part.name}\n" for part in parts)
-    (out / "SHA256SUMS").write_text(sums)
+    write_join(out, parts)
     for part in parts:
         print(f"{part}: {part.stat().st_size / 1e6:.1f} MB")
     print(f"Copy {out} to the machine (extra.tar.* only where scipy or matplotlib is missing), run join.sh there, then "
           "roads-kit/run.sh fig11 --minutes 9")
+
+
+def write_join(out: Path, parts: list[Path]) -> None:
+    """The script that joins the parts, and their checksums."""
+    (out / "join.sh").write_text(JOIN, encoding="utf-8")
+    (out / "join.sh").chmod(0o755)
+    sums = "".join(f"{hashlib.sha256(part.read_bytes()).hexdigest()}  {part.name}\n" for part in parts)
+    (out / "SHA256SUMS").write_text(sums, encoding="utf-8")
 
 
 def pack(out: Path, scale: str) -> None:
@@ -196,14 +201,18 @@ def unpack(archive: Path) -> None:
     yaml.default_flow_style = False
     with tarfile.open(archive) as tar:
         names = tar.getnames()
-        scale = next(name.split("/")[1] for name in names if name.startswith("reports/"))
+        scale = next((name.split("/")[1] for name in names if re.match(r"reports/[\w-]+/", name)), None)
+        if scale is None:
+            print(f"error: {archive}: no archive of a kit's run (its home.tar.xz)", file=sys.stderr)
+            sys.exit(2)
         inside = [m for m in tar.getmembers() if m.name.startswith((f"reports/{scale}/", f"runs/{scale}/"))]
         tar.extractall(ROOT, inside, filter="data")
         there = yaml.load(tar.extractfile("dvc.lock"))["stages"] if "dvc.lock" in names else {}
     lock = ROOT / "dvc.lock"
     here = yaml.load(lock.read_text(encoding="utf-8"))
-    mine = re.compile(rf"@{re.escape(scale)}(-|$)")
-    here["stages"] |= {name: entry for name, entry in there.items() if mine.search(name)}
+    for name, entry in there.items():
+        if all(out["path"].split("/")[1] == scale for out in entry.get("outs", ())):
+            here["stages"][name] = entry
     with lock.open("w", encoding="utf-8") as file:
         yaml.dump(here, file)
     print(f"{archive}: {len(inside)} files of scale {scale} put in place")

@@ -81,6 +81,8 @@ def test_stages_share_out_the_gpus(machine, params, monkeypatch):
     assert repro.workers(paper, None) == (8, list("01234567")) and repro.workers(paper, 3)[0] == 3
     pairs = paper.model_copy(update={"machine": paper.machine.model_copy(update={"tensor_parallel": 2})})
     assert repro.workers(pairs, None) == (4, ["0,1", "2,3", "4,5", "6,7"])
+    monkeypatch.setattr(preflight, "gpus", lambda: [H100])
+    assert repro.workers(params.scales["real"], None) == (4, ["0"] * 4)  # stages_per_gpu
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert repro.workers(paper, None) == (2, ["5", "7"])
     monkeypatch.setenv(LAUNCH, "configs/accelerate/8-gpu.yaml")
