@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -158,9 +159,9 @@ def pack(out: Path, scale: str) -> None:
         for path in files:
             tar.add(path)
         for name, text in ((f"reports/{scale}/completions.jsonl", completions(runs)),
-                           (f"reports/{scale}/machine.json", json.dumps(machine(), indent=2) + "\n")):
+                           (f"reports/{scale}/machine.txt", "".join(f"{k}: {v}\n" for k, v in machine().items()))):
             info, data = tarfile.TarInfo(name), text.encode()
-            info.size = len(data)
+            info.size, info.mtime = len(data), int(time.time())
             tar.addfile(info, io.BytesIO(data))
     size = out.stat().st_size
     print(f"{out}: {len(files)} files, {size / 1e6:.1f} MB to take home")
@@ -189,33 +190,34 @@ def machine() -> dict:
 
     kit = Path("../kit.json")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"gpus": gpus, "torch": torch.__version__, "transformers": transformers.__version__,
-            "python": sys.version.split()[0]} | (json.loads(kit.read_text()) if kit.exists() else {})
+    about = json.loads(kit.read_text(encoding="utf-8")) if kit.exists() else {}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}
+    return about | {"gpus": ", ".join(gpus) or "none"} | versions
 
 
 def unpack(archive: Path) -> None:
     """Put what came home in its place; of dvc.lock, the entries of its scale alone."""
-    from ruamel.yaml import YAML
-
-    yaml = YAML(typ="safe")
-    yaml.default_flow_style = False
     with tarfile.open(archive) as tar:
         names = tar.getnames()
         scale = next((name.split("/")[1] for name in names if re.match(r"reports/[\w-]+/", name)), None)
-        if scale is None:
+        if scale is None or "dvc.lock" not in names:
             print(f"error: {archive}: no archive of a kit's run (its home.tar.xz)", file=sys.stderr)
             sys.exit(2)
         inside = [m for m in tar.getmembers() if m.name.startswith((f"reports/{scale}/", f"runs/{scale}/"))]
         tar.extractall(ROOT, inside, filter="data")
-        there = yaml.load(tar.extractfile("dvc.lock"))["stages"] if "dvc.lock" in names else {}
+        there = tar.extractfile("dvc.lock").read().decode()
     lock = ROOT / "dvc.lock"
-    here = yaml.load(lock.read_text(encoding="utf-8"))
-    for name, entry in there.items():
-        if all(out["path"].split("/")[1] == scale for out in entry.get("outs", ())):
-            here["stages"][name] = entry
-    with lock.open("w", encoding="utf-8") as file:
-        yaml.dump(here, file)
+    stages = stages_of(lock.read_text(encoding="utf-8"))
+    mine = re.compile(rf"\n    outs:\n    - path: (runs|reports)/{scale}/")
+    stages |= {name: text for name, text in stages_of(there).items() if mine.search(text)}
+    lock.write_text("".join(stages.values()), encoding="utf-8")
     print(f"{archive}: {len(inside)} files of scale {scale} put in place")
+
+
+def stages_of(lock: str) -> dict[str, str]:
+    """The text of every stage of a dvc.lock by its name, as DVC lays it out; what comes before them under ''."""
+    parts = re.split(r"^(?=  \S)", lock, flags=re.M)
+    return {"": parts[0]} | {part.split(":\n")[0].strip(): part for part in parts[1:]}
 
 
 def main() -> None:

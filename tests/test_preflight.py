@@ -90,6 +90,17 @@ def test_stages_share_out_the_gpus(machine, params, monkeypatch):
     assert repro.workers(params.scales["mini"], 3) == (3, [])
 
 
+def test_results_whose_models_are_elsewhere_are_not_begun_anew(machine, params, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reports/mini").mkdir(parents=True)
+    (tmp_path / "reports/mini/machine.txt").write_text("gpus: NVIDIA H100\n")
+    with pytest.raises(UserError, match="its models are on the machine that reports/mini/machine.txt names"):
+        preflight.check({}, params)
+    (tmp_path / "runs/mini/sft").mkdir(parents=True)
+    (tmp_path / "runs/mini/sft/model.safetensors").touch()
+    preflight.check({}, params)
+
+
 def test_launch_is_looked_at(machine, params, monkeypatch, tmp_path):
     machine(H100)
     monkeypatch.setenv(LAUNCH, str(ROOT / "configs/accelerate/8-gpu.yaml"))

@@ -54,6 +54,7 @@ def check(commands: dict[str, str | list[str]], params: config.Params) -> None:
     """
     raw = {name: block.model_dump(exclude_none=True) for name, block in params.scales.items()}
     _check_folders()
+    _check_elsewhere(params.scale)
     works = [(scale_of(command), cost.work(command, raw)) for command in commands.values()]
     blocks = {name: params.scales[name] for name, _ in works if name in params.scales}
     _check_gpu(blocks, *launched())
@@ -74,6 +75,14 @@ def _check_folders() -> None:
         if not there.is_relative_to(Path.cwd()):
             raise UserError(f"{name}: a link to {there}, and DVC keeps no results outside the checkout; clone the "
                             f"project to that disk, or mount it on {name} (mount --bind)")
+
+
+def _check_elsewhere(scale: str) -> None:
+    """Results that came home from a kit's run (scripts/kit.py) lack their models: nothing begins anew unasked."""
+    came = Path("reports", scale, "machine.txt")
+    if came.exists() and not list(Path("runs", scale, "sft").glob("*.safetensors")):
+        raise UserError(f"scale {scale}: its models are on the machine that {came} names; `make report SCALE={scale}` "
+                        f"and `make claims SCALE={scale}` work with what came home; delete {came} to train them here")
 
 
 def _check_gpu(blocks: dict[str, config.Scale], processes: int, shards: int) -> None:
