@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from roads import candidates, generate, model
+from roads import candidates, generate, generate_tree, model
 from roads.stages.rank import reward_scores
 from roads.tldr import EOS, PAD
 
@@ -224,22 +224,14 @@ def test_cache_and_leaving_rows_change_no_token(policy, rows):
 
 
 def test_how_many_prompts_run_together_changes_no_token(policy, rows, monkeypatch):
-    sizes, grow = [], generate._grow
-
-    def counted(policy, query, *args):
-        sizes.append(len(query))
-        return grow(policy, query, *args)
-
-    monkeypatch.setattr(generate, "_grow", counted)
+    asked, grow = [], generate_tree.grow
+    monkeypatch.setattr(generate_tree, "grow", lambda *args: asked.append(args[-1]) or grow(*args))
     together = generate.complete(policy, rows[0], 5, 8, 1.3, generator(5))
-    assert sizes == [4]
-    one = 5 * (8 * policy.config.num_hidden_layers * 32 * (rows[0].shape[1] + 8) + 24 * 20)  # the longest prompt's
-    monkeypatch.setattr(generate, "MEMORY", 2 * one)
-    assert torch.equal(generate.complete(policy, rows[0], 5, 8, 1.3, generator(5)), together)
-    assert sizes[1] == 2 and sum(sizes[1:]) == 4 and len(sizes) > 2
-    monkeypatch.setattr(generate, "MEMORY", 1)  # one prompt always runs
-    assert torch.equal(generate.complete(policy, rows[0], 5, 8, 1.3, generator(5)), together)
-    assert sizes[-4:] == [1] * 4
+    one = -(-generate.MEMORY // generate_tree.places_for(policy, 6, 5, 8, generate.MEMORY))
+    for memory in (3 * one, 2 * one, 1):  # one prompt always runs
+        monkeypatch.setattr(generate, "MEMORY", memory)
+        assert torch.equal(generate.complete(policy, rows[0], 5, 8, 1.3, generator(5)), together)
+    assert asked == [4, 3, 2, 1]
 
 
 def test_first_tokens_follow_softmax_of_logits_over_temperature(policy, rows):

@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ENV, ROOT
 from ruamel.yaml import YAML
 
-from roads import config, generate, model
+from roads import config, generate, generate_tree, model
 from roads.runner import cost, dvc_patches, plan, repro
 from roads.stage import UserError
 
@@ -294,7 +293,7 @@ def test_a_sampled_token_is_a_pass_for_as_many_prompts_as_the_sampler_takes():
     net = model.new_policy(config.New(**size, heads=4, max_positions=512), 4096, seed=0)
     assert (cost.ROWS, cost.MEMORY) == (generate.ROWS, generate.MEMORY)
     for n, prompts in ((25, 300), (1, 5000)):
-        fit = min(generate.ROWS // n, generate.batch_size_for(net.config, 256 + 53, n, torch.device("cpu")))
+        fit = min(generate.ROWS // n, generate_tree.places_for(net, 256, n, 53, generate.MEMORY))
         found = work("sample P D/online.npz O --samples online", source=source, model=size, data={"online": prompts,
                      "preferences": 0}, samples={"online": {"n": n, "temperature": 1.0}}, compute={"sampler": "hf"})
         assert 1 < fit < prompts and found.layers == -(-prompts // fit) * 53 * 2

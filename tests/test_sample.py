@@ -1,8 +1,10 @@
 """A run of the sampler that is killed goes on with the same bits."""
 
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 from conftest import ENV, ROOT
@@ -31,6 +33,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, monkeypatch, tiny):
     whole = generate.completions(tmp_path / "policy", query, 12, config.Sampling(n=4, temperature=1.0), 5, tiny)
     scratch = tmp_path / "runs/.scratch"
     assert not list(scratch.iterdir())
+    shutil.rmtree(generate.STORE)
 
     command = [sys.executable, "-c", RUN, ROOT]
     env = ENV | {"PYTHONPATH": str(ROOT / "src")}
@@ -44,6 +47,33 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, monkeypatch, tiny):
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert "goes on, " in done.stderr and " of 300 batches are done" in done.stderr
     assert torch.equal(torch.load(tmp_path / "found.pt"), whole) and not list(scratch.glob("sample-*-*[0-9].npy"))
+
+
+def test_what_was_drawn_once_is_not_drawn_again(tmp_path, monkeypatch, tiny, policy, capsys):
+    policy.save_pretrained(tmp_path / "policy")
+    monkeypatch.chdir(tmp_path)
+    passes, run = [], type(policy.base_model).forward
+    monkeypatch.setattr(type(policy.base_model), "forward", lambda *args, **kw: passes.append(1) or run(*args, **kw))
+    query, twice = torch.arange(2, 10).repeat(6, 1), []
+    for folder in ("policy", "copy"):  # the weights count, not where they are
+        twice.append(generate.completions(Path(folder), query, 6, config.Sampling(n=3, temperature=1.0), 5, tiny))
+        if folder == "policy":
+            shutil.copytree("policy", "copy")
+            first = len(passes)
+    assert first > 0 and len(passes) == first and torch.equal(*twice)
+    assert "sample s5: drawn before" in capsys.readouterr().err
+    generate.completions(Path("copy"), query, 6, config.Sampling(n=3, temperature=0.9), 5, tiny)
+    assert len(passes) > first and len(list(generate.STORE.iterdir())) == 2
+
+    monkeypatch.setattr(generate, "KEPT", 2 * next(generate.STORE.iterdir()).stat().st_size)
+    generate.completions(Path("copy"), query, 6, config.Sampling(n=3, temperature=1.0), 5, tiny)  # used last
+    generate.completions(Path("copy"), query, 6, config.Sampling(n=3, temperature=0.8), 5, tiny)
+    assert len(list(generate.STORE.iterdir())) == 2
+    before = len(passes)
+    generate.completions(Path("copy"), query, 6, config.Sampling(n=3, temperature=1.0), 5, tiny)
+    assert len(passes) == before
+    generate.completions(Path("copy"), query, 6, config.Sampling(n=3, temperature=0.9), 5, tiny)
+    assert len(passes) > before
 
 
 def test_other_settings_or_weights_share_no_batch(tmp_path, policy):

@@ -48,6 +48,13 @@ def load_policy(path: Path, compute: config.Compute = PLAIN) -> PreTrainedModel:
     return _placed(policy, compute)
 
 
+def load_to_sample(path: Path, compute: config.Compute) -> PreTrainedModel:
+    """The policy in a folder, with weights in compute's precision: nothing is cast while it draws."""
+    dtype = torch.bfloat16 if compute.precision == "bf16" else torch.float32
+    policy = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+    return policy.to(device(compute)).eval()
+
+
 def _placed(policy: PreTrainedModel, compute: config.Compute) -> PreTrainedModel:
     policy.to(device(compute))
     if compute.precision == "bf16":

@@ -41,7 +41,7 @@ FITTED = Path(__file__).parents[2] / "benchmarks/scale.json"  # on whatever mach
 if FITTED.exists():
     DEVICES["cpu"] = replace(DEVICES["cpu"], **json.loads(FITTED.read_text(encoding="utf-8"))["fit"])
 COPIED = 20  # what a number of the cache costs a sampled token, next to a weight: caches are copied at every step
-ROWS, MEMORY, BATCH = 1600, 2**26, 2**13  # sample.py's, and the tokens that are scored at once
+ROWS, MEMORY, BATCH = 1600, 2**29, 2**13  # generate.py's, and the tokens that are scored at once
 COLD, SHARED = 0.1, 0.25  # n samples at this temperature share so many prefixes that only this part of them is run
 # The judge: 600 tokens read and 33 written an answer make, at $2.50 and $10 per million, the $1.1 that 600 pairs in one
 # order have cost others (and $175 for 92,900). Prices are the block's own: spending.
@@ -188,12 +188,13 @@ def train(c: Command, rows: int, recipe: dict, sides: int = 1, words: int = 0, r
 
 def sample(c: Command, prompts: int, samples: dict) -> Work:
     """The prompt is run once, its n completions are decoded from its cache. vLLM decodes equal prefixes too."""
-    n, width = samples["n"], c.prompt + c.response
+    n = samples["n"]
     vllm = c.block.get("compute", {}).get("sampler") == "vllm"
     words = prompts * (n if vllm else c.distinct(samples)) * c.response
-    # As generate.batch_size_for has it.
-    row = 8 * c.depth * c.block["model"].get("hidden_size", 0) * width + 24 * _vocab(c.block)
-    batches = math.ceil(prompts / max(1, min(ROWS, MEMORY // row) // n))
+    # As generate_tree.places_for has it.
+    slots = c.prompt + n * c.response + 128
+    place = slots * (8 * c.depth * c.block["model"].get("hidden_size", 0) + n) + 16 * n * _vocab(c.block)
+    batches = math.ceil(prompts / max(1, min(ROWS // n, MEMORY // place)))
     return Work(flops=c.forward(prompts * c.prompt, c.prompt),
                 decoded=c.forward(words, COPIED * (c.prompt + c.response // 2), words) / 2,
                 layers=batches * c.response * c.depth, size=INT * prompts * (c.prompt + n * c.response))
