@@ -123,7 +123,8 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, trees: Trees, shared: int, 
     if trees.mask is None:
         sees, columns = trees.sees, torch.arange(trees.slots // BLOCK, dtype=torch.int32, device=query.device)
         trees.mask = BlockMask.from_kv_blocks(
-            trees.blocks, columns.expand(len(sees), 1, 1, -1).contiguous(), BLOCK_SIZE=(query.shape[2], BLOCK),
+            trees.blocks, columns.expand(len(sees), 1, 1, -1).contiguous(),
+            BLOCK_SIZE=(-(-query.shape[2] // BLOCK) * BLOCK, BLOCK),
             mask_mod=lambda place, head, row, slot: sees[place, row // shared, slot],
             seq_lengths=(query.shape[2], trees.slots))
     return (_compiled or flex_attention)(query, key, value, block_mask=trees.mask, scale=scaling)
