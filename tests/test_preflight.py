@@ -52,6 +52,7 @@ def test_a_world_needs_nothing(machine, params):
 
 @pytest.mark.parametrize("gpus, scale, message", [
     ((), "lite", "scale lite needs an NVIDIA GPU and nvidia-smi shows none; run the image with `--gpus all`"),
+    ((), "real", "needs none; with compute: .* these stages would take about [0-9,]+ hours on [0-9]+ cores"),
     (((81559, "550.1"),), "lite", "NVIDIA driver 550: CUDA 13 needs 580 or newer"),
     ((L4,), "paper", r"paper: training 1.4e9 parameters takes 26 GiB of a GPU and the smallest here has 22"),
     ((H100,), "paper-6900m", "training 6.9e9 parameters takes 128 GiB .* LAUNCH=8-gpu-fsdp"),
