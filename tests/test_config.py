@@ -86,7 +86,7 @@ def test_an_arm_is_its_scale_with_one_thing_changed():
     ("micro_batch: null", "micro_batch: 0", "mini.machine.micro_batch: input should be greater than or equal to 1"),
     ("kind: new, hidden_size", "kind: new, revision: x, hidden_size", "mini.model.revision: unknown key"),
     ("model: &pythia {kind: pretrained,", "model: &pythia {kind: pretrained, nam: x,", "paper.model.nam: unknown key"),
-    ("  base: null\n", "  base: {lr: 1.0, schedule: linear, batch_size: 1, epochs: 1}\n", "paper.base: expected"),
+    ("  base: null\n", "  base: {lr: 1.0, schedule: linear, batch_size: 1, epochs: 1}\n", "real.base: expected"),
     ("judge: {kind: gold}", "judge: {kind: gould}", "mini.judge: input tag 'gould'"),
     ("judge: {kind: gold}", "judge: null", "mini.judge: expected a block where there is samples.human"),
     ("model: gpt-4o-2024-08-06, prompt", "modle: gpt-4o-2024-08-06, prompt", "paper.judge.modle: unknown key"),
@@ -196,7 +196,7 @@ def test_switching_the_scale_keeps_comments_and_comes_back(params):
 @pytest.mark.parametrize("scale, data, message", [
     ("mini", "data/tldr_sample", "scale mini makes its own data"),
     ("real-cpu", "no/such/folder", "DATA=no/such/folder: not found; expected a folder with train.jsonl"),
-    ("real", None, "no block named 'real'; did you mean 'real-cpu'?"),
+    ("reel-cpu", None, "no block named 'reel-cpu'; did you mean 'real-cpu'?"),
 ])  # fmt: skip
 def test_a_bad_switch_changes_nothing(params, scale, data, message):
     path = params()

@@ -52,6 +52,7 @@ def test_a_world_needs_nothing(machine, params):
 
 @pytest.mark.parametrize("gpus, scale, message", [
     ((), "lite", "scale lite needs an NVIDIA GPU and nvidia-smi shows none; run the image with `--gpus all`"),
+    ((), "real", "needs none; with compute: .* these stages would take about [0-9,]+ hours on [0-9]+ cores"),
     (((81559, "550.1"),), "lite", "NVIDIA driver 550: CUDA 13 needs 580 or newer"),
     ((L4,), "paper", r"paper: training 1.4e9 parameters takes 26 GiB of a GPU and the smallest here has 22"),
     ((H100,), "paper-6900m", "training 6.9e9 parameters takes 128 GiB .* LAUNCH=8-gpu-fsdp"),
@@ -81,11 +82,24 @@ def test_stages_share_out_the_gpus(machine, params, monkeypatch):
     assert repro.workers(paper, None) == (8, list("01234567")) and repro.workers(paper, 3)[0] == 3
     pairs = paper.model_copy(update={"machine": paper.machine.model_copy(update={"tensor_parallel": 2})})
     assert repro.workers(pairs, None) == (4, ["0,1", "2,3", "4,5", "6,7"])
+    monkeypatch.setattr(preflight, "gpus", lambda: [H100])
+    assert repro.workers(params.scales["real"], None) == (4, ["0"] * 4)  # stages_per_gpu
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert repro.workers(paper, None) == (2, ["5", "7"])
     monkeypatch.setenv(LAUNCH, "configs/accelerate/8-gpu.yaml")
     assert repro.workers(paper, None) == (1, [])
     assert repro.workers(params.scales["mini"], 3) == (3, [])
+
+
+def test_results_whose_models_are_elsewhere_are_not_begun_anew(machine, params, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reports/mini").mkdir(parents=True)
+    (tmp_path / "reports/mini/machine.txt").write_text("gpus: NVIDIA H100\n")
+    with pytest.raises(UserError, match="its models are on the machine that reports/mini/machine.txt names"):
+        preflight.check({}, params)
+    (tmp_path / "runs/mini/sft").mkdir(parents=True)
+    (tmp_path / "runs/mini/sft/model.safetensors").touch()
+    preflight.check({}, params)
 
 
 def test_launch_is_looked_at(machine, params, monkeypatch, tmp_path):

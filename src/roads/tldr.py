@@ -10,6 +10,7 @@ Those of the `CNN_DM` batches are about news articles and are left out.
 """
 
 import json
+import lzma
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
@@ -83,11 +84,12 @@ def comparison_of(value: dict, where: str) -> Comparison:
 
 
 def objects(path: Path, names: list[str] = FIELDS) -> Iterator[tuple[dict, str]]:
-    """The object of each line of a jsonl file, and where it stands: FILE:LINE."""
+    """The object of each line of a jsonl file, which may be compressed (.xz), and where it stands: FILE:LINE."""
     try:
-        lines = Path(path).read_bytes().rstrip().split(b"\n")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; expected a jsonl file of TL;DR rows") from None
+        text = Path(path).read_bytes()
+        lines = (lzma.decompress(text) if Path(path).suffix == ".xz" else text).rstrip().split(b"\n")
+    except (OSError, lzma.LZMAError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', error)}; expected a jsonl file of TL;DR rows") from None
     if lines == [b""]:
         raise UserError(f"{path}: empty; expected one TL;DR row per line")
     for number, line in enumerate(lines, 1):

@@ -118,7 +118,7 @@ class Command:
     def forward(self, tokens: int, context: int, words: int = 0) -> float:
         """FLOPs of running tokens that attend to `context` others each; at `words` of them the next is predicted."""
         model = self.block["model"]
-        if model["kind"] == "pretrained":  # of unknown shape: every parameter is used for every token, and that is all
+        if model["kind"] != "new":  # of unknown shape: every parameter is used for every token, and that is all
             return 2 * tokens * model["parameters"]
         layers, width = model["layers"], model["hidden_size"]
         return tokens * layers * width * (24 * width + 4 * context) + 2 * words * _vocab(self.block) * width
@@ -172,7 +172,7 @@ def _vocab(block: dict) -> int:
 def parameters(block: dict) -> float:
     """Parameters of a block's model: as it says where that is pretrained, or else those of GPT-NeoX, head untied."""
     model = block["model"]
-    if model["kind"] == "pretrained":
+    if model["kind"] != "new":
         return model["parameters"]
     return 12 * model["layers"] * model["hidden_size"] ** 2 + 2 * _vocab(block) * model["hidden_size"]
 
@@ -221,7 +221,7 @@ def _data(c: Command) -> Work:
 
 
 def _base(c: Command) -> Work:
-    if c.block["model"]["kind"] == "pretrained":  # fetched, or read from a folder
+    if c.block["model"]["kind"] != "new":  # fetched, or read from a folder
         return Work(size=FLOAT * c.parameters)
     return train(c, c.rows("base"), c.block["base"], words=c.prompt + c.response)
 

@@ -54,9 +54,10 @@ def check(commands: dict[str, str | list[str]], params: config.Params) -> None:
     """
     raw = {name: block.model_dump(exclude_none=True) for name, block in params.scales.items()}
     _check_folders()
+    _check_elsewhere(params.scale)
     works = [(scale_of(command), cost.work(command, raw)) for command in commands.values()]
     blocks = {name: params.scales[name] for name, _ in works if name in params.scales}
-    _check_gpu(blocks, *launched())
+    _check_gpu(blocks, *launched(), sum(work.seconds(cost.DEVICES["cpu"]) for _, work in works if work))
     _check_disk(sum(work.size for _, work in works if work))
     _check_judge([params.scales[name] for name, work in works if work and work.judged])
     _check_hub([block.model for name, block in blocks.items() if f"base@{name}" in commands])
@@ -76,14 +77,27 @@ def _check_folders() -> None:
                             f"project to that disk, or mount it on {name} (mount --bind)")
 
 
-def _check_gpu(blocks: dict[str, config.Scale], processes: int, shards: int) -> None:
+def _check_elsewhere(scale: str) -> None:
+    """Results that came home from a kit's run (scripts/kit.py) lack their models: nothing begins anew unasked."""
+    came = Path("reports", scale, "machine.txt")
+    if came.exists() and not list(Path("runs", scale, "sft").glob("*.safetensors")):
+        raise UserError(f"scale {scale}: its models are on the machine that {came} names; `make report SCALE={scale}` "
+                        f"and `make claims SCALE={scale}` work with what came home; delete {came} to train them here")
+
+
+def _check_gpu(blocks: dict[str, config.Scale], processes: int, shards: int, core_seconds: float) -> None:
     wanting = {name: block for name, block in blocks.items() if block.compute.device == "gpu"}
     if not wanting:
         return
     name, found = next(iter(wanting)), gpus()
     if not found:
+        slowly = ""
+        if wanting[name].compute.sampler == "hf":
+            cores = os.cpu_count() or 1
+            slowly = (f"; with compute: {{device: cpu, precision: fp32, …}} these stages would take about "
+                      f"{core_seconds / cores / 3600:,.0f} hours on {cores} cores")
         raise UserError(f"scale {name} needs an NVIDIA GPU and nvidia-smi shows none; run the image with `--gpus all`, "
-                        "or take SCALE=mini, which needs none")
+                        f"or take SCALE=mini, which needs none{slowly}")
     driver = min(driver for _, driver in found)
     if driver < DRIVER:
         raise UserError(f"NVIDIA driver {driver}: CUDA 13 needs {DRIVER} or newer; update the driver of the host")
@@ -122,7 +136,7 @@ def _check_judge(blocks: list[config.Scale]) -> None:
 
 def _check_hub(models: list) -> None:
     for model in models:
-        if model.kind == "pretrained" and not Path(model.name).is_dir():
+        if model.kind == "packaged" or model.kind == "pretrained" and not Path(model.name).is_dir():
             from roads.stages import base
 
             base.reachable(model)

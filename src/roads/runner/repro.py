@@ -219,12 +219,13 @@ def bring_up_to_date(todo: dict[str, set[str]], jobs: int, lock: int, gpus: list
 
 
 def workers(scale: config.Scale, jobs: int | None) -> tuple[int, list[str]]:
-    """How many stages run at once, and the GPUs that they share out, `tensor_parallel` each: none where a stage takes
-    all of them (LAUNCH)."""
+    """How many stages run at once, and the GPUs that they share out, `tensor_parallel` each and every one as often as
+    `stages_per_gpu` says: none where a stage takes all of them (LAUNCH)."""
     if scale.compute.device == "gpu" and not os.environ.get(LAUNCH):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(len(preflight.gpus())))))
         names, each = [name for name in visible.split(",") if name], scale.machine.tensor_parallel
         gpus = [",".join(names[i : i + each]) for i in range(0, len(names) - each + 1, each)]
+        gpus *= scale.machine.stages_per_gpu
         return min(jobs or len(gpus), len(gpus)), gpus
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return jobs or (1 if scale.compute.device == "gpu" else cores), []

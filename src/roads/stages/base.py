@@ -1,11 +1,13 @@
-"""Stage base: where every policy begins. A small model pretrained here, or one of the hub.
+"""Stage base: where every policy begins. A small model pretrained here, or one of the hub or of a package.
 
     python -m roads.stages.base DATA OUT --scale mini       # pretrain on base.npz, the stand-in for Pythia
     python -m roads.stages.base DATA OUT --scale paper      # fetch the model that params.yaml names
+    python -m roads.stages.base DATA OUT --scale real       # dequantise the one that a package holds
 
 Of whatever tokenizer, EOS is token 0 and padding token 1 from here on: see `renumber`.
 """
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -67,13 +69,16 @@ def renumber(policy, eos_id: int, pad_id: int, vocab_size: int) -> None:
     policy.generation_config = GenerationConfig(**ids)  # its own may ask for other sampling than ours
 
 
-def reachable(wanted: config.Pretrained) -> None:
-    """Raises UserError where a pretrained model, or its revision, is not to be had."""
-    hub.fetch(wanted.name, wanted.revision, ["config.json"])
+def reachable(wanted: config.Pretrained | config.Packaged) -> None:
+    """Raises UserError where a pretrained model, its revision or its package is not available."""
+    if wanted.kind == "packaged":
+        hub.gguf(wanted.name)
+    else:
+        hub.fetch(wanted.name, wanted.revision, ["config.json"])
 
 
 def fetch(data: Path, out: Path, cfg: config.Scale) -> None:
-    """Write the pretrained model that the scale names, fp32, and which commit of it this is.
+    """Write the pretrained model that the scale names, fp32, and which commit or GGUF file of it this is.
 
     Raises:
         UserError: no such model or revision, none to be had, or one with fewer tokens than its tokenizer.
@@ -82,28 +87,40 @@ def fetch(data: Path, out: Path, cfg: config.Scale) -> None:
 
     with stage.output(out, config.used(cfg, "model", "base"), [data]) as folder:
         tokens = stage.read_json(data / "metrics.json")
-        source, commit = hub.fetch(cfg.model.name, cfg.model.revision, ["config.json"])
+        if cfg.model.kind == "packaged":
+            file = hub.gguf(cfg.model.name)
+            source, version, options = file.parent, {"sha256": _sha256(file)}, {"gguf_file": file.name}
+        else:
+            source, commit = hub.fetch(cfg.model.name, cfg.model.revision, ["config.json"])
+            source = source if commit is None else cfg.model.name
+            version, options = {"commit": commit}, {"revision": commit}
         where = f"model {cfg.model.name}"
         try:
-            rows = AutoConfig.from_pretrained(source).get_text_config().vocab_size
+            rows = AutoConfig.from_pretrained(source, **options).get_text_config().vocab_size
             is_new = tokens["pad_id"] == tokens["vocab_size"] - 1  # data.py puts a new padding token last
             if rows < tokens["vocab_size"] - is_new:
                 raise stage.UserError(f"{where}: {rows} embeddings for {tokens['vocab_size']} tokens of its tokenizer")
-            policy = AutoModelForCausalLM.from_pretrained(source if commit is None else cfg.model.name, revision=commit,
-                                                          dtype=torch.float32)
+            policy = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
         except (OSError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
             raise stage.UserError(f"{where}: not a causal language model that transformers loads ({reason})") from None
+        if getattr(policy, "hf_quantizer", None):  # it is dequantised, and saved as any other model
+            policy.hf_quantizer.remove_quantization_config(policy)
         renumber(policy, tokens["eos_id"], tokens["pad_id"], tokens["vocab_size"])
         policy.save_pretrained(folder)
-        stage.write_json(folder / "metrics.json", {"commit": commit, "parameters": policy.num_parameters()})
+        stage.write_json(folder / "metrics.json", version | {"parameters": policy.num_parameters()})
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _command() -> None:
     parser = stage.arguments(__doc__, "data", "out")
     a = parser.parse_args()
     cfg = config.load_scale(a.scale)
-    (fetch if cfg.model.kind == "pretrained" else base)(a.data, a.out, cfg)
+    (base if cfg.model.kind == "new" else fetch)(a.data, a.out, cfg)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python -m roads.stages.data src/roads/world.py OUT --scale mini
     python -m roads.stages.data FOLDER OUT --scale real-cpu   # train.jsonl, valid.jsonl, test.jsonl, maybe comparisons
+    python -m roads.stages.data data/tldr OUT --scale real    # the posts of this repository
     python -m roads.stages.data data/openai.json OUT --scale paper   # what to download, and what must be in it
 
 Writes tokenizer.json and one .npz per split. Queries [n, Q] are padded left, responses [n, R] right.
@@ -20,6 +21,7 @@ is the preferred summary.
 
 import hashlib
 import json
+import tempfile
 from collections import Counter
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -64,8 +66,15 @@ def from_world(cfg: config.Scale) -> tuple[object, dict[str, dict[str, np.ndarra
     return tokenizer, splits
 
 
-def in_folder(folder: Path) -> tuple[dict, dict]:
+def in_folder(folder: Path, source: config.OpenAI) -> tuple[dict, dict]:
     """Posts and comparisons of a folder, by split and in order; comparisons only where there is a file of them."""
+    if source.kind == "posts":
+        suffix, development = ".jsonl.xz", source.held_out == "development"
+        names = {"train": "train"} | {name: "development" if development else name for name in ("valid", "test")}
+        posts = {split: tldr.read_rows(folder / f"{name}{suffix}") for split, name in names.items()}
+        if development:  # each a half
+            posts |= {"valid": posts["valid"][::2], "test": posts["test"][1::2]}
+        return posts, {}
     posts = {name: tldr.read_rows(folder / f"{name}.jsonl") for name in ("train", "valid", "test")}
     files = {name: folder / f"comparisons_{name}.jsonl" for name in ("train", "valid")}
     there = any(path.exists() for path in files.values())
@@ -143,6 +152,9 @@ def _read(folder: Path, files: str, where: str, compared: bool) -> tuple[list, C
 def tokenizer_for(cfg: config.Scale, source: Path, rows: list[tldr.Row]) -> tuple[object, dict[str, int]]:
     """The model's tokenizer with EOS and padding as 0 and 1, and the ids that they had; for a new model the one beside
     the rows, or a BPE trained on them."""
+    if cfg.model.kind == "packaged":
+        tokenizer, eos_id, pad_id = packaged_tokenizer(cfg.model)
+        return tokenizer, {"eos_id": eos_id, "pad_id": pad_id}
     if cfg.model.kind == "pretrained":
         folder, _ = hub.fetch(cfg.model.name, cfg.model.revision,
                               ["tokenizer.json", "tokenizer_config.json", "config.json"])
@@ -170,6 +182,22 @@ def tokenizer_for(cfg: config.Scale, source: Path, rows: list[tldr.Row]) -> tupl
     return tldr.train_bpe((text for row in rows for text in (row.title, row.post, row.summary)), vocab_size), {}
 
 
+def packaged_tokenizer(wanted: config.Packaged) -> tuple[object, int, int]:
+    """The tokenizer in a GGUF file as `tldr.renumber_tokenizer` has it."""
+    from tokenizers import decoders, pre_tokenizers
+    from transformers import AutoTokenizer
+
+    file = hub.gguf(wanted.name)
+    whole = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = whole.backend_tokenizer
+    if isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel):
+        tokenizer.decoder = decoders.ByteLevel()  # transformers adds SentencePiece's, which turns "▁" into a space
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(str(Path(folder, "tokenizer.json")))
+        return tldr.renumber_tokenizer(Path(folder, "tokenizer.json"), wanted.eos or whole.eos_token,
+                                       wanted.pad or whole.pad_token)
+
+
 def choose(cfg: config.Scale, source: Path, posts: dict, pairs: dict) -> dict[str, list[tldr.Row]]:
     """The rows of each split: as many as params.yaml asks for, or of your own rows as many as there are.
 
@@ -189,7 +217,7 @@ def choose(cfg: config.Scale, source: Path, posts: dict, pairs: dict) -> dict[st
 
 def from_posts(source: Path, cfg: config.Scale) -> tuple[object, dict[str, dict[str, np.ndarray]], dict]:
     """The tokenizer, the splits of real posts, and what metrics.json says of both."""
-    posts, pairs, found = download(source) if source.is_file() else (*in_folder(source), {})
+    posts, pairs, found = download(source) if source.is_file() else (*in_folder(source, cfg.source), {})
     is_two_word, lengths = cfg.source.kind == "two_word", cfg.source
     if cfg.samples.human and cfg.samples.human.labels == "rows" and not is_two_word and not pairs:
         raise stage.UserError(f"{source}/comparisons_train.jsonl: not found; samples.human.labels: rows needs it, and "
@@ -259,7 +287,7 @@ def first(n: int, preferences: dict, more: dict) -> dict[str, np.ndarray]:
 
 def data(source: Path, out: Path, cfg: config.Scale) -> None:
     """Write the tokenizer and every split under `out`."""
-    blocks = ["model"] * (cfg.model.kind == "pretrained") + ["judge"] * (cfg.source.kind == "two_word")
+    blocks = ["model"] * (cfg.model.kind != "new") + ["judge"] * (cfg.source.kind == "two_word")
     with stage.output(out, config.used(cfg, "data", "source", *blocks), [source]) as folder:
         tokenizer, splits, found = (*from_world(cfg), {}) if cfg.synthetic else from_posts(source, cfg)
         tokenizer.save(str(folder / "tokenizer.json"))
