@@ -8,12 +8,12 @@ from roads import model, packed
 from roads.tldr import EOS, PAD
 
 
-def some_rows(seed: int = 0):
+def some_rows(seed: int = 0, count: int = 5):
     draw = torch.Generator().manual_seed(seed)
 
     def side(width, left):
-        rows = torch.full((5, width), PAD)
-        for i, n in enumerate(torch.randint(1, width + 1, (5,), generator=draw).tolist()):
+        rows = torch.full((count, width), PAD)
+        for i, n in enumerate(torch.randint(1, width + 1, (count,), generator=draw).tolist()):
             own = torch.randint(2, 90, (n,), generator=draw)
             if not left:
                 own[-1] = EOS
@@ -47,7 +47,7 @@ def test_packed_pairs_have_the_log_probs_and_gradients_of_padded_ones(make):
     expected = torch.stack(model.pair_logps(policy, *rows))
     theirs = gradients(expected)
     policy.set_attn_implementation(packed.ATTENTION)
-    found = packed.logps(policy, packed.pack(*rows, length=256), 1.0, 7)
+    found = packed.logps(policy, packed.pack(*rows), 1.0, 7)
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
     ours = gradients(found)
     for name in theirs:
@@ -56,14 +56,14 @@ def test_packed_pairs_have_the_log_probs_and_gradients_of_padded_ones(make):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_block_mask_is_the_dense_mask(seed):
-    end = packed.pack(*some_rows(seed), length=384).end
-    dense, blocks = packed.dense_mask(end)[0, 0], packed.block_mask(end)
-    queries, keys = torch.arange(384)[:, None], torch.arange(384)
-    assert torch.equal(blocks.mask_mod(0, 0, queries, keys), dense)
-    tiles = dense.view(3, 128, 3, 128).transpose(1, 2).flatten(2)
+    end = packed.pack(*some_rows(seed, 14)).end
+    dense, blocks, n = packed.dense_mask(end)[0, 0], packed.block_mask(end), len(end) // 128
+    keys = torch.arange(len(end))
+    assert n > 1 and torch.equal(blocks.mask_mod(0, 0, keys[:, None], keys), dense)
+    tiles = dense.view(n, 128, n, 128).transpose(1, 2).flatten(2)
     some, every = tiles.any(2), tiles.all(2)
-    full = torch.zeros(3, 3, dtype=torch.bool)
-    for q in range(3):
+    full = torch.zeros(n, n, dtype=torch.bool)
+    for q in range(n):
         full[q, blocks.full_kv_indices[0, 0, q, : blocks.full_kv_num_blocks[0, 0, q]].long()] = True
     assert not (full & ~every).any()
     assert not (some & ~(blocks.to_dense()[0, 0] > 0)).any()
@@ -72,10 +72,34 @@ def test_the_block_mask_is_the_dense_mask(seed):
 @pytest.mark.parametrize("make", [neox, llama])
 def test_flex_attention_sees_what_the_dense_mask_shows(make):
     torch.manual_seed(0)
-    policy, rows = make().eval(), packed.pack(*some_rows(), length=256)
+    policy, rows = make().eval(), packed.pack(*some_rows(0, 14))
     policy.set_attn_implementation(packed.ATTENTION)
     with torch.no_grad():
         dense = packed.run(policy.base_model, rows)
         flex = policy.base_model(input_ids=rows.token[None], position_ids=rows.position[None], use_cache=False,
                                  attention_mask=packed.block_mask(rows.end)).last_hidden_state[0]
     assert torch.allclose(flex, dense, atol=1e-5)
+
+
+def test_a_packed_reward_model_and_a_packed_sft_are_the_padded_ones():
+    torch.manual_seed(0)
+    rows = some_rows()
+    policy, rm = neox(), model.RewardModel(neox().base_model)
+    expected = [model.response_logps(policy, *rows[:2], 0.7), *model.pair_rewards(rm, *rows)]
+    for net in (policy, rm.trunk):
+        net.set_attn_implementation(packed.ATTENTION)
+    assert model.is_packed(policy) and model.is_packed(rm)
+    found = [model.response_logps(policy, *rows[:2], 0.7), *model.pair_rewards(rm, *rows)]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_what_packed_rows_cannot_do_is_left_to_the_padded_path():
+    assert packed.supports(neox()) and packed.supports(llama())
+    for more in ({"attention_dropout": 0.1}, {"hidden_dropout": 0.1}):
+        net = neox()
+        net.config.update(more)
+        assert not packed.supports(net)
+    net = llama()
+    net.config.sliding_window = 64
+    assert not packed.supports(net)

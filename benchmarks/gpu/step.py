@@ -111,7 +111,7 @@ class Way:
     def logps(self, sides: list[Tensor]) -> Tensor:
         """[2, B] of chosen and of rejected."""
         if self.tokens:
-            rows = packed.pack(*sides, length=self.tokens)
+            rows = packed.pack(*sides)
             return packed.logps(self.policy, rows, 1.0, model.LOGITS // self.policy.config.vocab_size)
         if self.pad > 1:
             width = [-(-int((side != PAD).sum(1).max()) // self.pad) * self.pad for side in sides]

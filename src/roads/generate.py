@@ -34,8 +34,12 @@ def complete(policy, query: Tensor, n: int, length: int, temperature: float, gen
     return found
 
 
-def _grow(policy, query: Tensor, batches, n: int, length: int, temperature: float) -> Iterator[tuple[int, Tensor]]:
-    """Completions of the rows of batches (rows, generator), those of a batch in the order of their lengths."""
+def _grow(policy, query: Tensor, batches, n: int, length: int, temperature: float,
+          stages: int = 1) -> Iterator[tuple[int, Tensor]]:
+    """Completions of the rows of batches (rows, generator), those of a batch in the order of their lengths.
+
+    `stages` share the memory of a GPU.
+    """
     lengths = (query != PAD).sum(1)
 
     def prompts():
@@ -49,7 +53,10 @@ def _grow(policy, query: Tensor, batches, n: int, length: int, temperature: floa
                 yield row, query[row][query[row] != PAD], draws[:, i]
 
     longest, gpu = int(lengths.max()), policy.device.type == "cuda"
-    memory = torch.cuda.mem_get_info(policy.device)[0] * 3 // 4 if gpu else MEMORY
+    if gpu:
+        torch.cuda.empty_cache()  # what an earlier call kept is free
+        free, total = torch.cuda.mem_get_info(policy.device)
+    memory = min(free * 3 // 4, total * 3 // 4 // stages) if gpu else MEMORY
     places = min(generate_tree.places_for(policy, longest, n, length, memory),
                  max(1, (TOGETHER if gpu else ROWS) // n), len(query))
     return generate_tree.grow(policy, prompts(), longest, n, length, temperature, places)
@@ -99,7 +106,8 @@ def _by_us(policy, query, batches, missing, length, settings, seed, cfg, progres
     # with the same bits; a GPU, which promises none, is kept busy.
     for numbers in [missing] if net.device.type == "cuda" else [[number] for number in missing]:
         asked = ((batches[number], torch.Generator().manual_seed(seed * 1_000_003 + number)) for number in numbers)
-        for row, completion in _grow(net, query, asked, settings.n, length, settings.temperature):
+        for row, completion in _grow(net, query, asked, settings.n, length, settings.temperature,
+                                     cfg.machine.stages_per_gpu):
             progress.update()
             number = number_of[row]
             found[number][row - int(batches[number][0])] = completion

@@ -45,10 +45,11 @@ class Trees(Cache):
             for layer in prompts.layers:
                 for room, part in ((self.keys, layer.keys), (self.values, layer.values)):
                     # Zeros: what is not seen counts nothing, but nothing times infinity would.
-                    room.append(part.new_zeros(self.places + 1, self.slots, part.shape[1], part.shape[3]))
+                    room.append(layer.values.new_zeros(self.places + 1, self.slots, part.shape[1], part.shape[3]))
         to, width = place.to(self.sees.device), prompts.layers[0].keys.shape[2]
         for layer, keys, values in zip(prompts.layers, self.keys, self.values, strict=True):
-            keys[to, :width], values[to, :width] = layer.keys.transpose(1, 2), layer.values.transpose(1, 2)
+            keys[to, :width] = layer.keys.transpose(1, 2).to(keys.dtype)  # rotary position may have left them in fp32
+            values[to, :width] = layer.values.transpose(1, 2)
         slots = torch.arange(self.slots, device=to.device)
         self.sees[to, 0] = slots < length.to(to.device)[:, None]
         self.start[place] = self.used[place] = length
@@ -68,7 +69,7 @@ class Trees(Cache):
     def update(self, key: Tensor, value: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
         """Write a step's keys and values [1, heads, R, d] to their slots; all of the layer's."""
         for room, part in ((self.keys[layer], key), (self.values[layer], value)):
-            room.flatten(0, 1)[self.slot] = part[0].transpose(0, 1)
+            room.flatten(0, 1)[self.slot] = part[0].transpose(0, 1).to(room.dtype)
         return self.keys[layer], self.values[layer]
 
 
@@ -87,7 +88,7 @@ def _attend(module, query: Tensor, key: Tensor, value: Tensor, mask, scaling: fl
                         "prompt and its completions, and this sampler knows none; set compute.sampler: vllm")
     _, heads, _, d = query.shape
     shared = heads // key.shape[2]
-    rows = query[0].transpose(0, 1)
+    rows = query[0].transpose(0, 1).to(key.dtype)
     if trees.fixed:
         tips, at = trees.sees.shape[:2], trees.at
     else:  # no more than there is
@@ -118,8 +119,10 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, trees: Trees, shared: int, 
     global _compiled
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-    if query.is_cuda:
-        _compiled = _compiled or torch.compile(flex_attention, dynamic=False)
+    if query.is_cuda and not _compiled:
+        # Once for every number of places, slots and nodes; beyond the limit it would run as written, many times slower.
+        torch._dynamo.config.recompile_limit = 64
+        _compiled = torch.compile(flex_attention, dynamic=False)
     if trees.mask is None:
         sees, columns = trees.sees, torch.arange(trees.slots // BLOCK, dtype=torch.int32, device=query.device)
         trees.mask = BlockMask.from_kv_blocks(
@@ -189,7 +192,7 @@ class _Pass:
             return self._run(nodes)
         count = nodes.shape[1]
         most = trees.places * trees.width
-        grain = 64 if count <= 512 else 256 if count <= 2048 else 512
+        grain = max(64, 2 ** (count.bit_length() - 3))
         size = min(-(-count // grain) * grain, most)
         padding = torch.tensor([EOS, 0, most, trees.places * trees.slots])[:, None]
         nodes = torch.cat([nodes, padding.expand(-1, size - count)], 1)
@@ -213,11 +216,12 @@ class _Pass:
         return self.policy.get_output_embeddings()(hidden[0])
 
     def _capture(self, static: Tensor):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self._run(static)  # a warm-up: kernels are made
-        torch.cuda.current_stream().wait_stream(side)
+        if not self.graphs:  # a warm-up: kernels are made
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._run(static)
+            torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             logits = self._run(static)

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import os
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from roads import config, stage
+from roads import config, packed, stage
 from roads.tldr import EOS, PAD
 
 LOGITS = 2**26  # at a time: 256 MiB
@@ -88,7 +89,7 @@ def _autocast(module: nn.Module) -> None:
 
 
 def for_training(net: "PreTrainedModel | RewardModel", cfg: config.Scale) -> None:
-    """Set what training alone has: flash attention, and activations that are computed again to save memory.
+    """Set what training alone has: flash attention or, on a GPU, packed rows; activations that are computed again.
 
     Raises:
         UserError: compute.attention is flash and the package flash_attn is not there.
@@ -99,6 +100,8 @@ def for_training(net: "PreTrainedModel | RewardModel", cfg: config.Scale) -> Non
             raise stage.UserError("compute.attention: flash needs the package flash_attn (the image has it);"
                                   " install it or set sdpa")
         trunk.set_attn_implementation("flash_attention_2")
+    elif trunk.device.type == "cuda" and os.environ.get("ACCELERATE_USE_FSDP") != "true" and packed.supports(trunk):
+        packed.prepare(trunk)
     if cfg.machine.gradient_checkpointing:
         trunk.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -188,6 +191,8 @@ def response_logps(policy, query: Tensor, response: Tensor, temperature: float =
     Returns:
         Log-probabilities [B] in nats, fp32. Logits are computed at response positions only.
     """
+    if is_packed(policy):
+        return _packed_logps(policy, query, [response], temperature)[0]
     query, response = trim(query, response)
     hidden = policy.base_model(**_inputs(query, response, policy.device)).last_hidden_state
     return _sum_logps(policy, hidden[:, query.shape[1] - 1 : -1], response.to(policy.device), temperature)
@@ -222,6 +227,18 @@ def _run_pair(trunk, query: Tensor, chosen: Tensor, rejected: Tensor) -> list[tu
             for side, own in zip((chosen, rejected), states, strict=True)]
 
 
+def is_packed(net: "PreTrainedModel | RewardModel") -> bool:
+    """Whether `for_training` made it run rows packed."""
+    trunk = net.trunk if isinstance(net, RewardModel) else net
+    return trunk.config._attn_implementation == packed.ATTENTION
+
+
+def _packed_logps(policy, query: Tensor, sides: list[Tensor], temperature: float) -> list[Tensor]:
+    """`response_logps` [B] of each completion [B, R] of prompts [B, Q], which run as one sequence."""
+    rows = packed.pack(query, *sides)
+    return list(packed.logps(policy, rows, temperature, LOGITS // policy.config.vocab_size))
+
+
 def _flash(trunk: PreTrainedModel) -> bool:
     """Flash attention takes no mask of ours: the two sides then run one after the other."""
     return trunk.config._attn_implementation == "flash_attention_2"
@@ -229,6 +246,8 @@ def _flash(trunk: PreTrainedModel) -> bool:
 
 def pair_logps(policy, query: Tensor, chosen: Tensor, rejected: Tensor, temperature: float = 1.0):
     """`response_logps` [B] of chosen and of rejected; their prompt [B, Q] is run once for both."""
+    if is_packed(policy):
+        return _packed_logps(policy, query, [chosen, rejected], temperature)
     if _flash(policy):
         return [response_logps(policy, query, side, temperature) for side in (chosen, rejected)]
     sides = _run_pair(policy.base_model, query, chosen, rejected)
@@ -237,6 +256,10 @@ def pair_logps(policy, query: Tensor, chosen: Tensor, rejected: Tensor, temperat
 
 def pair_rewards(rm: RewardModel, query: Tensor, chosen: Tensor, rejected: Tensor):
     """Rewards [B] of chosen and of rejected; their prompt [B, Q] is run once for both."""
+    if is_packed(rm):
+        rows = packed.pack(query, chosen, rejected)
+        hidden = packed.run(rm.trunk, rows)
+        return [rm.head(hidden[last].float()).squeeze(1) for last in rows.last.to(hidden.device)]
     if _flash(rm.trunk):
         return [rm(query, side) for side in (chosen, rejected)]
     sides = _run_pair(rm.trunk, query, chosen, rejected)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from roads.tldr import PAD
 
@@ -24,7 +24,7 @@ class Packed(NamedTuple):
     """B prompts with n completions each, as one sequence of L tokens; S of them are tokens of completions.
 
     >>> found = pack(*(torch.tensor([row]) for row in ([1, 5, 6], [7, 0], [8, 9, 0])))
-    >>> found.token.tolist(), found.position.tolist(), found.end.tolist()
+    >>> found.token.tolist()[:7], found.position.tolist()[:7], found.end.tolist()[:7]
     ([5, 6, 7, 0, 8, 9, 0], [0, 1, 2, 3, 2, 3, 4], [7, 7, 4, 4, 7, 7, 7])
     >>> found.before.tolist(), found.completion.tolist(), found.last.tolist()
     ([1, 2, 1, 4, 5], [0, 0, 1, 1, 1], [[3], [6]])
@@ -39,8 +39,21 @@ class Packed(NamedTuple):
     last: Tensor  # [n, B], the last token of every completion
 
 
-def pack(query: Tensor, *sides: Tensor, length: int | None = None) -> Packed:
-    """Of query [B, Q], padded left, and completions [B, R] of each, padded right; filled up to `length` tokens."""
+def filled_up(count: int) -> int:
+    """How many tokens `count` of them are filled up to.
+
+    A multiple of 128, and of more where there are many: lengths that are compiled for are few, and less than a
+    sixteenth is padding.
+
+    >>> [filled_up(count) for count in (1, 300, 5_000, 11_000, 43_645)]
+    [128, 384, 5120, 11264, 45056]
+    """
+    grain = BLOCK * 2 ** max(0, (count // (16 * BLOCK)).bit_length() - 1)
+    return -(-count // grain) * grain
+
+
+def pack(query: Tensor, *sides: Tensor) -> Packed:
+    """Of query [B, Q], padded left, and completions [B, R] of each, padded right."""
     parts = query, *sides
     tokens = torch.cat(parts, 1).long()
     counts = torch.stack([(part != PAD).sum(1) for part in parts], 1)  # [B, 1 + n]
@@ -54,7 +67,7 @@ def pack(query: Tensor, *sides: Tensor, length: int | None = None) -> Packed:
     before = torch.where(index == starts[row, part], prompt[row], index - 1)
     last = torch.where(counts > 0, ends - 1, prompt[:, None])[:, 1:].T
     own, completion = part > 0, (part - 1) * len(query) + row
-    more = (length or len(token)) - len(token)
+    more = filled_up(len(token)) - len(token)
     return Packed(
         pad(token, (0, more), value=PAD), pad(position, (0, more)),
         torch.cat([end, torch.arange(len(token), len(token) + more) + 1]),  # padding sees itself
@@ -125,3 +138,18 @@ def logps(policy, packed: Packed, temperature: float, at_once: int) -> Tensor:
                        for both in zip(states.split(at_once), target.split(at_once), strict=True)])
     sums = found.new_zeros(packed.last.numel()).index_add(0, packed.completion.to(found.device), found)
     return sums.view(packed.last.shape)
+
+
+def supports(trunk: PreTrainedModel) -> bool:
+    """Whether a trunk's attention can be exchanged for ours, which knows neither dropout nor windows nor caps."""
+    names = ("attention_dropout", "hidden_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "dropout",
+             "sliding_window", "attn_logit_softcapping")
+    return trunk._supports_attention_backend and not any(getattr(trunk.config, name, None) for name in names)
+
+
+def prepare(trunk: PreTrainedModel) -> None:
+    """Let a trunk run packed rows, with compiled layers: their many small operations are fused, one program for all."""
+    trunk.set_attn_implementation(ATTENTION)
+    for module in trunk.modules():
+        if type(module).__name__ in (trunk._no_split_modules or ()):
+            module.compile()

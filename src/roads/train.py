@@ -83,18 +83,20 @@ def sharded() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
-def pieces(rows: Tensor, rank: int, world: int, micro_batch: int | None, lengths: Tensor | None) -> tuple[Tensor, ...]:
+def pieces(rows: Tensor, rank: int, world: int, micro_batch: int | None, lengths: Tensor | None,
+           packed: bool = False) -> tuple[Tensor, ...]:
     """What one of `world` processes takes of a batch of row indices, at most `micro_batch` of them at once.
 
     All processes get as many pieces, of which some may be empty, and together every row once. A batch that is cut is
     sorted by length, so that little of a piece is padding: rows 4, 7, 1, 3 of lengths 9, 2, 8, 3 go to two processes
-    as 7, 1 and 3, 4.
+    as 7, 1 and 3, 4. Packed rows have no padding, and their pieces get as many tokens each: short and long in turn.
     """
     share = -(-len(rows) // world)
     count = -(-share // (micro_batch or share))
     if world * count > 1 and lengths is not None:
         rows = rows[lengths[rows].argsort(stable=True)]
-    return rows[rank::world].tensor_split(count)
+    rows = rows[rank::world]
+    return tuple(rows[i::count] for i in range(count)) if packed else rows.tensor_split(count)
 
 
 class _Objective(nn.Module):
@@ -120,7 +122,7 @@ def _shard(objective: _Objective) -> None:
 
 def fit(model: nn.Module, loss_fn: Callable[[Tensor], tuple[Tensor, dict]], n: int, cfg: config.Train, seed: int,
         key: str, label: str, shards: int = 1, weights: Tensor | None = None, lengths: Tensor | None = None,
-        micro_batch: int | None = None) -> list[dict]:
+        micro_batch: int | None = None, packed: bool = False) -> list[dict]:
     """Minimise `loss_fn(row indices) -> (mean loss, means to log)` over n rows; returns the log of every step.
 
     AdamW with the constants of Tables 2 to 4; gradients are clipped to norm 1. A checkpoint in runs/.scratch/<key>
@@ -130,6 +132,7 @@ def fit(model: nn.Module, loss_fn: Callable[[Tensor], tuple[Tensor, dict]], n: i
         weights: [n], what each row counts in the mean of `loss_fn`; None: all the same.
         lengths: [n], tokens: rows of about the same length go together where a batch is cut.
         micro_batch: rows that a process takes at once; None: its whole share, halved where that does not fit.
+        packed: whether `loss_fn` runs rows without padding.
     Raises:
         UserError: not one row fits the memory or, with sharded weights, not the share.
     """
@@ -140,16 +143,22 @@ def fit(model: nn.Module, loss_fn: Callable[[Tensor], tuple[Tensor, dict]], n: i
     if sharded():
         _shard(objective)
     where = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, eps=1e-5, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, eps=1e-5, weight_decay=0.01,
+                                  fused=where.type == "cuda" and not sharded())
     plan = batches(n, cfg.batch_size, cfg.epochs, seed, shards)
     log, fitted = _resume(SCRATCH / key, objective, optimizer)
     micro_batch = micro_batch or fitted
+    if packed:
+        # Compiled layers hand over one buffer for two gradients that are equal, as those of two biases are; without
+        # buffers of their own to be added to, both weights would keep it, and the next piece be counted twice.
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
     names: list[str] = []
 
     def run(rows: Tensor) -> Tensor:
         """Gradients of this process's share of a batch; its part of the batch's mean loss and logged values."""
         logged, of_batch = torch.zeros((), device=where), weights[rows].sum()
-        for piece in pieces(rows, rank, world, micro_batch, lengths):
+        for piece in pieces(rows, rank, world, micro_batch, lengths, packed):
             # With no row left it runs one that counts nothing: the others may wait for its shard.
             loss, values = objective(piece if len(piece) else rows[:1])
             share = float(weights[piece].sum() / of_batch)
@@ -178,7 +187,7 @@ def fit(model: nn.Module, loss_fn: Callable[[Tensor], tuple[Tensor, dict]], n: i
                                 "LAUNCH=8-gpu-fsdp; the same command goes on from the last checkpoint")
             if sharded() or not _sum(torch.tensor(float(logged is None), device=where)):
                 break
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=not packed)
             clear_device_cache(garbage_collection=True)
             micro_batch = -(-most // 2)
             if rank == 0:
@@ -192,7 +201,7 @@ def fit(model: nn.Module, loss_fn: Callable[[Tensor], tuple[Tensor, dict]], n: i
                     _sum(parameter.grad)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=not packed)
         log.append({"loss": loss, **dict(zip(names, values, strict=True))})
         progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
         if len(log) % CHECKPOINT_EVERY == 0 and len(log) < len(plan):

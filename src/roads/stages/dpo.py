@@ -57,7 +57,8 @@ def dpo(pairs: Path, reference: Path, out: Path, cfg: config.Scale, seed: int, t
 
         key = train.key_of(used, [], read, name)
         log = train.fit(policy, loss, len(query), recipe, seed, key, f"{name} s{seed}", recipe.shards,
-                        lengths=train.tokens(query, chosen, rejected), micro_batch=cfg.machine.micro_batch)
+                        lengths=train.tokens(query, chosen, rejected), micro_batch=cfg.machine.micro_batch,
+                        packed=model.is_packed(policy))
         train.save(policy, folder)
         stage.write_json(folder / "metrics.json", train.summary(log))
     train.forget(key)

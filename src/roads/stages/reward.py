@@ -32,7 +32,8 @@ def reward(pairs: Path, sft: Path, out: Path, cfg: config.Scale, seed: int) -> N
 
         key = train.key_of(used, [pairs, sft], "reward")
         log = train.fit(rm, loss, len(query), cfg.reward, seed, key, label=f"reward s{seed}",
-                        lengths=train.tokens(query, chosen, rejected), micro_batch=cfg.machine.micro_batch)
+                        lengths=train.tokens(query, chosen, rejected), micro_batch=cfg.machine.micro_batch,
+                        packed=model.is_packed(rm))
         train.save(rm, folder)
         stage.write_json(folder / "metrics.json", train.summary(log))
     train.forget(key)

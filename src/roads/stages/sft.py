@@ -33,7 +33,8 @@ def sft(data: Path, base: Path, out: Path, cfg: config.Scale) -> None:
 
         key = train.key_of(used, [data / "sft.npz", base], "sft")
         log = train.fit(policy, loss, len(query), cfg.sft, seed=0, key=key, label="sft", weights=lengths,
-                        lengths=train.tokens(query, response), micro_batch=cfg.machine.micro_batch)
+                        lengths=train.tokens(query, response), micro_batch=cfg.machine.micro_batch,
+                        packed=model.is_packed(policy))
         train.save(policy, folder)
         stage.write_json(folder / "metrics.json", train.summary(log))
     train.forget(key)
