@@ -105,12 +105,13 @@ def block_mask(end: Tensor) -> BlockMask:
 def _attend(module, query: Tensor, key: Tensor, value: Tensor, mask, scaling: float | None = None, **_):
     """Attention of transformers' models under `block_mask`; under `dense_mask` where FlexAttention has no gradient."""
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary position may have left them in fp32
+    shared = query.shape[1] // key.shape[1]
+    if shared & (shared - 1):  # FlexAttention shares keys among 2, 4, 8 ... heads
+        key, value, shared = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1), 1
     if isinstance(mask, BlockMask):
-        found = flex_attention(query, key, value, block_mask=mask, scale=scaling,
-                               enable_gqa=query.shape[1] != key.shape[1])
+        found = flex_attention(query, key, value, block_mask=mask, scale=scaling, enable_gqa=shared > 1)
     else:
-        found = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling,
-                                             enable_gqa=query.shape[1] != key.shape[1])
+        found = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=shared > 1)
     return found.transpose(1, 2).contiguous(), None
 
 
