@@ -65,8 +65,8 @@ def theirs(net, query, temperature: float, at_once: int):
         prompts = model.trim(part, part)[0].to(net.device)
         rows = net.generate(
             prompts, attention_mask=(prompts != PAD).long(), do_sample=True, temperature=temperature, top_k=0,
-            top_p=1.0, num_return_sequences=N, max_new_tokens=LENGTH, eos_token_id=EOS, pad_token_id=PAD, suppress_tokens=[PAD],
-            forced_eos_token_id=EOS)
+            top_p=1.0, num_return_sequences=N, max_new_tokens=LENGTH, eos_token_id=EOS, pad_token_id=PAD,
+            suppress_tokens=[PAD], forced_eos_token_id=EOS)
         found.append(rows[:, prompts.shape[1] :].view(len(part), N, -1).cpu())
     return torch.cat(found)
 

@@ -19,6 +19,7 @@ from roads.tldr import EOS, PAD
 
 TREE = "roads_tree"  # transformers' name for `_attend`
 BLOCK = 128  # tokens of the vocabulary, or of a prompt's keys, that are looked at together
+TOKENS = 2**14  # of prompts that are run together
 
 
 class Trees(Cache):
@@ -168,13 +169,17 @@ def _as_trees(policy):
         policy.set_attn_implementation(before)
 
 
-def _run_prompts(policy, queries: list[Tensor]) -> tuple[Tensor, DynamicCache]:
-    """Run prompts without padding: the logits [G, V] after each, and their keys and values, padded right."""
-    tokens = torch.nn.utils.rnn.pad_sequence(queries, batch_first=True, padding_value=EOS).to(policy.device).long()
-    cache = DynamicCache()
-    hidden = policy.base_model(tokens, past_key_values=cache, use_cache=True).last_hidden_state
-    last = torch.tensor([len(query) - 1 for query in queries], device=hidden.device)
-    return policy.get_output_embeddings()(hidden[torch.arange(len(queries), device=hidden.device), last]), cache
+def _run_prompts(policy, queries: list[Tensor]) -> Iterator[tuple[Tensor, DynamicCache]]:
+    """Run prompts without padding, TOKENS at a time: the logits [G, V] after each, and keys and values, padded right."""
+    device = policy.device
+    while queries:
+        count = max(1, TOKENS // max(map(len, queries)))
+        some, queries = queries[:count], queries[count:]
+        tokens = torch.nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=EOS).to(device).long()
+        cache = DynamicCache()
+        hidden = policy.base_model(tokens, past_key_values=cache, use_cache=True).last_hidden_state
+        last = torch.tensor([len(query) - 1 for query in some], device=device)
+        yield policy.get_output_embeddings()(hidden[torch.arange(len(some), device=device), last]), cache
 
 
 class _Pass:
@@ -185,6 +190,7 @@ class _Pass:
 
     def __init__(self, policy, trees: Trees):
         self.policy, self.trees, self.graphs, self.pool = policy, trees, {}, None
+        self.logits = None  # of whatever graph ran last
 
     def __call__(self, token: Tensor, position: Tensor, at: Tensor, slot: Tensor) -> Tensor:
         trees, nodes = self.trees, torch.stack([token, position, at, slot])
@@ -204,10 +210,10 @@ class _Pass:
         trees.blocks[:-1, 0, 0].copy_(blocks.pin_memory(), non_blocking=True)
         if size not in self.graphs:
             self.graphs[size] = self._capture(nodes.to(self.policy.device))
-        graph, static, logits = self.graphs[size]
+        graph, static = self.graphs[size]
         static.copy_(nodes, non_blocking=True)
         graph.replay()
-        return logits
+        return self.logits[:count]
 
     def _run(self, nodes: Tensor) -> Tensor:
         token, position, self.trees.at, self.trees.slot = nodes
@@ -220,13 +226,15 @@ class _Pass:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                self._run(static)
+                logits = self._run(static)
             torch.cuda.current_stream().wait_stream(side)
+            self.logits = logits.new_empty(self.trees.places * self.trees.width, logits.shape[1])
+            del logits
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            logits = self._run(static)
+            self.logits[: static.shape[1]].copy_(self._run(static))
         self.pool = self.pool or graph.pool()
-        return graph, static, logits
+        return graph, static
 
 
 @torch.inference_mode()
@@ -268,12 +276,14 @@ def grow(policy, prompts: Iterator[tuple[int, Tensor, Tensor]], longest: int, n:
                     for it, (name, _, uniform) in zip(place.tolist(), some, strict=True):
                         number[it], draws[it], found[it] = name, uniform, PAD
                     depth[place] = 0
-                    logits, cache = _run_prompts(policy, [query for _, query, _ in some])
-                    trees.plant(place, cache, torch.tensor([len(query) for _, query, _ in some]))
-                    fresh = (place[:, None] * n + torch.arange(n)).flatten()
-                    row = torch.arange(len(some)).repeat_interleave(n)
-                    which, node = torch.cat([which, fresh]), torch.cat([node, fresh // n * n])
-                    token = torch.cat([token, drawn(logits, row, fresh)])
+                    lengths, begin = torch.tensor([len(query) for _, query, _ in some]), 0
+                    for logits, cache in _run_prompts(policy, [query for _, query, _ in some]):
+                        part = slice(begin, begin := begin + len(logits))
+                        trees.plant(place[part], cache, lengths[part])
+                        fresh = (place[part, None] * n + torch.arange(n)).flatten()
+                        row = torch.arange(len(logits)).repeat_interleave(n)
+                        which, node = torch.cat([which, fresh]), torch.cat([node, fresh // n * n])
+                        token = torch.cat([token, drawn(logits, row, fresh)])
             if not len(which):
                 return
             place = which // n
