@@ -80,10 +80,12 @@ def test_an_architecture_draws_what_the_plain_way_draws(asked, name, monkeypatch
     assert net.config._attn_implementation == "sdpa"
 
 
-def test_what_is_beside_a_prompt_changes_none_of_its_tokens(asked):
+def test_what_is_beside_a_prompt_changes_none_of_its_tokens(asked, monkeypatch):
     net = new("GPTNeoX")
     together = grow(net, asked, places=7)
     assert all(torch.equal(grow(net, asked, places), together) for places in (1, 2, 5, 7))
+    monkeypatch.setattr(generate_tree, "TOKENS", 25)  # of prompts that are run together
+    assert torch.equal(grow(net, asked, places=7), together)
 
 
 def test_every_distinct_prefix_is_run_once(asked, monkeypatch):

@@ -170,7 +170,7 @@ def _as_trees(policy):
 
 
 def _run_prompts(policy, queries: list[Tensor]) -> Iterator[tuple[Tensor, DynamicCache]]:
-    """Run prompts without padding, TOKENS at a time: the logits [G, V] after each, and keys and values, padded right."""
+    """Run prompts, TOKENS at a time: the logits [G, V] after each, and their keys and values, padded right."""
     device = policy.device
     while queries:
         count = max(1, TOKENS // max(map(len, queries)))
