@@ -281,7 +281,7 @@ def test_a_pythia_is_hours_of_a_gpu():
     assert hours(DPO, "A100") > 3 * dpo
     assert hours(DPO, model={"kind": "pretrained", "parameters": 2.8e9}) == pytest.approx(2 * dpo, rel=0.02)
     assert work(ONLINE[0]).decoded == 1.4e9 * 92858 * 25 * 53
-    assert work(ONLINE[0], compute={"sampler": "hf"}).decoded == 1.4e9 * 92858 * 25 * cost.SHARED * 53
+    assert work(ONLINE[0], compute={"sampler": "tree"}).decoded == 1.4e9 * 92858 * 25 * cost.SHARED * 53
     total = sum(map(hours, ["sft D B O", REWARD, DPO, *ONLINE, WINRATE]))
     print(f"Online DPO of a Pythia of 1.4B: {total:.1f} H100-hours a seed")
     assert 3 < total < 10
@@ -295,7 +295,7 @@ def test_a_sampled_token_is_a_pass_for_as_many_prompts_as_the_sampler_takes():
     for n, prompts in ((25, 300), (1, 5000)):
         fit = min(generate.ROWS // n, generate_tree.places_for(net, 256, n, 53, generate.MEMORY))
         found = work("sample P D/online.npz O --samples online", source=source, model=size, data={"online": prompts,
-                     "preferences": 0}, samples={"online": {"n": n, "temperature": 1.0}}, compute={"sampler": "hf"})
+                     "preferences": 0}, samples={"online": {"n": n, "temperature": 1.0}}, compute={"sampler": "tree"})
         assert 1 < fit < prompts and found.layers == -(-prompts // fit) * 53 * 2
 
 

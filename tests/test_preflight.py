@@ -71,6 +71,9 @@ def test_the_right_gpu_is_not(machine, params):
 
 def test_vllm_that_is_not_there_is_one_line(machine, params, monkeypatch):
     machine(H100)
+    lite = params.scales["lite"]
+    compute = lite.compute.model_copy(update={"sampler": "vllm"})
+    monkeypatch.setitem(params.scales, "lite", lite.model_copy(update={"compute": compute}))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="lite: compute.sampler: vllm, and the package vllm is not there"):
         preflight.check(stages("lite"), params)

