@@ -195,7 +195,7 @@ class _Pass:
     def __call__(self, token: Tensor, position: Tensor, at: Tensor, slot: Tensor) -> Tensor:
         trees, nodes = self.trees, torch.stack([token, position, at, slot])
         if not trees.fixed:
-            return self._run(nodes)
+            return self._run(nodes.to(self.policy.device))
         count = nodes.shape[1]
         most = trees.places * trees.width
         grain = max(64, 2 ** (count.bit_length() - 3))
@@ -205,7 +205,7 @@ class _Pass:
         blocks = ((trees.used + BLOCK - 1) // BLOCK).clamp(min=1).int()
         if self.policy.device.type == "cpu":
             trees.blocks[:-1, 0, 0] = blocks
-            return self._run(nodes)
+            return self._run(nodes.to(self.policy.device))
         nodes = nodes.pin_memory()
         trees.blocks[:-1, 0, 0].copy_(blocks.pin_memory(), non_blocking=True)
         if size not in self.graphs:
