@@ -81,7 +81,7 @@ def test_an_arm_is_its_scale_with_one_thing_changed():
     ("schedule: linear", "schedule: liner", "mini.local.schedule: input should be 'linear' or 'cosine', got 'liner'"),
     ("temperature: 0.01", "temperature: 0.0", "mini.samples.evaluate.temperature: input should be greater than 0"),
     ("data_from: src/roads/world.py", "data_from: data/tldr_sample", "data_from: expected src/roads/world.py"),
-    ("attention: sdpa, sampler: tree", "attention: flash, sampler: tree", "mini.compute.attention: flash needs precision"),
+    ("attention: sdpa, sampler", "attention: flash, sampler", "mini.compute.attention: flash needs precision"),
     ("device: cpu", "device: tpu", "mini.compute.device: input should be 'cpu' or 'gpu', got 'tpu'"),
     ("micro_batch: null", "micro_batch: 0", "mini.machine.micro_batch: input should be greater than or equal to 1"),
     ("kind: new, hidden_size", "kind: new, revision: x, hidden_size", "mini.model.revision: unknown key"),
