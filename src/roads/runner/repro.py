@@ -277,8 +277,9 @@ def imported() -> Iterator[None]:
     command = [sys.executable, "-m", "roads.runner.prefork", str(theirs.fileno()), str(os.getpid())]
     with ours:
         with theirs:
-            process = subprocess.Popen(command, env=os.environ | {"PYTHONUNBUFFERED": "1"}, start_new_session=True,
-                                       pass_fds=[theirs.fileno()])
+            # One thread: libraries start more as they are imported, and a fork would find their locks taken.
+            env = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+            process = subprocess.Popen(command, env=env, start_new_session=True, pass_fds=[theirs.fileno()])
         os.environ[prefork.ORDERS] = str(ours.fileno())
         with process:
             try:
