@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import torch
@@ -76,7 +77,7 @@ def test_what_was_drawn_once_is_not_drawn_again(tmp_path, monkeypatch, tiny, pol
     assert len(passes) > before
 
 
-def test_other_settings_or_weights_share_no_batch(tmp_path, policy):
+def test_other_settings_weights_or_code_share_no_batch(tmp_path, policy, monkeypatch):
     query = torch.arange(2, 8)[None]
     policy.save_pretrained(tmp_path)
     keys = [generate._key(tmp_path, query, 5, 1.0), generate._key(tmp_path, query, 5, 0.9),
@@ -85,4 +86,7 @@ def test_other_settings_or_weights_share_no_batch(tmp_path, policy):
         policy.get_output_embeddings().weight[3] += 1
     policy.save_pretrained(tmp_path)
     keys.append(generate._key(tmp_path, query, 5, 1.0))
-    assert len(set(keys)) == 4
+    (tmp_path / "other.py").write_text("a sampler that was changed")
+    monkeypatch.setattr(generate, "generate_tree", types.SimpleNamespace(__file__=tmp_path / "other.py"))
+    keys.append(generate._key(tmp_path, query, 5, 1.0))
+    assert len(set(keys)) == 5

@@ -72,7 +72,7 @@ def loaded(llm, monkeypatch):
 
 @pytest.mark.skipif(VLLM, reason="vLLM is here")
 def test_without_vllm_one_line_says_so(policy, prompts, scale):
-    with pytest.raises(UserError, match="needs the package vllm, which the image has; run there, or set hf"):
+    with pytest.raises(UserError, match="needs the package vllm, which the image has; run there, or set tree"):
         generate.completions(policy, prompts, LENGTH, config.Sampling(n=2, temperature=1.0), 0, scale)
 
 

@@ -1,8 +1,10 @@
 """Completions of prompts by a policy in a folder: drawn by our sampler or by vLLM, resumable, and never drawn twice."""
 
+import contextlib
 import hashlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from roads import config, generate_tree, generate_vllm, model
+from roads import config, generate_tree, generate_vllm, model, stage
 from roads.tldr import PAD
 
 ROWS = 1600  # completions of a batch: what is drawn from one generator, and kept at once
@@ -131,7 +133,7 @@ def _forget() -> None:
     files = []
     for file in STORE.glob("*.npy"):
         try:  # another run may just have dropped it
-            files.append((file.stat().st_mtime, file.stat().st_size, file))
+            files.append((file.stat().st_mtime_ns, file.stat().st_size, file))
         except FileNotFoundError:
             continue
     size = 0
@@ -142,8 +144,9 @@ def _forget() -> None:
 
 
 def _key(policy: Path, query: Tensor, *settings) -> str:
-    """Hash of the weights, the prompts and the settings that completions follow from."""
-    digest = hashlib.sha256(repr(settings).encode() + query.numpy().tobytes())
+    """Hash of all that completions follow from: the weights, the prompts, the settings, and the code that draws."""
+    code = stage.code(generate_tree, generate_vllm, model, sys.modules[__name__])
+    digest = hashlib.sha256(repr((settings, code, torch.__version__)).encode() + query.numpy().tobytes())
     for file in sorted(Path(policy).glob("*.safetensors")):
         digest.update(hashlib.file_digest(file.open("rb"), "sha256").digest())
     return digest.hexdigest()[:20]
@@ -151,7 +154,7 @@ def _key(policy: Path, query: Tensor, *settings) -> str:
 
 def _load(file: Path) -> Tensor | None:
     try:
-        os.utime(file)  # when it was used
+        _touch(file)
         return torch.from_numpy(np.load(file))
     except FileNotFoundError:
         return None
@@ -163,3 +166,10 @@ def _save(file: Path, part: Tensor) -> None:
     scratch = file.with_suffix(f".{os.getpid()}.npy")
     np.save(scratch, part.numpy())
     os.replace(scratch, file)
+    with contextlib.suppress(FileNotFoundError):  # another run may have had no room for it
+        _touch(file)
+
+
+def _touch(file: Path) -> None:
+    """Note when a file was used; the system's own note is too coarse to tell one file from the next."""
+    os.utime(file, ns=(time.time_ns(), time.time_ns()))

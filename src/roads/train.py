@@ -290,7 +290,7 @@ def reference_logps(policy: nn.Module, query: Tensor, completions: Tensor, tempe
     """`candidates.logps` [N, n] of a stage's reference, computed once: each process takes a part of the rows.
 
     They are kept in runs/.reference/<key>, for other seeds, more epochs and a run that was killed: the key must follow
-    from the policy's weights, the rows, the temperature and `compute`.
+    from the policy's weights, the rows, the temperature, `compute` and the code.
     """
     from roads import candidates
 

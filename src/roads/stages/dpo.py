@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import logsigmoid
 
-from roads import config, model, stage, train
+from roads import candidates, config, model, stage, train
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta: float):
@@ -47,7 +47,8 @@ def dpo(pairs: Path, reference: Path, out: Path, cfg: config.Scale, seed: int, t
         else:  # once for all epochs, and for every seed of the same pairs
             reference_logps = train.reference_logps(
                 policy, query, torch.stack([chosen, rejected], 1), temperature,
-                train.key_of(config.used(cfg, "compute"), [], read, temperature)).to(policy.device)
+                train.key_of(config.used(cfg, "compute"), [], read, temperature, stage.code(candidates, model),
+                             torch.__version__)).to(policy.device)
         model.for_training(policy, cfg)
 
         def loss(i):
