@@ -40,7 +40,6 @@ DEVICES = {
 FITTED = Path(__file__).parents[2] / "benchmarks/scale.json"  # on whatever machine ran it last
 if FITTED.exists():
     DEVICES["cpu"] = replace(DEVICES["cpu"], **json.loads(FITTED.read_text(encoding="utf-8"))["fit"])
-COPIED = 20  # what a number of the cache costs a sampled token, next to a weight: caches are copied at every step
 ROWS, MEMORY, BATCH = 1600, 2**29, 2**13  # generate.py's, and the tokens that are scored at once
 COLD, SHARED = 0.1, 0.25  # n samples at this temperature share so many prefixes that only this part of them is run
 # The judge: 600 tokens read and 33 written an answer make, at $2.50 and $10 per million, the $1.1 that 600 pairs in one
@@ -187,16 +186,18 @@ def train(c: Command, rows: int, recipe: dict, sides: int = 1, words: int = 0, r
 
 
 def sample(c: Command, prompts: int, samples: dict) -> Work:
-    """The prompt is run once, its n completions are decoded from its cache. vLLM decodes equal prefixes too."""
+    """The prompt is run once; a token attends to it and to the tree of its completions. vLLM decodes equal prefixes too,
+    and attends to one completion."""
     n = samples["n"]
     vllm = c.block.get("compute", {}).get("sampler") == "vllm"
-    words = prompts * (n if vllm else c.distinct(samples)) * c.response
+    grown = n if vllm else c.distinct(samples)
+    words = prompts * grown * c.response
     # As generate_tree.places_for has it.
     slots = c.prompt + n * c.response + 128
     place = slots * (8 * c.depth * c.block["model"].get("hidden_size", 0) + n) + 16 * n * _vocab(c.block)
     batches = math.ceil(prompts / max(1, min(ROWS // n, MEMORY // place)))
     return Work(flops=c.forward(prompts * c.prompt, c.prompt),
-                decoded=c.forward(words, COPIED * (c.prompt + c.response // 2), words) / 2,
+                decoded=c.forward(words, c.prompt + int((1 if vllm else grown) * c.response) // 2, words) / 2,
                 layers=batches * c.response * c.depth, size=INT * prompts * (c.prompt + n * c.response))
 
 
