@@ -337,6 +337,9 @@ def sampling(rows, s: Settings) -> Iterator[dict]:
                      distinct=distinct)
 
 
+PARTS = ["DPO step", "reference log-probs", "ROUGE-L", "candidates", "sampling"]
+
+
 # Report
 
 
@@ -400,14 +403,17 @@ def rewrite(path: Path, text: str, name: str = "bench") -> None:
     path.write_text(new, encoding="utf-8")
 
 
-def bench(data: Path, trl: Path | None, threads: int, s: Settings, save=lambda found: None) -> dict:
-    """Every comparison; without TRL's environment, all but TRL's. `save` is called with what there is after each."""
+def bench(data: Path, trl: Path | None, threads: int, s: Settings, save=lambda found: None,
+          kept: list[dict] = (), only: list[str] = PARTS) -> dict:
+    """The comparisons, or `only` some beside `kept` results; without TRL's environment, all but TRL's. `save` is called
+    with what there is after each."""
     torch.set_num_threads(threads)
     rows = load(data, s)
     lengths = [float((part != tldr.PAD).sum(1).float().mean()) for part in rows[2:]]
     parts = {"DPO step": partial(dpo_step, trl=trl, threads=threads), "reference log-probs": reference,
              "ROUGE-L": ranking, "candidates": scoring, "sampling": sampling}
-    found = {"settings": asdict(s), "machine": machine(threads, trl), "results": [], "missing": list(parts),
+    parts = {name: compare for name, compare in parts.items() if name in only}
+    found = {"settings": asdict(s), "machine": machine(threads, trl), "results": list(kept), "missing": list(parts),
              "rows": f"{data.name}: {lengths[0]:.0f} tokens a query, {lengths[1]:.0f} a response"}
     for name, compare in parts.items():
         print(f"{name} (to come: {', '.join(found['missing'][1:]) or 'nothing'})", flush=True)
@@ -416,7 +422,7 @@ def bench(data: Path, trl: Path | None, threads: int, s: Settings, save=lambda f
             goal = "" if r["goal"] is None else f"; goal: {verdict(r)}"
             print(f"  {r['what']}, {r['against']}: {r['median']:.2f} ({r['low']:.2f} to {r['high']:.2f}){goal}",
                   flush=True)
-            found["results"].append(r)
+            found["results"].append(r | {"part": name})
         found["missing"].remove(name)
         save(found)
         print(f"  {time.perf_counter() - start:.0f} s", flush=True)
@@ -431,12 +437,22 @@ def write(found: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "data/tldr_sample", help="a folder with train.jsonl")
-    parser.add_argument("--trl", type=Path, required=True, help="a virtual environment with TRL")
+    parser.add_argument("--trl", type=Path, help="a virtual environment with TRL")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="measure these anew, keep the others")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch, on every side")
     a = parser.parse_args()
-    if not (a.trl / "bin/python").exists():
+    if "DPO step" in a.only and not (a.trl and (a.trl / "bin/python").exists()):
         raise UserError(f"{a.trl}: no virtual environment; `make bench` makes it")
-    bench(a.data, a.trl, a.threads, Settings(), write)
+    kept, on = [], {}
+    if a.only != PARTS:
+        before = stage.read_json(HERE / "results.json")
+        kept, on = [r for r in before["results"] if r["part"] not in a.only], before["machine"]
+
+    def save(found: dict) -> None:  # of what is kept, versions that are not here
+        found["machine"]["versions"] = on.get("versions", {}) | found["machine"]["versions"]
+        write(found)
+
+    bench(a.data, a.trl, a.threads, Settings(), save, kept, a.only)
 
 
 if __name__ == "__main__":

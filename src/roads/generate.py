@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from roads import config, generate_tree, generate_vllm, model, stage
+from roads import config, generate_tree, generate_vllm, model, stage, trees
 from roads.tldr import PAD
 
 ROWS = 1600  # completions of a batch: what is drawn from one generator, and kept at once
@@ -145,7 +145,7 @@ def _forget() -> None:
 
 def _key(policy: Path, query: Tensor, *settings) -> str:
     """Hash of all that completions follow from: the weights, the prompts, the settings, and the code that draws."""
-    code = stage.code(generate_tree, generate_vllm, model, sys.modules[__name__])
+    code = stage.code(generate_tree, trees, generate_vllm, model, sys.modules[__name__])
     digest = hashlib.sha256(repr((settings, code, torch.__version__)).encode() + query.numpy().tobytes())
     for file in sorted(Path(policy).glob("*.safetensors")):
         digest.update(hashlib.file_digest(file.open("rb"), "sha256").digest())

@@ -1,137 +1,23 @@
 """The sampler: a prompt's completions grow as one tree, to which keys and values are only ever added.
 
-The prompt is run once and so is every prefix that some of its completions share; a node sees the prompt, the nodes
-above it and itself. Nothing is gathered, repeated or dropped. The nodes whose next token is drawn, those of all prompts
-that are under way, go through the model as one sequence; a prompt that is done makes room for one that waits.
+The prompt is run once and so is every prefix that some of its completions share. The nodes whose next token is drawn,
+those of all prompts that are under way, go through the model as one sequence; a prompt that is done makes room for one
+that waits.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from itertools import islice
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import Cache, DynamicCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch.nn.functional import pad
+from transformers import DynamicCache
 
-from roads.stage import UserError
 from roads.tldr import EOS, PAD
+from roads.trees import BLOCK, Trees, attended
 
-TREE = "roads_tree"  # transformers' name for `_attend`
-BLOCK = 128  # tokens of the vocabulary, or of a prompt's keys, that are looked at together
 TOKENS = 2**14  # of prompts that are run together
-
-
-class Trees(Cache):
-    """Keys and values of `places` prompts and what grows from them, `slots` tokens each, `width` nodes at the tip.
-
-    Where shapes are fixed, as a CUDA graph needs them, one more place takes what a step's padding writes.
-    """
-
-    def __init__(self, places: int, slots: int, width: int, device: torch.device, fixed: bool):
-        super().__init__(layers=[])
-        self.places, self.slots, self.width, self.fixed = places, slots, width, fixed
-        self.keys: list[Tensor] = []  # a layer's: [places + 1, slots, heads, d]
-        self.values: list[Tensor] = []
-        self.sees = torch.zeros(places + 1, width, slots, dtype=torch.bool, device=device)
-        self.start = torch.zeros(places, dtype=torch.long)  # tokens of the prompt
-        self.used = torch.zeros(places, dtype=torch.long)
-        self.at = self.slot = torch.empty(0)  # of the nodes of a step: place * width + number; place * slots + slot
-        self.blocks = torch.ones(places + 1, 1, 1, dtype=torch.int32, device=device)  # of BLOCK slots, that are used
-        self.mask = None  # what flex attention makes of them
-
-    def plant(self, place: Tensor, prompts: DynamicCache, length: Tensor) -> None:
-        """Take in prompts [G] that were run, padded on the right."""
-        if not self.keys:
-            for layer in prompts.layers:
-                for room, part in ((self.keys, layer.keys), (self.values, layer.values)):
-                    # Zeros: what is not seen counts nothing, but nothing times infinity would.
-                    room.append(layer.values.new_zeros(self.places + 1, self.slots, part.shape[1], part.shape[3]))
-        to, width = place.to(self.sees.device), prompts.layers[0].keys.shape[2]
-        for layer, keys, values in zip(prompts.layers, self.keys, self.values, strict=True):
-            keys[to, :width] = layer.keys.transpose(1, 2).to(keys.dtype)  # rotary position may have left them in fp32
-            values[to, :width] = layer.values.transpose(1, 2)
-        slots = torch.arange(self.slots, device=to.device)
-        self.sees[to, 0] = slots < length.to(to.device)[:, None]
-        self.start[place] = self.used[place] = length
-
-    def branch(self, parent: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-        """Make room for nodes [R] below others, those of a place together: where they are, and the slots they get."""
-        count = torch.bincount(place, minlength=self.places)
-        number = torch.arange(len(place)) - (count.cumsum(0) - count)[place]
-        at, own = place * self.width + number, self.used[place] + number
-        self.used += count
-        device = self.sees.device
-        rows, above, own_slot = at.to(device), parent.to(device), own.to(device)
-        sees = self.sees.flatten(0, 1)
-        sees[rows] = sees[above].scatter(1, own_slot[:, None], True)
-        return at, place * self.slots + own
-
-    def update(self, key: Tensor, value: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
-        """Write a step's keys and values [1, heads, R, d] to their slots; all of the layer's."""
-        for room, part in ((self.keys[layer], key), (self.values[layer], value)):
-            room.flatten(0, 1)[self.slot] = part[0].transpose(0, 1).to(room.dtype)
-        return self.keys[layer], self.values[layer]
-
-
-def _attend(module, query: Tensor, key: Tensor, value: Tensor, mask, scaling: float | None = None,
-            trees: Trees | None = None, **options):
-    """Attention of a step's nodes [1, heads, R, d] to all that is planted; of prompts, with no trees yet, as ever.
-
-    Heads that share keys are more queries of those keys: no key is repeated for them.
-    """
-    if trees is None:
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, scaling=scaling, **options)
-    if unknown := [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]:
-        raise UserError(f"{type(module).__name__}: {unknown[0]} is not in this sampler; set compute.sampler: vllm")
-    if (options.get("sliding_window") or trees.slots) < trees.slots:
-        raise UserError(f"{type(module).__name__}: a window of {options['sliding_window']} tokens is less than a "
-                        "prompt and its completions, and this sampler knows none; set compute.sampler: vllm")
-    _, heads, _, d = query.shape
-    shared = heads // key.shape[2]
-    rows = query[0].transpose(0, 1).to(key.dtype)
-    if trees.fixed:
-        tips, at = trees.sees.shape[:2], trees.at
-    else:  # no more than there is
-        place, number = trees.at // trees.width, trees.at % trees.width
-        tips = int(place.max()) + 1, int(number.max()) + 1
-        at = place * tips[1] + number
-    padded = rows.new_zeros(tips[0] * tips[1], heads, d)
-    padded[at] = rows
-    padded = padded.view(*tips, -1, shared, d).permute(0, 2, 1, 3, 4).flatten(2, 3)  # [places, key heads, queries, d]
-    if trees.fixed:
-        out = _flex(padded, key.transpose(1, 2), value.transpose(1, 2), trees, shared, scaling)
-    else:
-        longest = int(trees.used[: tips[0]].max())
-        sees = trees.sees[: tips[0], : tips[1], :longest].repeat_interleave(shared, 1)
-        key, value = (part[: tips[0], :longest].transpose(1, 2) for part in (key, value))
-        out = scaled_dot_product_attention(padded, key, value, sees[:, None], scale=scaling)
-    out = out.unflatten(2, (tips[1], shared)).permute(0, 2, 1, 3, 4).reshape(tips[0] * tips[1], heads, d)
-    return out[at][None], None
-
-
-ALL_ATTENTION_FUNCTIONS.register(TREE, _attend)
 FIXED = False  # whether shapes are fixed on a CPU too, for tests
-_compiled = None
-
-
-def _flex(query: Tensor, key: Tensor, value: Tensor, trees: Trees, shared: int, scaling: float | None) -> Tensor:
-    """Attention in fixed shapes: of a place's keys, only the blocks that are used are read."""
-    global _compiled
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
-
-    if query.is_cuda and not _compiled:
-        # Once for every number of places, slots and nodes; beyond the limit it would run as written, many times slower.
-        torch._dynamo.config.recompile_limit = 64
-        _compiled = torch.compile(flex_attention, dynamic=False)
-    if trees.mask is None:
-        sees, columns = trees.sees, torch.arange(trees.slots // BLOCK, dtype=torch.int32, device=query.device)
-        trees.mask = BlockMask.from_kv_blocks(
-            trees.blocks, columns.expand(len(sees), 1, 1, -1).contiguous(),
-            BLOCK_SIZE=(-(-query.shape[2] // BLOCK) * BLOCK, BLOCK),
-            mask_mod=lambda place, head, row, slot: sees[place, row // shared, slot],
-            seq_lengths=(query.shape[2], trees.slots))
-    return (_compiled or flex_attention)(query, key, value, block_mask=trees.mask, scale=scaling)
 
 
 def draw(logits: Tensor, row: Tensor, uniform: Tensor, temperature: float) -> Tensor:
@@ -153,20 +39,6 @@ def draw(logits: Tensor, row: Tensor, uniform: Tensor, temperature: float) -> Te
     # Two ways to sum differ in the last bit: what is drawn must not be past the last token that can be.
     target = torch.minimum(target - before, inside[:, -1:] * (1 - 2**-50))
     return (block * BLOCK + torch.searchsorted(inside, target, right=True)).squeeze(1)
-
-
-@contextmanager
-def _as_trees(policy):
-    """The policy, with attention that knows trees."""
-    if not policy._supports_attention_backend:
-        raise UserError(f"{policy.config.model_type}: transformers lets nobody change its attention, as this sampler "
-                        "does; set compute.sampler: vllm")
-    before = policy.config._attn_implementation
-    policy.set_attn_implementation(TREE)
-    try:
-        yield
-    finally:
-        policy.set_attn_implementation(before)
 
 
 def _run_prompts(policy, queries: list[Tensor]) -> Iterator[tuple[Tensor, DynamicCache]]:
@@ -237,6 +109,69 @@ class _Pass:
         return graph, static
 
 
+class _Growth:
+    """The prompts that are under way, and those of their completions that go on."""
+
+    def __init__(self, policy, trees: Trees, n: int, length: int, temperature: float):
+        self.policy, self.trees, self.n, self.length, self.temperature = policy, trees, n, length, temperature
+        self.run, self.vocab = _Pass(policy, trees), policy.get_output_embeddings().weight.shape[0]
+        places = trees.places
+        self.found = torch.full((places, n, length), PAD, dtype=torch.int32)
+        self.draws = torch.empty(places, length, n, dtype=torch.double)
+        self.depth = torch.zeros(places, dtype=torch.long)  # tokens that a place's completions have
+        self.number, self.free = [-1] * places, list(range(places))
+        # Of completions that go on: place * n + which of n; the node it is at; the token that was drawn there.
+        self.which = self.node = self.token = torch.empty(0, dtype=torch.long)
+
+    def admit(self, prompts: list[tuple[int, Tensor, Tensor]]) -> None:
+        """Run prompts and draw the first token of each of their completions."""
+        self.free.sort()
+        place = torch.tensor([self.free.pop(0) for _ in prompts])
+        for it, (number, _, draws) in zip(place.tolist(), prompts, strict=True):
+            self.number[it], self.draws[it], self.found[it] = number, draws, PAD
+        self.depth[place] = 0
+        queries = [query for _, query, _ in prompts]
+        lengths, begin = torch.tensor([len(query) for query in queries]), 0
+        for logits, cache in _run_prompts(self.policy, queries):
+            part = slice(begin, begin := begin + len(logits))
+            self.trees.plant(place[part], cache, lengths[part])
+            which = (place[part, None] * self.n + torch.arange(self.n)).flatten()
+            token = self._draw(logits, torch.arange(len(logits)).repeat_interleave(self.n), which)
+            self.which, self.token = torch.cat([self.which, which]), torch.cat([self.token, token])
+            self.node = torch.cat([self.node, which // self.n * self.n])
+
+    def write(self) -> list[tuple[int, Tensor]]:
+        """Write down the tokens that were drawn; numbers and completions of prompts that are done, whose places are
+        free now."""
+        place, last = self.which // self.n, self.length - 1
+        places = torch.unique(place)
+        token = self.token.where(self.depth[place] < last, EOS)
+        self.found[place, self.which % self.n, self.depth[place]] = token.int()
+        self.depth[places] += 1
+        going = token != EOS
+        closed = going & (self.depth[place] == last)  # the last token is the end, whatever the model says
+        self.found[place[closed], self.which[closed] % self.n, -1] = EOS
+        going &= ~closed
+        self.which, self.node, self.token = self.which[going], self.node[going], token[going]
+        left = torch.bincount(self.which // self.n, minlength=self.trees.places)
+        done = places[left[places] == 0].tolist()
+        self.free += done
+        return [(self.number[it], self.found[it].clone()) for it in done]
+
+    def step(self) -> None:
+        """Run the nodes that completions reach, each once, and draw what follows."""
+        node, row = torch.unique(self.node * self.vocab + self.token, return_inverse=True)
+        parent, place = node // self.vocab, node // self.vocab // self.n
+        at, slot = self.trees.branch(parent, place)
+        logits = self.run(node % self.vocab, self.trees.start[place] + self.depth[place] - 1, at, slot)
+        self.node, self.token = at[row], self._draw(logits, row, self.which)
+
+    def _draw(self, logits: Tensor, row: Tensor, which: Tensor) -> Tensor:
+        place = which // self.n
+        uniform = self.draws[place, self.depth[place], which % self.n].to(logits.device)
+        return draw(logits, row.to(logits.device), uniform, self.temperature).cpu()
+
+
 @torch.inference_mode()
 def grow(policy, prompts: Iterator[tuple[int, Tensor, Tensor]], longest: int, n: int, length: int, temperature: float,
          places: int) -> Iterator[tuple[int, Tensor]]:
@@ -250,66 +185,20 @@ def grow(policy, prompts: Iterator[tuple[int, Tensor, Tensor]], longest: int, n:
     """
     slots = -(-(longest + n * max(1, length - 1)) // BLOCK) * BLOCK
     trees = Trees(places, slots, n, policy.device, FIXED or policy.device.type == "cuda")
-    run, vocab = _Pass(policy, trees), policy.get_output_embeddings().weight.shape[0]
-    prompts, more = iter(prompts), True
-    found = torch.full((places, n, length), PAD, dtype=torch.int32)
-    draws = torch.empty(places, length, n, dtype=torch.double)
-    depth = torch.zeros(places, dtype=torch.long)  # tokens that a place's completions have
-    number = [-1] * places
-    free = list(range(places))
-    # Of completions that go on: place * n + which; the node it is at; the token that was drawn there.
-    which = node = token = torch.empty(0, dtype=torch.long)
-
-    def drawn(logits: Tensor, row: Tensor, which: Tensor) -> Tensor:
-        place = which // n
-        uniform = draws[place, depth[place], which % n].to(logits.device)
-        return draw(logits, row.to(logits.device), uniform, temperature).cpu()
-
-    with _as_trees(policy):
+    growth, prompts, more = _Growth(policy, trees, n, length, temperature), iter(prompts), True
+    with attended(policy):
         while True:
-            if more and free and (len(free) >= -(-places // 4) or not len(which)):
-                some = [prompt for _, prompt in zip(range(len(free)), prompts)]
-                more = len(some) == len(free)
+            # Several at a time: a prompt alone fills no machine.
+            if more and (len(growth.free) >= max(1, places // 4) or not len(growth.which)):
+                some = list(islice(prompts, len(growth.free)))
+                more = len(some) == len(growth.free)
                 if some:
-                    free.sort()
-                    place = torch.tensor([free.pop(0) for _ in some])
-                    for it, (name, _, uniform) in zip(place.tolist(), some, strict=True):
-                        number[it], draws[it], found[it] = name, uniform, PAD
-                    depth[place] = 0
-                    lengths, begin = torch.tensor([len(query) for _, query, _ in some]), 0
-                    for logits, cache in _run_prompts(policy, [query for _, query, _ in some]):
-                        part = slice(begin, begin := begin + len(logits))
-                        trees.plant(place[part], cache, lengths[part])
-                        fresh = (place[part, None] * n + torch.arange(n)).flatten()
-                        row = torch.arange(len(logits)).repeat_interleave(n)
-                        which, node = torch.cat([which, fresh]), torch.cat([node, fresh // n * n])
-                        token = torch.cat([token, drawn(logits, row, fresh)])
-            if not len(which):
+                    growth.admit(some)
+            if not len(growth.which):
                 return
-            place = which // n
-            alive = torch.unique(place)
-            token = token.where(depth[place] < length - 1, EOS)
-            found[place, which % n, depth[place]] = token.int()
-            depth[alive] += 1
-            going = token != EOS
-            # After the last but one token comes the end, whatever the model says.
-            closed = going & (depth[place] == length - 1)
-            found[place[closed], which[closed] % n, -1] = EOS
-            going &= ~closed
-            which, node, token = which[going], node[going], token[going]
-            place = which // n
-            left = torch.bincount(place, minlength=places)
-            for it in alive[left[alive] == 0].tolist():
-                free.append(it)
-                yield number[it], found[it].clone()
-            if not len(which):
-                continue
-            grown, row = torch.unique(node * vocab + token, return_inverse=True)
-            parent, place = grown // vocab, grown // vocab // n
-            at, slot = trees.branch(parent, place)
-            logits = run(grown % vocab, trees.start[place] + depth[place] - 1, at, slot)
-            node = at[row]
-            token = drawn(logits, row, which)
+            yield from growth.write()
+            if len(growth.which):
+                growth.step()
 
 
 def places_for(policy, longest: int, n: int, length: int, memory: int) -> int:

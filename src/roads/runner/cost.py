@@ -186,8 +186,8 @@ def train(c: Command, rows: int, recipe: dict, sides: int = 1, words: int = 0, r
 
 
 def sample(c: Command, prompts: int, samples: dict) -> Work:
-    """The prompt is run once; a token attends to it and to the tree of its completions. vLLM decodes equal prefixes too,
-    and attends to one completion."""
+    """The prompt is run once; a token attends to it and to the tree of its completions. vLLM decodes equal prefixes
+    too, and attends to one completion."""
     n = samples["n"]
     vllm = c.block.get("compute", {}).get("sampler") == "vllm"
     grown = n if vllm else c.distinct(samples)
