@@ -69,6 +69,16 @@ def test_the_right_gpu_is_not(machine, params):
     preflight.check(stages("paper") | stages("paper-2800m"), params)
 
 
+def test_stages_that_do_not_fit_together_are_one_line(machine, params, monkeypatch):
+    machine((24 * 1024, "580.65"))
+    preflight.check(stages("real"), params)  # four of 135M parameters
+    real = params.scales["real"]
+    many = real.model_copy(update={"machine": real.machine.model_copy(update={"stages_per_gpu": 40})})
+    monkeypatch.setitem(params.scales, "real", many)
+    with pytest.raises(UserError, match=r"real: machine.stages_per_gpu: 40 stages .* smallest here has 24; set \d+"):
+        preflight.check(stages("real"), params)
+
+
 def test_vllm_that_is_not_there_is_one_line(machine, params, monkeypatch):
     machine(H100)
     lite = params.scales["lite"]

@@ -113,7 +113,12 @@ def _check_gpu(blocks: dict[str, config.Scale], processes: int, shards: int, cor
                             f"{len(found)} GPUs; lower it")
         memory = min(memory for memory, _ in found)
         weights = cost.parameters(block.model_dump())
+        stages = block.machine.stages_per_gpu
         needed = weights * TRAINED_BYTES * ACTIVATIONS / shards
+        if needed <= memory < needed * stages:
+            raise UserError(f"{name}: machine.stages_per_gpu: {stages} stages that train {weights / 1e9:.2g}e9 "
+                            f"parameters take {needed * stages / 2**30:.0f} GiB of a GPU and the smallest here has "
+                            f"{memory / 2**30:.0f}; set {int(memory // needed)}")
         if needed > memory:
             raise UserError(f"{name}: training {weights / 1e9:.1f}e9 parameters takes {needed / 2**30:.0f} GiB of "
                             f"a GPU and the smallest here has {memory / 2**30:.0f}; spread them with "
