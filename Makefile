@@ -4,7 +4,7 @@
 .DEFAULT_GOAL := help
 PAPER := fig3 fig4 fig5 fig6 fig7 fig8 fig9 fig10 fig11 fig12
 EXTRA := horizon complexity verifier worlds advantage more_data recipe budget
-.PHONY: help setup test test-gpu test-vllm $(PAPER) $(EXTRA) figures extras claims report theory kit unpack status plan graph dag times bench search lint lint-image image lock clean
+.PHONY: help setup test test-fast test-gpu test-vllm $(PAPER) $(EXTRA) figures extras claims report theory kit unpack status plan graph dag times bench search lint lint-image image lock clean
 
 VENV := .venv
 # What make is given may hold anything, as the name of a folder may. It is taken as it is written, `$` and all, and gets
@@ -88,6 +88,9 @@ $(VENV)/.installed: requirements/dev.txt
 
 test: setup  ## the test suite
 	$(PY) -m pytest -q -n 2
+
+test-fast: setup  ## the tests that take seconds: two minutes in all
+	$(PY) -m pytest -q -n 2 -m "not slow and not gpu"
 
 test-gpu: setup  ## the tests that need a CUDA GPU: every stage there against the CPU, and what only a GPU has
 	@command -v nvidia-smi >/dev/null || { echo "error: no NVIDIA GPU here: nvidia-smi is not found" >&2; exit 2; }

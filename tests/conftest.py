@@ -41,9 +41,17 @@ def pytest_xdist_make_scheduler(config, log):
     return ByFile(config, log)
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that want the checkout with tiny's figures are slow: it takes minutes to make (`make test-fast`)."""
+    for item in items:
+        if "checkout" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")
+
+
 def run(where: Path, *args: str, code: int = 0, env: dict | None = None) -> str:
-    """Run `python -m ARGS` in a checkout; its output, once its exit code is as expected."""
-    done = subprocess.run([sys.executable, "-m", *args], cwd=where, env=ENV | (env or {}), text=True,
+    """Run `python -m ARGS`, or `python -c ARGS`, in a checkout; its output, once its exit code is as expected."""
+    command = [sys.executable, *["-m"] * (args[0] != "-c"), *args]
+    done = subprocess.run(command, cwd=where, env=ENV | (env or {}), text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == code, done.stdout[-3000:]
     return done.stdout

@@ -207,6 +207,7 @@ def test_the_budget_is_never_passed_and_a_larger_one_goes_on(cache, serve):
     assert len(fake.billed) == len(rows(cache)) == 61
 
 
+@pytest.mark.slow
 def test_kill_9_loses_no_answer_and_pays_for_none_twice(cache, serve):
     fake = serve(delay=0.02)
     running = process(cache, 60, concurrency=4, timeout=2.0)

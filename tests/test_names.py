@@ -39,6 +39,7 @@ def error(said: str) -> str:
     return lines[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key, args, message", [
     ("SCALE", ["fig11", "JOBS=1"], "error: params.yaml: no block named {!r}; "),
     ("SCALE", ["report"], "error: reports/{}: no such folder; expected reports/<scale>"),
@@ -134,6 +135,7 @@ def test_what_data_cost_does_not_hang_on_where_they_come_from():
         assert with_source == without is not None and {preflight.scale_of(command) for command in commands} == {scale}
 
 
+@pytest.mark.slow
 def test_dvc_makes_data_of_a_folder_of_any_name(place):
     """Also by itself, without make and the runner."""
     before = (place / "params.yaml").read_text(encoding="utf-8")

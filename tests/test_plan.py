@@ -80,6 +80,7 @@ def edit_epochs(old: int, new: int) -> None:
     Path("params.yaml").write_text(Path("params.yaml").read_text().replace(block, changed))
 
 
+@pytest.mark.slow
 def test_fates_are_what_dvc_then_does(project):
     everything = {"words@mini", "count@mini-0", "count@mini-1", "fig3@mini", "fig11@mini"}
     assert fates() == dict.fromkeys(everything, TO_RUN)
@@ -163,6 +164,7 @@ def lock() -> dict:
     return YAML(typ="safe").load(Path("dvc.lock"))
 
 
+@pytest.mark.slow
 def test_the_runner_writes_the_lock_that_dvc_writes(project):
     reproduce()
     theirs = lock()

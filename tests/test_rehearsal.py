@@ -13,6 +13,8 @@ from conftest import clone, make, run
 from fake_openai import Fake
 from ruamel.yaml import YAML
 
+pytestmark = pytest.mark.slow  # starts stages, or DVC, many times
+
 FIGURES = [f"fig{n}" for n in range(3, 13)]
 
 

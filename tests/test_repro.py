@@ -18,6 +18,8 @@ from roads import config
 from roads.runner import dvc_patches, repro
 from roads.stage import LAUNCH, UserError
 
+pytestmark = pytest.mark.slow  # starts stages, or DVC, many times
+
 DVC_YAML = """
 stages:
   words:

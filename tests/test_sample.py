@@ -7,6 +7,7 @@ import time
 import types
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import ENV, ROOT
 
@@ -25,6 +26,7 @@ torch.save(found, "found.pt")
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, monkeypatch, tiny):
     net = model.new_policy(config.New(kind="new", hidden_size=64, layers=2, heads=2, max_positions=64), 20, 3)
     net.save_pretrained(tmp_path / "policy")
