@@ -1,7 +1,7 @@
 # The experiment on NVIDIA GPUs (driver 580 or newer), for the scales lite and paper:
 #     docker build -t roads .
 #     docker run --gpus all --ipc=host -v roads:/roads -v hub:/hub roads fig11 SCALE=lite
-# All that a run writes (runs, .dvc, reports, dvc.lock, params.yaml) lies under /roads, models of the hub under /hub.
+# All that a run writes (runs, .dvc, reports, dvc.lock, active.yaml) lies under /roads, models of the hub under /hub.
 # docs/cloud.md has the rest.
 
 # CUDA's compiler stays in the image: vLLM's kernels are in part compiled when they are first used.

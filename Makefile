@@ -1,9 +1,10 @@
 # `make fig11` on a bare machine with Python 3.11 or 3.12, git and make: sets up .venv, runs what is out of
-# date, writes reports/. DVC decides what is out of date; params.yaml and dvc.yaml are the experiment.
+# date, writes reports/. DVC decides what is out of date; params.yaml, figures.yaml and dvc.yaml are the experiment.
 
 .DEFAULT_GOAL := help
-PAPER := fig3 fig4 fig5 fig6 fig7 fig8 fig9 fig10 fig11 fig12
-EXTRA := horizon complexity verifier worlds advantage more_data recipe budget
+FIGURES := $(shell sed -n 's/^\([A-Za-z][A-Za-z0-9_-]*\):.*/\1/p' figures.yaml)
+PAPER := $(filter fig%,$(FIGURES))
+EXTRA := $(filter-out fig%,$(FIGURES))
 .PHONY: help setup test test-fast test-gpu test-vllm $(PAPER) $(EXTRA) figures extras claims report theory kit unpack status plan graph dag times bench search lint lint-image image lock clean
 
 VENV := .venv
@@ -32,10 +33,10 @@ PIP := $(PY) -m pip --disable-pip-version-check install -qq --no-deps --require-
 ifneq ($(filter rehearsal%,$(SCALE)),)
 override DATA := $(or $(DATA),data/rehearsal/openai.json)
 endif
-SCALE_NOW = $$(sed -n "s/^scale: *[\"']\{0,1\}\([A-Za-z0-9_-]*\).*/\1/p" params.yaml 2>/dev/null)
-SET_SCALE = $(CHECK) $(if $(SCALE)$(DATA),$(PY) -m roads.config set \
+SCALE_NOW = $$(sed -n "s/^scale: *[\"']\{0,1\}\([A-Za-z0-9_-]*\).*/\1/p" active.yaml 2>/dev/null)
+SET_SCALE = $(CHECK) $(if $(SCALE)$(DATA),$(PY) -m roads.active set \
 	$(if $(SCALE),--scale="$$SCALE") $(if $(DATA),--data="$$DATA"))
-# What is wrong with these two is said before params.yaml is written.
+# What is wrong with these two is said before active.yaml is written.
 CHECK = $(if $(LAUNCH),[ -f "$$ROADS_LAUNCH" ] || $(call refuse,LAUNCH,one of: $(LAUNCHES));) \
 	$(if $(JOBS),case "$$JOBS" in (*[!0-9]*|0*) $(call refuse,JOBS,a number from 1 on);; esac;)
 LAUNCHES := $(patsubst configs/accelerate/%.yaml,%,$(sort $(wildcard configs/accelerate/*.yaml)))
@@ -60,7 +61,7 @@ endif
 
 help:  ## this list
 	@echo "make TARGET [SCALE=name] [DATA=path] [JOBS=n] [LAUNCH=name] [PYTHON=python3.12]"
-	@echo "  SCALE and DATA are written to params.yaml first; without them its scale, '$(SCALE_NOW)', is used."
+	@echo "  SCALE and DATA are written to active.yaml first; without them its scale, '$(SCALE_NOW)', is used."
 	@echo "  JOBS stages run at the same time: one per core, or GPU, unless you say otherwise."
 	@echo "  LAUNCH=8-gpu trains every model on all GPUs, as configs/accelerate/8-gpu.yaml says; one stage at a time."
 	@printf '  %-12s %s\n' 'fig3 … fig12' 'one figure of the paper, into reports/'
@@ -142,7 +143,7 @@ status: setup  ## what is out of date
 plan: setup  ## what FIG=3 (a number, a name, or all) would run at SCALE: time, dollars, disk; runs nothing
 	@$(PY) -m roads.runner.plan $(if $(FIG),--figure="$$FIG") $(if $(SCALE),--scale="$$SCALE") $(if $(DATA),--data="$$DATA")
 
-graph: setup  ## docs/graph.svg anew, the picture of dvc.yaml
+graph: setup  ## what follows from figures.yaml anew: entries of dvc.yaml, and its picture docs/graph.svg
 	@$(PY) -m roads.runner.picture
 
 dag: setup  ## the graph of stages, as Mermaid text

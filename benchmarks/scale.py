@@ -19,7 +19,7 @@ import torch
 from bench import ROOT, machine, rewrite
 from tqdm import tqdm
 
-from roads import candidates, config, generate, model, stage
+from roads import candidates, generate, model, schema, stage
 from roads.runner import cost
 from roads.stages import dpo
 from roads.tldr import EOS
@@ -67,7 +67,7 @@ def runs(point: dict):
     """A function that does a point once. No two completions share a prefix, as the cost model has it."""
     torch.manual_seed(0)
     size = {name: point[name] for name in ("hidden_size", "layers")}
-    policy = model.new_policy(config.New(kind="new", heads=2, max_positions=1024, **size), VOCAB, seed=0).eval()
+    policy = model.new_policy(schema.FromScratch(kind="new", heads=2, max_positions=1024, **size), VOCAB, seed=0).eval()
     rows, n = point["rows"], point["n"]
     query = torch.randint(2, VOCAB, (rows, point["prompt"]))
     completions = torch.randint(2, VOCAB, (rows, n, RESPONSE))

@@ -48,7 +48,7 @@ def ours(folder: Path, settings: dict, share: bool) -> None:
     """`roads.stages.dpo` with the prompt run once for both sides, or with `response_logps` of one and of the other."""
     import torch
 
-    from roads import candidates, config, model, train
+    from roads import candidates, model, schema, train
     from roads.stages import dpo
 
     query, chosen, rejected = train.load_pairs(folder)
@@ -67,7 +67,7 @@ def ours(folder: Path, settings: dict, share: bool) -> None:
         clock.loss = value.item()
         return value, {}
 
-    recipe = config.Train(lr=settings["lr"], schedule="linear", batch_size=settings["batch_size"], epochs=1)
+    recipe = schema.Train(lr=settings["lr"], schedule="linear", batch_size=settings["batch_size"], epochs=1)
     train.fit(policy, loss, len(query), recipe, settings["seed"], "benchmark", "ours")
     clock.end()
 

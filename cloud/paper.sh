@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes FIGURES at scale paper in the image IMAGE, and goes on where another machine stopped: DVC's remote, dvc.lock,
-# params.yaml and the judge's answers lie in SHARED, a bucket's mount or a shared folder. Asked to stop, it lets the runner
+# params.yaml, active.yaml and the judge's answers lie in SHARED, a bucket's mount or a shared folder. Asked to stop, it lets the runner
 # end its stages. With SCRATCH, a folder that outlives the machine, a stage that was cut goes on from its last checkpoint.
 #     FIGURES=fig11 IMAGE=roads OPTIONS=JOBS=8 SHARED=/bucket bash cloud/paper.sh
 set -euf -o pipefail # f: FIGURES and OPTIONS are words, and no patterns of file names
@@ -16,8 +16,8 @@ image() { # image [DOCKER OPTIONS...] -- ARGUMENTS...
 }
 dvc() { image --entrypoint /opt/venv/bin/dvc -- --wait-for-lock "$@"; }
 push() { # dvc.lock last: all that it names is there by then
-  cp dvc.lock params.yaml .dvc/tmp/
-  dvc push --quiet --run-cache && cp .dvc/tmp/dvc.lock .dvc/tmp/params.yaml "$SHARED/"
+  cp dvc.lock params.yaml active.yaml .dvc/tmp/
+  dvc push --quiet --run-cache && cp .dvc/tmp/{params,active}.yaml .dvc/tmp/dvc.lock "$SHARED/"
 }
 answers() { # what was paid for; SQLite itself copies a file that is being written. If that fails, the rest goes on
   [ -e runs/judge.sqlite ] || return 0
@@ -38,7 +38,7 @@ image -- setup
 dvc remote add --local --force --default shared /shared/dvc
 [ -e runs/judge.sqlite ] || [ ! -e "$SHARED/judge.sqlite" ] || cp "$SHARED/judge.sqlite" runs/
 if [ -e "$SHARED/dvc.lock" ]; then
-  cp "$SHARED/dvc.lock" "$SHARED/params.yaml" .
+  cp "$SHARED"/{dvc.lock,params.yaml,active.yaml} .
   # It fails for stages that have never run, and fetches the others all the same.
   dvc pull --run-cache >/dev/null 2>&1 || echo "Took what was finished from $SHARED; the rest is made."
 fi

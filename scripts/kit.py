@@ -150,11 +150,12 @@ def write_join(out: Path, parts: list[Path]) -> None:
 def pack(out: Path, scale: str) -> None:
     """Everything small that a run has made: reports, scores, metrics, dvc.lock, times, some completions as text."""
     runs = Path("runs", scale)
-    files = [path for path in sorted(runs.rglob("*")) if path.is_file()
-             and (path.name in ("metrics.json", "params.json") or set(path.relative_to(runs).parts) & set(KEPT))
+    folders = [runs, *sorted(Path("runs").glob(f"{scale}.*"))]  # and those of arms with an SFT checkpoint of their own
+    files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()
+             and (path.name in ("metrics.json", "params.json") or set(path.relative_to(folder).parts) & set(KEPT))
              and not any(part.startswith(".") for part in path.parts)]
     files += [path for path in sorted(Path("reports", scale).rglob("*")) if path.is_file()]
-    files += [path for path in map(Path, ("dvc.lock", "params.yaml", "runs/times.csv")) if path.exists()]
+    files += [path for path in map(Path, ("dvc.lock", "params.yaml", "active.yaml", "runs/times.csv")) if path.exists()]
     with tarfile.open(out, "w:xz") as tar:
         for path in files:
             tar.add(path)
@@ -203,12 +204,13 @@ def unpack(archive: Path) -> None:
         if scale is None or "dvc.lock" not in names:
             print(f"error: {archive}: no archive of a kit's run (its home.tar.xz)", file=sys.stderr)
             sys.exit(2)
-        inside = [m for m in tar.getmembers() if m.name.startswith((f"reports/{scale}/", f"runs/{scale}/"))]
+        mine = f"reports/{scale}/", f"runs/{scale}/", f"runs/{scale}."
+        inside = [m for m in tar.getmembers() if m.name.startswith(mine)]
         tar.extractall(ROOT, inside, filter="data")
         there = tar.extractfile("dvc.lock").read().decode()
     lock = ROOT / "dvc.lock"
     stages = stages_of(lock.read_text(encoding="utf-8"))
-    mine = re.compile(rf"\n    outs:\n    - path: (runs|reports)/{scale}/")
+    mine = re.compile(rf"\n    outs:\n    - path: (runs|reports)/{scale}[./]")
     stages |= {name: text for name, text in stages_of(there).items() if mine.search(text)}
     lock.write_text("".join(stages.values()), encoding="utf-8")
     print(f"{archive}: {len(inside)} files of scale {scale} put in place")

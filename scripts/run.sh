@@ -60,7 +60,7 @@ export TOKENIZERS_PARALLELISM=false DVC_NO_ANALYTICS=1 HF_HUB_OFFLINE=1 PYTHONUN
   python -m dvc config --local core.no_scm true
   python -m dvc config --local cache.type hardlink,copy # a checkpoint is there once
 }
-python -m roads.config set --scale "$scale"
+python -m roads.active set --scale "$scale"
 
 started=$(date +%s) code=0
 run=(python -m roads.runner.repro ${jobs:+--jobs "$jobs"} "${figures[@]}")

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from roads import config, stage
+from roads import config, schema, stage
 from roads.stages import base, data, dpo, evaluate, likelihood, rank, reward, sample, sft
 
 RUNS, DOCS = Path("runs/.search"), Path("docs")
@@ -33,7 +33,7 @@ ALIKE = [{"lr": 1e-4, "beta": 0.02, "epochs": 2}, {"lr": 3e-4, "beta": 0.02, "ep
          {"lr": 3e-4, "beta": 0.1, "epochs": 1}, {"lr": 1e-3, "beta": 0.2, "epochs": 4}]
 
 
-def changed(cfg: config.Scale, block: str, **values) -> config.Scale:
+def changed(cfg: schema.Scale, block: str, **values) -> schema.Scale:
     return cfg.model_copy(update={block: getattr(cfg, block).model_copy(update=values)})
 
 
@@ -45,8 +45,8 @@ def once(out: Path, function, *args) -> Path:
     return out
 
 
-def prepare(cfg: config.Scale) -> None:
-    once(RUNS / "data", data.data, Path(config.WORLD_FILE), RUNS / "data", cfg)
+def prepare(cfg: schema.Scale) -> None:
+    once(RUNS / "data", data.data, None, RUNS / "data", cfg)
     once(RUNS / "base", base.base, RUNS / "data", RUNS / "base", cfg)
     once(RUNS / "sft", sft.sft, RUNS / "data", RUNS / "base", RUNS / "sft", cfg)
     for task, split in itertools.product(("human", "rouge"), ("preferences", "valid")):
@@ -60,7 +60,7 @@ def metrics(folder: Path) -> dict:
     return stage.read_json(folder / "metrics.json")
 
 
-def score(policy: Path, task: str, cfg: config.Scale, seed: int) -> dict:
+def score(policy: Path, task: str, cfg: schema.Scale, seed: int) -> dict:
     """Mean score of a policy on the task's test prompts."""
     done, out = policy / "completions", policy / "scores"
     once(done, sample.sample, policy, RUNS / f"data/test_{task}.npz", done, cfg, "evaluate", seed)
@@ -68,7 +68,7 @@ def score(policy: Path, task: str, cfg: config.Scale, seed: int) -> dict:
     return {"score": found["mean_score"]} | ({"validity": found["validity"]} if task == "human" else {})
 
 
-def likely(path: Path, task: str, cfg: config.Scale, kind: str) -> dict:
+def likely(path: Path, task: str, cfg: schema.Scale, kind: str) -> dict:
     out, valid = path / "likelihood", RUNS / task / "valid/pairs"
     found = metrics(once(out, likelihood.likelihood, path, valid, RUNS / "sft", out, cfg, kind))
     return {"likelihood": found["mean_score"], "log_loss": found["log_loss"], "accuracy": found["accuracy"]}
@@ -78,7 +78,7 @@ def place(task: str, kind: str, seed: int, values: dict) -> Path:
     return RUNS / task / kind / "_".join(f"{key}{value:g}" for key, value in values.items()) / f"s{seed}"
 
 
-def train(cfg: config.Scale, kind: str, task: str, seed: int, values: dict) -> Path:
+def train(cfg: schema.Scale, kind: str, task: str, seed: int, values: dict) -> Path:
     """A reward model or policy trained from SFT with these values."""
     cfg, out = changed(cfg, kind, **values), place(task, kind, seed, values)
     inputs = RUNS / task / "preferences/pairs", RUNS / "sft", out, cfg, seed
@@ -87,7 +87,7 @@ def train(cfg: config.Scale, kind: str, task: str, seed: int, values: dict) -> P
     return once(out, dpo.dpo, *inputs, 1, False, kind == "local")
 
 
-def cell(cfg: config.Scale, kind: str, task: str, seed: int, values: dict) -> dict:
+def cell(cfg: schema.Scale, kind: str, task: str, seed: int, values: dict) -> dict:
     """Train and score one setting with one seed."""
     if kind == "online":
         found = online(cfg, task, seed, values)
@@ -97,7 +97,7 @@ def cell(cfg: config.Scale, kind: str, task: str, seed: int, values: dict) -> di
     return {"kind": kind, "task": task, "seed": seed, **values, **found}
 
 
-def online(cfg: config.Scale, task: str, seed: int, values: dict) -> dict:
+def online(cfg: schema.Scale, task: str, seed: int, values: dict) -> dict:
     """Online DPO with the very values of offline DPO, and the reward model of params.yaml."""
     same = {key: values[key] for key in DPO}
     offline = train(cfg, "dpo", task, seed, same)

@@ -15,7 +15,7 @@ def main() -> None:
     last = {name: float(seconds) for name, seconds in csv.reader(TIMES.open(encoding="utf-8"))}
     kinds: dict[str, list[float]] = defaultdict(list)
     for name, seconds in last.items():
-        kinds[re.sub(r"-\d+$", "", name)].append(seconds)  # a stage without its seed
+        kinds[re.sub(r"-s?\d+$", "", name)].append(seconds)  # a stage without its seed
     print("| stage | seeds | seconds each | in all |\n|---|---|---|---|")
     for kind, seconds in kinds.items():
         print(f"| {kind} | {len(seconds)} | {sum(seconds) / len(seconds):.1f} | {sum(seconds):.0f} |")

@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy loads: its threads
 import pytest
 import torch
 
-from roads import config, model
+from roads import config, model, schema
 from roads.tldr import EOS, PAD
 
 ROOT = Path(__file__).parents[1]
@@ -66,15 +66,16 @@ def edit(where: Path, old: str, new: str, file: str = "params.yaml") -> None:
 def clone(where: Path) -> Path:
     """A checkout of what is in the work tree, with one seed and the scale `tiny`."""
     for name in ("src", "scripts", "data", "docs", "configs", "tests/fake_openai.py", "reports/theory", ".dvc/config",
-                 ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml", "claims.yaml", "Makefile"):
+                 ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml", "figures.yaml", "active.yaml", "claims.yaml",
+                 "Makefile"):
         (where / name).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, where / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy2(ROOT / name, where / name)
     subprocess.run(["git", "init", "-q"], cwd=where, check=True)
-    edit(where, "seeds: [0, 1, 2]", "seeds: [0]")
-    run(where, "roads.config", "set", "--scale", "tiny")
+    edit(where, "seeds: {default: [0, 1, 2]}", "seeds: {default: [0]}")
+    run(where, "roads.active", "set", "--scale", "tiny")
     return where
 
 
@@ -88,14 +89,14 @@ def make(where: Path, *args: str, code: int = 0, env: dict | None = None) -> str
 
 
 @pytest.fixture(scope="session")
-def tiny() -> config.Scale:
+def tiny() -> schema.Scale:
     """The block `tiny` of params.yaml: mini with small numbers."""
     return config.load(ROOT / "params.yaml").scales["tiny"]
 
 
 @pytest.fixture
 def policy():
-    size = config.New(kind="new", hidden_size=32, layers=2, heads=2, max_positions=64)
+    size = schema.FromScratch(kind="new", hidden_size=32, layers=2, heads=2, max_positions=64)
     return model.new_policy(size, 20, seed=3).eval()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from roads import config, model, stage, train
+from roads import config, model, schema, stage, train
 from roads.stages import arm, base, data, dpo, evaluate, likelihood, rank, reward, sample, sft
 from roads.stages.best_of_n import best_of_n
 from roads.stages.value import value
@@ -47,12 +47,12 @@ def refuses(where: torch.device) -> None:
             raise AssertionError("took a tensor of the CPU")
 
 
-def stages(out: Path, cfg: config.Scale, reads: Path | None) -> None:
+def stages(out: Path, cfg: schema.Scale, reads: Path | None) -> None:
     def run(name: str, function, *args) -> Path:
         function(*(out / name if arg is ... else arg for arg in args))
         return (reads or out) / name
 
-    where = run("data", data.data, ROOT / "src/roads/world.py", ..., cfg)
+    where = run("data", data.data, None, ..., cfg)
     start = run("sft", sft.sft, where, run("base", base.base, where, ..., cfg), ..., cfg)
     drawn = run("candidates", sample.sample, start, where / "preferences.npz", ..., cfg, "human", 0)
     pairs = run("pairs", rank.rank, drawn, ..., cfg, "human", where)
@@ -74,7 +74,7 @@ def stages(out: Path, cfg: config.Scale, reads: Path | None) -> None:
     goes_on(out, pairs, start, cfg)
 
 
-def goes_on(out: Path, pairs: Path, start: Path, cfg: config.Scale) -> None:
+def goes_on(out: Path, pairs: Path, start: Path, cfg: schema.Scale) -> None:
     """Training that is stopped after its third step and takes up its checkpoint ends with the same weights."""
     learning_rate, train.CHECKPOINT_EVERY = train.learning_rate, 2
 

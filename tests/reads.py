@@ -2,8 +2,8 @@
 
     PYTHONPATH=src python tests/reads.py OUT.json      # in a checkout at scale tiny, with one seed
 
-Figures are left out: they read blocks to name what their inputs come from. A parameter is a block of the scale (`dpo`),
-one of its samples (`samples.online`) or a list that is active (`seeds`).
+Figures are left out, which read blocks to name what their inputs come from, and `check`, which checks whole files. A
+parameter is a block of the scale (`dpo`), one of its samples (`samples.online`), or what an arm changes (`arms`).
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from pathlib import Path
 import networkx as nx
 from dvc.repo import Repo
 
-from roads import config
+from roads import config, schema
 
 seen: set[str] | None = None  # of the stage that runs; none while params.yaml is read and checked
 
@@ -62,18 +62,16 @@ def main(out: Path) -> None:
     for stage in graph:
         first.setdefault(entry_of(stage), stage)
     wanted = set(first.values()).union(*(nx.descendants(graph, stage) for stage in first.values()))
-    watch(config.Scale)
-    watch(config.Samples, "samples.")
-    watch(config.Params)
-    plain = config.used
+    watch(schema.Scale)
+    watch(schema.Samples, "samples.")
+    plain = schema.used
 
-    def used(scale: config.Scale, *blocks: str) -> dict:
+    def used(scale: schema.Scale, *blocks: str) -> dict:
         if seen is not None:
             seen.update(blocks)
         return unseen(plain)(scale, *blocks)
 
-    scales = config.load().scales
-    config.used, config.load, config.load_scale = used, unseen(config.load), unseen(config.load_scale)
+    schema.used, config.load, config.load_scale = used, unseen(config.load), unseen(config.load_scale)
     read: dict[str, list[str]] = {}
     listed: dict[str, set[str]] = defaultdict(set)
     for stage in (stage for stage in nx.dfs_postorder_nodes(graph) if stage in wanted):
@@ -86,11 +84,13 @@ def main(out: Path) -> None:
                 except SystemExit as end:
                     assert not end.code, f"{stage.addressing}: {end.code}"
         read[entry_of(stage)], seen = sorted(seen), None
-        # A key is `mini.dpo` there, or a list that is active.
-        keys = {key for dep in stage.deps for key in getattr(dep, "params", None) or ()}
-        listed[entry_of(stage)] |= {key.partition(".")[2] if key.partition(".")[0] in scales else key for key in keys}
+        # A key is `mini.dpo` there, `mini.arms.fig12.n60` or, in figures.yaml, `fig12.policies`.
+        keys = {key.partition(".")[2] for dep in stage.deps for key in getattr(dep, "params", None) or ()}
+        listed[entry_of(stage)] |= {"arms" if key.startswith("arms.") else key for key in keys}
+        if re.search(r"--scale \w+\.", str(stage.cmd)):  # a scale's block with what the arm's own line says
+            read[entry_of(stage)] = sorted({*read[entry_of(stage)], "arms"})
     found = {name: {"read": read[name], "listed": sorted(listed[name])} for name, stage in first.items()
-             if "roads.figures" not in stage.cmd}
+             if "roads.figures" not in stage.cmd and name != "check"}
     out.write_text(json.dumps(found, indent=1))
 
 

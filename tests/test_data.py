@@ -17,7 +17,7 @@ from conftest import ROOT, run
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from roads import config, generate, hub, stage, tldr
+from roads import config, generate, hub, schema, stage, tldr
 from roads.stages import arm, base, data
 from roads.tldr import EOS, PAD
 
@@ -102,9 +102,9 @@ def checkpoints(tmp_path_factory):
     return where
 
 
-def scale(name: str, **blocks) -> config.Scale:
+def scale(name: str, **blocks) -> schema.Scale:
     """A block of params.yaml with some keys of some blocks changed, and room for a query in a small BPE's tokens."""
-    cfg = config.load(ROOT / "params.yaml").scales[name]
+    cfg = config.load_scale(name, ROOT / "params.yaml")
     blocks["source"] = {"max_query_tokens": 400} | blocks.get("source", {})
     return cfg.model_copy(update={block: getattr(cfg, block).model_copy(update=keys) for block, keys in blocks.items()})
 
@@ -276,7 +276,7 @@ def test_sums_that_are_not_pinned_are_printed(tmp_path, checkpoints, capsys):
 def test_comparisons_of_your_own(tmp_path, shape):
     shutil.copytree(ROOT / "data/tldr_sample", tmp_path / "posts")
     cfg = scale("real-cpu", source={"vocab_size": 500, "max_preference_tokens": 9})
-    labelled = cfg.samples.model_copy(update={"human": config.Labelled(n=2, temperature=None, labels="rows")})
+    labelled = cfg.samples.model_copy(update={"human": schema.PairSampling(n=2, temperature=None, labels="rows")})
     cfg = cfg.model_copy(update={"samples": labelled})
     with pytest.raises(stage.UserError, match="posts/comparisons_train.jsonl: not found; samples.human.labels: rows"):
         data.data(tmp_path / "posts", tmp_path / "data", cfg)
@@ -315,7 +315,8 @@ def test_two_word_data(tmp_path, checkpoints, monkeypatch):
 
     for function in (write_two_word, two_word_rows, posts_of):
         monkeypatch.setattr(protocol, function.__name__, function, raising=False)
-    cfg = scale("rehearsal-two-word", model={"name": str(checkpoints / "qwen")}, source={"max_preference_tokens": 12})
+    cfg = scale("rehearsal.fig10.two-word", model={"name": str(checkpoints / "qwen")},
+                source={"max_preference_tokens": 12})
     data.data(REHEARSAL / "openai.json", tmp_path / "data", cfg)
     found, tokenizer = arrays(tmp_path / "data"), tldr.load_tokenizer(tmp_path / "data/tokenizer.json")
     assert {split: len(part["query"]) for split, part in found.items()} == {
@@ -331,7 +332,8 @@ def test_two_word_data(tmp_path, checkpoints, monkeypatch):
 
 def test_two_word_data_of_a_judge_over_http(tmp_path, checkpoints, monkeypatch):
     fake_openai = pytest.importorskip("fake_openai")
-    cfg = scale("rehearsal-two-word", model={"name": str(checkpoints / "qwen")}, source={"max_preference_tokens": 12})
+    cfg = scale("rehearsal.fig10.two-word", model={"name": str(checkpoints / "qwen")},
+                source={"max_preference_tokens": 12})
     monkeypatch.chdir(tmp_path)  # the judge's answers are kept under runs/
     with fake_openai.Fake() as fake:
         monkeypatch.setenv("OPENAI_BASE_URL", fake.url)

@@ -12,7 +12,7 @@ import torch
 import transformers
 from conftest import ENV, ROOT
 
-from roads import config, generate_tree, model, packed, stage, train
+from roads import generate_tree, model, packed, schema, stage, train
 from roads.tldr import EOS, PAD
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -125,7 +125,7 @@ def test_a_step_is_the_same_in_one_piece_and_in_several(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows, norms, clip = pairs(16), [], torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: norms.append(float(clip(*args))))
-    recipe = config.Train(lr=1e-4, schedule="linear", batch_size=16, epochs=1)
+    recipe = schema.Train(lr=1e-4, schedule="linear", batch_size=16, epochs=1)
     for micro_batch in (16, 4):
         net = new("neox").cuda()
         packed.prepare(net.base_model)
@@ -151,7 +151,7 @@ def test_memory_that_does_not_suffice_halves_the_rows(tmp_path, monkeypatch, cap
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(1.5 * 2**30 / total)
     try:
-        recipe = config.Train(lr=1e-4, schedule="linear", batch_size=512, epochs=1)
+        recipe = schema.Train(lr=1e-4, schedule="linear", batch_size=512, epochs=1)
         log = train.fit(net, loss, 512, recipe, 0, "memory", "memory", packed=True, lengths=train.tokens(*rows))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -53,7 +53,7 @@ def test_every_dependency_has_its_arrow(monkeypatch):
             for dep in {dep.def_path for dep in stage.deps if dep.def_path.startswith(("runs", "reports"))}:
                 expected |= {(plan.entry_of(name), plan.entry_of(stage.addressing)) for out, name in outs
                              if f"{out}/".startswith(f"{dep}/") or f"{dep}/".startswith(f"{out}/")}
-    assert set(ARROWS) == expected and ("data", "sft") in ARROWS
+    assert set(ARROWS) == expected and ("world_data", "sft") in ARROWS
 
 
 def test_arrows_go_down_from_box_to_box():

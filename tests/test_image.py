@@ -71,7 +71,7 @@ def launched(tmp_path):
     """cloud/paper.sh in a folder of its own; its docker writes down what it is asked, and figures take 30 s."""
     (tmp_path / "bin").mkdir()
     (tmp_path / ".dvc/tmp").mkdir(parents=True)
-    for name in ("dvc.lock", "params.yaml"):
+    for name in ("dvc.lock", "params.yaml", "active.yaml"):
         (tmp_path / name).write_text("new")
     docker = tmp_path / "bin/docker"
     docker.write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\n'
@@ -111,7 +111,8 @@ def test_cloud_script_carries_the_answers_that_were_paid_for(launched, tmp_path)
     assert launched(0).wait(timeout=60) == 0  # another machine
     with contextlib.closing(sqlite3.connect(tmp_path / "runs/judge.sqlite")) as db:
         assert db.execute("SELECT answer FROM answers").fetchall() == [("yes",)]
-    assert {path.name for path in (tmp_path / "shared").iterdir()} == {"dvc", "dvc.lock", "params.yaml", "judge.sqlite"}
+    assert {path.name for path in (tmp_path / "shared").iterdir()} == {"dvc", "dvc.lock", "params.yaml", "active.yaml",
+                                                                   "judge.sqlite"}
 
 
 def test_answers_that_cannot_be_copied_keep_no_stage_back(launched, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from roads import model
+from roads import model, schema
 from roads.judge import protocol
 from roads.stages import best_of_n, dpo, rank, value
 from roads.tldr import EOS
@@ -104,7 +104,7 @@ def test_the_value_of_eq_2_by_hand(tmp_path, policy, rows, tiny):
     """log sigma(beta * margin) - beta * KL, with the KL of a policy from itself 0 and of another above it."""
     query, response = rows
     torch.manual_seed(1)
-    shape = model.config.New(kind="new", hidden_size=32, layers=2, heads=2, max_positions=64)
+    shape = schema.FromScratch(kind="new", hidden_size=32, layers=2, heads=2, max_positions=64)
     other = model.new_policy(shape, 20, seed=4)
     with torch.no_grad():
         other.get_output_embeddings().weight[EOS] *= 3  # so that samples end

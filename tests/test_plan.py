@@ -11,11 +11,12 @@ import pytest
 from conftest import ENV, ROOT
 from ruamel.yaml import YAML
 
-from roads import config, generate, generate_tree, model
+from roads import active, generate, generate_tree, model, schema
 from roads.runner import cost, dvc_patches, plan, repro
 from roads.stage import UserError
 
 DVC_YAML = """
+vars: [active.yaml]
 stages:
   words:
     matrix: {scale: ["${scale}"]}
@@ -50,10 +51,11 @@ def project(tmp_path, monkeypatch):
     from dvc.repo import Repo
 
     monkeypatch.chdir(tmp_path)
-    shutil.copy(ROOT / "params.yaml", "params.yaml")
+    for name in ("params.yaml", "figures.yaml"):
+        shutil.copy(ROOT / name, name)
     Path("dvc.yaml").write_text(DVC_YAML)
     Path("words.txt").write_text("one two three\n")
-    config.switch("mini")
+    active.write("mini")
     Repo.init(no_scm=True).close()
     return tmp_path
 
@@ -238,7 +240,7 @@ def test_the_stages_of_mini_take_what_the_model_says(monkeypatch):
     modelled, known = {}, 0
     with plan.switched("mini", None) as (repo, _, blocks):
         for stage in repo.index.stages:
-            seconds = measured.get(stage.addressing) or measured.get(re.sub(r"-\d+$", "", stage.addressing))
+            seconds = measured.get(stage.addressing) or measured.get(re.sub(r"-s\d+$", "", stage.addressing))
             if seconds and (work := cost.work(stage.cmd, blocks)):
                 modelled[stage.addressing] = work.seconds(cost.DEVICES["cpu"])
                 known += seconds
@@ -292,7 +294,7 @@ def test_a_pythia_is_hours_of_a_gpu():
 def test_a_sampled_token_is_a_pass_for_as_many_prompts_as_the_sampler_takes():
     source = {"kind": "jsonl", "vocab_size": 4096, "max_query_tokens": 256, "max_response_tokens": 53}
     size = {"kind": "new", "hidden_size": 96, "layers": 2}
-    net = model.new_policy(config.New(**size, heads=4, max_positions=512), 4096, seed=0)
+    net = model.new_policy(schema.FromScratch(**size, heads=4, max_positions=512), 4096, seed=0)
     assert (cost.ROWS, cost.MEMORY) == (generate.ROWS, generate.MEMORY)
     for n, prompts in ((25, 300), (1, 5000)):
         fit = min(generate.ROWS // n, generate_tree.places_for(net, 256, n, 53, generate.MEMORY))

@@ -47,7 +47,7 @@ def params(monkeypatch):
 
 def test_a_world_needs_nothing(machine, params):
     machine()
-    preflight.check(stages("mini"), params)
+    preflight.check(stages("mini"), params, "mini")
 
 
 @pytest.mark.parametrize("gpus, scale, message", [
@@ -55,28 +55,28 @@ def test_a_world_needs_nothing(machine, params):
     ((), "real", "needs none; with compute: .* these stages would take about [0-9,]+ hours on [0-9]+ cores"),
     (((81559, "550.1"),), "lite", "NVIDIA driver 550: CUDA 13 needs 580 or newer"),
     ((L4,), "paper", r"paper: training 1.4e9 parameters takes 26 GiB of a GPU and the smallest here has 22"),
-    ((H100,), "paper-6900m", "training 6.9e9 parameters takes 128 GiB .* LAUNCH=8-gpu-fsdp"),
+    ((H100,), "paper.fig9.p6900m", "training 6.9e9 parameters takes 128 GiB .* LAUNCH=8-gpu-fsdp"),
 ])
 def test_the_wrong_gpu_is_one_line(machine, params, gpus, scale, message):
     machine(*gpus)
     with pytest.raises(UserError, match=message) as error:
-        preflight.check(stages(scale), params)
+        preflight.check(stages(scale), params, "mini")
     assert "\n" not in str(error.value)
 
 
 def test_the_right_gpu_is_not(machine, params):
     machine(H100, H100)
-    preflight.check(stages("paper") | stages("paper-2800m"), params)
+    preflight.check(stages("paper") | stages("paper.fig9.p2800m"), params, "mini")
 
 
 def test_stages_that_do_not_fit_together_are_one_line(machine, params, monkeypatch):
     machine((24 * 1024, "580.65"))
-    preflight.check(stages("real"), params)  # four of 135M parameters
+    preflight.check(stages("real"), params, "mini")  # four of 135M parameters
     real = params.scales["real"]
     many = real.model_copy(update={"machine": real.machine.model_copy(update={"stages_per_gpu": 40})})
     monkeypatch.setitem(params.scales, "real", many)
     with pytest.raises(UserError, match=r"real: machine.stages_per_gpu: 40 stages .* smallest here has 24; set \d+"):
-        preflight.check(stages("real"), params)
+        preflight.check(stages("real"), params, "mini")
 
 
 def test_vllm_that_is_not_there_is_one_line(machine, params, monkeypatch):
@@ -86,7 +86,7 @@ def test_vllm_that_is_not_there_is_one_line(machine, params, monkeypatch):
     monkeypatch.setitem(params.scales, "lite", lite.model_copy(update={"compute": compute}))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="lite: compute.sampler: vllm, and the package vllm is not there"):
-        preflight.check(stages("lite"), params)
+        preflight.check(stages("lite"), params, "mini")
 
 
 def test_stages_share_out_the_gpus(machine, params, monkeypatch):
@@ -109,23 +109,23 @@ def test_results_whose_models_are_elsewhere_are_not_begun_anew(machine, params, 
     (tmp_path / "reports/mini").mkdir(parents=True)
     (tmp_path / "reports/mini/machine.txt").write_text("gpus: NVIDIA H100\n")
     with pytest.raises(UserError, match="its models are on the machine that reports/mini/machine.txt names"):
-        preflight.check({}, params)
+        preflight.check({}, params, "mini")
     (tmp_path / "runs/mini/sft").mkdir(parents=True)
     (tmp_path / "runs/mini/sft/model.safetensors").touch()
-    preflight.check({}, params)
+    preflight.check({}, params, "mini")
 
 
 def test_launch_is_looked_at(machine, params, monkeypatch, tmp_path):
     machine(H100)
     monkeypatch.setenv(LAUNCH, str(ROOT / "configs/accelerate/8-gpu.yaml"))
     with pytest.raises(UserError, match="LAUNCH asks for 8 GPUs and there are 1"):
-        preflight.check(stages("paper"), params)
+        preflight.check(stages("paper"), params, "mini")
     monkeypatch.setenv(LAUNCH, str(ROOT / "configs/accelerate/9-gpu.yaml"))
     with pytest.raises(UserError, match="9-gpu.yaml: not found; LAUNCH is one of: .*8-gpu"):
-        preflight.check(stages("paper"), params)
+        preflight.check(stages("paper"), params, "mini")
     machine(*[H100] * 8)
     monkeypatch.setenv(LAUNCH, str(ROOT / "configs/accelerate/8-gpu-fsdp.yaml"))
-    preflight.check(stages("paper-6900m"), params)  # an eighth of it on each
+    preflight.check(stages("paper.fig9.p6900m"), params, "mini")  # an eighth of it on each
 
 
 def test_only_the_gpus_that_may_be_used_count(machine, params, monkeypatch):
@@ -134,14 +134,14 @@ def test_only_the_gpus_that_may_be_used_count(machine, params, monkeypatch):
     assert len(preflight.gpus()) == 1
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(UserError, match="nvidia-smi shows none"):
-        preflight.check(stages("lite"), params)
+        preflight.check(stages("lite"), params, "mini")
 
 
 def test_a_disk_too_small_is_one_line(machine, params, monkeypatch):
     machine(H100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3e9))
     with pytest.raises(UserError, match="these stages write about 6 GB and 3 GB are free"):
-        preflight.check(stages("paper"), params)
+        preflight.check(stages("paper"), params, "mini")
 
 
 # The judge is the one of scale rehearsal, behind a server of ours; the stage is one that asks it.
@@ -160,7 +160,7 @@ def test_a_judge_that_is_not_there_is_one_line(params, monkeypatch, address, key
         monkeypatch.setenv("OPENAI_BASE_URL", address or server.url)
         monkeypatch.setenv("OPENAI_API_KEY", key)
         with pytest.raises(UserError, match=message) as error:
-            preflight.check(ASKS, params)
+            preflight.check(ASKS, params, "mini")
         assert "\n" not in str(error.value) and not server.asked
 
 
@@ -168,14 +168,14 @@ def test_a_judge_that_is_there_is_asked_nothing(params, monkeypatch):
     with Fake() as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
         monkeypatch.setenv("OPENAI_API_KEY", "k")
-        preflight.check(ASKS, params)
+        preflight.check(ASKS, params, "mini")
         assert not server.asked
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
-    preflight.check(stages("rehearsal"), params)  # this one asks nobody
+    preflight.check(stages("rehearsal"), params, "mini")  # this one asks nobody
 
 
 def test_a_model_that_is_nowhere_is_one_line(machine, params, monkeypatch):
     machine(H100)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="EleutherAI/pythia-1.4b-deduped"):
-        preflight.check(stages("paper", "base", "base"), params)
+        preflight.check(stages("paper", "base", "base"), params, "mini")

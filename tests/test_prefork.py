@@ -194,9 +194,9 @@ def test_what_only_a_shell_understands_is_left_to_one(server, monkeypatch, comma
 
 def test_without_a_server_there_is_none_to_do_it(monkeypatch):
     monkeypatch.delenv(prefork.ORDERS, raising=False)
-    assert prefork.run("python -m roads.config check", dict(os.environ), ".") is None
+    assert prefork.run("python -m roads.active check", dict(os.environ), ".") is None
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     theirs.close()  # it has died
     with ours:
         monkeypatch.setenv(prefork.ORDERS, str(ours.fileno()))
-        assert prefork.run("python -m roads.config check", dict(os.environ), ".") is None
+        assert prefork.run("python -m roads.active check", dict(os.environ), ".") is None

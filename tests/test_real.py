@@ -164,7 +164,7 @@ def test_what_is_not_there_is_named(tmp_path, monkeypatch):
 @needs_weights
 def test_real_tiny_goes_from_packages_to_the_figure(tmp_path):
     where = clone(tmp_path / "real")
-    run(where, "roads.config", "set", "--scale", "real-tiny")
+    run(where, "roads.active", "set", "--scale", "real-tiny")
     run(where, "roads.runner.repro", "fig11", "--jobs", "2")
     content = json.loads((where / "reports/real-tiny/fig11.json").read_text(encoding="utf-8"))
     assert content["bars"] and all(bar["n"] >= 3 for bar in content["bars"])

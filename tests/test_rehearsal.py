@@ -53,7 +53,7 @@ def test_the_pairs_are_peoples_and_the_judges(rehearsed):
     rows = np.load(where / "runs/rehearsal/data/preferences.npz")
     pairs = np.load(where / "runs/rehearsal/human/pairs/preferences/pairs.npz")
     assert all((pairs[name] == rows[name]).all() for name in ("query", "chosen", "rejected"))
-    two = np.load(where / "runs/rehearsal-two-word/data/preferences.npz")
+    two = np.load(where / "runs/rehearsal.fig10.two-word/data/preferences.npz")
     assert two["chosen"].shape[1] == 5 and len(two["chosen"]) > 20
     assert not (two["chosen"] == two["rejected"]).all(1).any()
 

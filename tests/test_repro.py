@@ -14,13 +14,14 @@ import pytest
 from conftest import ENV, ROOT, run
 from ruamel.yaml import YAML
 
-from roads import config
+from roads import active
 from roads.runner import dvc_patches, repro
 from roads.stage import LAUNCH, UserError
 
 pytestmark = pytest.mark.slow  # starts stages, or DVC, many times
 
 DVC_YAML = """
+vars: [active.yaml]
 stages:
   words:
     matrix: {scale: ["${scale}"]}
@@ -47,13 +48,14 @@ JOB = "import pathlib, sys\npathlib.Path(sys.argv[1]).parent.mkdir(parents=True,
 def project(tmp_path, monkeypatch):
     """A project of two stages for a shell and one, `job`, that a fork runs; its code is the test's."""
     monkeypatch.chdir(tmp_path)
-    shutil.copy(ROOT / "params.yaml", "params.yaml")
+    for name in ("params.yaml", "figures.yaml"):
+        shutil.copy(ROOT / name, name)
     Path("dvc.yaml").write_text(DVC_YAML)
     Path("words.txt").write_text("one two three\n" * 1000)
     Path("job.py").write_text(JOB + "pathlib.Path(sys.argv[1]).write_text('done')\n")
     Path(".dvc").mkdir()
     Path(".dvc/config").write_text("[core]\n    analytics = false\n    no_scm = true\n")
-    config.switch("mini")
+    active.write("mini")
     return tmp_path
 
 

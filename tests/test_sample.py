@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ENV, ROOT
 
-from roads import config, generate, model
+from roads import generate, model, schema
 
 RUN = """
 import sys, torch
@@ -21,19 +21,19 @@ torch.set_num_threads(1)
 generate.ROWS = 4
 scale = config.load(Path(sys.argv[1]) / "params.yaml").scales["tiny"]
 query = torch.arange(2, 18).repeat(300, 1)
-found = generate.completions(Path("policy"), query, 12, config.Sampling(n=4, temperature=1.0), 5, scale)
+found = generate.completions(Path("policy"), query, 12, schema.Sampling(n=4, temperature=1.0), 5, scale)
 torch.save(found, "found.pt")
 """
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, monkeypatch, tiny):
-    net = model.new_policy(config.New(kind="new", hidden_size=64, layers=2, heads=2, max_positions=64), 20, 3)
+    net = model.new_policy(schema.FromScratch(kind="new", hidden_size=64, layers=2, heads=2, max_positions=64), 20, 3)
     net.save_pretrained(tmp_path / "policy")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(generate, "ROWS", 4)
     query = torch.arange(2, 18).repeat(300, 1)
-    whole = generate.completions(tmp_path / "policy", query, 12, config.Sampling(n=4, temperature=1.0), 5, tiny)
+    whole = generate.completions(tmp_path / "policy", query, 12, schema.Sampling(n=4, temperature=1.0), 5, tiny)
     scratch = tmp_path / "runs/.scratch"
     assert not list(scratch.iterdir())
     shutil.rmtree(generate.STORE)
@@ -59,23 +59,23 @@ def test_what_was_drawn_once_is_not_drawn_again(tmp_path, monkeypatch, tiny, pol
     monkeypatch.setattr(type(policy.base_model), "forward", lambda *args, **kw: passes.append(1) or run(*args, **kw))
     query, twice = torch.arange(2, 10).repeat(6, 1), []
     for folder in ("policy", "copy"):  # the weights count, not where they are
-        twice.append(generate.completions(Path(folder), query, 6, config.Sampling(n=3, temperature=1.0), 5, tiny))
+        twice.append(generate.completions(Path(folder), query, 6, schema.Sampling(n=3, temperature=1.0), 5, tiny))
         if folder == "policy":
             shutil.copytree("policy", "copy")
             first = len(passes)
     assert first > 0 and len(passes) == first and torch.equal(*twice)
     assert "sample s5: drawn before" in capsys.readouterr().err
-    generate.completions(Path("copy"), query, 6, config.Sampling(n=3, temperature=0.9), 5, tiny)
+    generate.completions(Path("copy"), query, 6, schema.Sampling(n=3, temperature=0.9), 5, tiny)
     assert len(passes) > first and len(list(generate.STORE.iterdir())) == 2
 
     monkeypatch.setattr(generate, "KEPT", 2 * next(generate.STORE.iterdir()).stat().st_size)
-    generate.completions(Path("copy"), query, 6, config.Sampling(n=3, temperature=1.0), 5, tiny)  # used last
-    generate.completions(Path("copy"), query, 6, config.Sampling(n=3, temperature=0.8), 5, tiny)
+    generate.completions(Path("copy"), query, 6, schema.Sampling(n=3, temperature=1.0), 5, tiny)  # used last
+    generate.completions(Path("copy"), query, 6, schema.Sampling(n=3, temperature=0.8), 5, tiny)
     assert len(list(generate.STORE.iterdir())) == 2
     before = len(passes)
-    generate.completions(Path("copy"), query, 6, config.Sampling(n=3, temperature=1.0), 5, tiny)
+    generate.completions(Path("copy"), query, 6, schema.Sampling(n=3, temperature=1.0), 5, tiny)
     assert len(passes) == before
-    generate.completions(Path("copy"), query, 6, config.Sampling(n=3, temperature=0.9), 5, tiny)
+    generate.completions(Path("copy"), query, 6, schema.Sampling(n=3, temperature=0.9), 5, tiny)
     assert len(passes) > before
 
 

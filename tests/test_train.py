@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from roads import candidates, config, generate, model, stage, train
+from roads import candidates, generate, model, schema, stage, train
 from roads.stages import dpo, rank, reward, sample, sft
 from roads.tldr import EOS, PAD
 
@@ -50,7 +50,8 @@ def problem(kind: str, n: int, seen: list | None = None, sleep: float = 0.0):
     generator = torch.Generator().manual_seed(1)
     query = random_rows(n, 6, generator, left=True)
     chosen, rejected = (random_rows(n, 5, generator) for _ in range(2))
-    net = model.new_policy(config.New(kind="new", hidden_size=32, layers=2, heads=2, max_positions=64), 20, seed=3)
+    size = schema.FromScratch(kind="new", hidden_size=32, layers=2, heads=2, max_positions=64)
+    net = model.new_policy(size, 20, seed=3)
     if kind == "tied":  # input and output embeddings are one, and activations are computed again
         torch.manual_seed(3)
         net = AutoModelForCausalLM.from_config(small(Qwen2Config))
@@ -78,7 +79,7 @@ def fit(folder: Path, kind: str, n: int, micro_batch: int | None = None, epochs:
     torch.set_num_threads(1)
     seen = []
     net, loss, told = problem(kind, n, seen, sleep)
-    log = train.fit(net, loss, n, config.Train(**RECIPE | {"epochs": epochs}), 0, key, kind, micro_batch=micro_batch,
+    log = train.fit(net, loss, n, schema.Train(**RECIPE | {"epochs": epochs}), 0, key, kind, micro_batch=micro_batch,
                     **told)
     folder.mkdir(parents=True, exist_ok=True)
     train.save(net, folder)
@@ -219,7 +220,7 @@ def gradients(monkeypatch, kind: str, **options) -> list[dict[str, torch.Tensor]
         return clip(parameters, norm)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
-    log = train.fit(net, options.pop("wrap", lambda loss: loss)(loss), 23, config.Train(**RECIPE), 0, "none", kind,
+    log = train.fit(net, options.pop("wrap", lambda loss: loss)(loss), 23, schema.Train(**RECIPE), 0, "none", kind,
                     **told, **options)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     return found, log
@@ -287,7 +288,7 @@ def test_other_errors_are_not_taken_for_memory(monkeypatch):
         gradients(monkeypatch, "sft", wrap=lambda loss: broken)
 
 
-def with_block(cfg: config.Scale, block: str, **values) -> config.Scale:
+def with_block(cfg: schema.Scale, block: str, **values) -> schema.Scale:
     return cfg.model_copy(update={block: getattr(cfg, block).model_copy(update=values)})
 
 

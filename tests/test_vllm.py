@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ENV, ROOT
 
-from roads import config, generate, generate_vllm, model
+from roads import config, generate, generate_vllm, model, schema
 from roads.judge import client
 from roads.stage import UserError
 from roads.stages import sample
@@ -24,14 +24,15 @@ from roads.tldr import EOS, PAD
 VLLM = importlib.util.find_spec("vllm") is not None
 needs_vllm = pytest.mark.skipif(not VLLM, reason="vLLM has an environment of its own: make test-vllm")
 HERE, ELSEWHERE = ("gpu", "cpu") if torch.cuda.is_available() else ("cpu", "gpu")
-COMPUTE = config.Compute(device=HERE, precision="fp32", attention="sdpa", sampler="vllm")
+COMPUTE = schema.Compute(device=HERE, precision="fp32", attention="sdpa", sampler="vllm")
 VOCAB, LENGTH = 20, 6
 WARM = 2.0  # the highest temperature that vLLM takes; the policy's logits have a standard deviation of some 4
 
 
 def saved(path, heads=2):
     """A policy of random weights in a folder, so sharp that T = 0.01 leaves one token."""
-    net = model.new_policy(config.New(kind="new", hidden_size=64, layers=2, heads=heads, max_positions=64), VOCAB, 3)
+    size = schema.FromScratch(kind="new", hidden_size=64, layers=2, heads=heads, max_positions=64)
+    net = model.new_policy(size, VOCAB, 3)
     with torch.no_grad():
         net.get_output_embeddings().weight *= 24
     net.save_pretrained(path)
@@ -73,7 +74,7 @@ def loaded(llm, monkeypatch):
 @pytest.mark.skipif(VLLM, reason="vLLM is here")
 def test_without_vllm_one_line_says_so(policy, prompts, scale):
     with pytest.raises(UserError, match="needs the package vllm, which the image has; run there, or set tree"):
-        generate.completions(policy, prompts, LENGTH, config.Sampling(n=2, temperature=1.0), 0, scale)
+        generate.completions(policy, prompts, LENGTH, schema.Sampling(n=2, temperature=1.0), 0, scale)
 
 
 @needs_vllm
@@ -193,7 +194,7 @@ def server(tmp_path_factory):
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(["Which summary is better? A or B."] * 9, 280, special_tokens=["<|endoftext|>", "<|pad|>"],
                             show_progress=False)
-    net = model.new_policy(config.New(kind="new", hidden_size=64, layers=2, heads=2, max_positions=256), 280, 3)
+    net = model.new_policy(schema.FromScratch(kind="new", hidden_size=64, layers=2, heads=2, max_positions=256), 280, 3)
     net.save_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>")
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
@@ -238,8 +239,8 @@ def test_a_real_server_answers_the_openai_client(server):
 @needs_vllm
 def test_a_real_server_answers_the_judges_client_once(server, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", server)
-    judge = config.Outside(kind="openai", model="tiny", prompt="summary", temperature=0.0, max_tokens=8)
-    spending = config.Spending(budget=1.0, input=1.0, output=1.0, batch_discount=1.0, concurrency=2, timeout=60.0,
+    judge = schema.LLMJudge(kind="openai", model="tiny", prompt="summary", temperature=0.0, max_tokens=8)
+    spending = schema.Spending(budget=1.0, input=1.0, output=1.0, batch_discount=1.0, concurrency=2, timeout=60.0,
                                retries=2)
     messages = ["Which is better?", "A or B?", "Which is better?"]
     first, again = (client.answers(messages, judge, spending, cache=tmp_path / "judge.sqlite", readable=str)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from roads import config, model
+from roads import model, schema
 from roads.tldr import PAD
 
 
@@ -121,7 +121,7 @@ def in_batches(function, net, query: Tensor, completions: Tensor, *args, label: 
 
 
 def implicit_rewards(path: Path, reference: Path | None, query: Tensor, completions: Tensor,
-                     compute: config.Compute) -> Tensor:
+                     compute: schema.Compute) -> Tensor:
     """log pi, or log(pi / pi_ref) where there is a reference, of completions [N, n, R]: [N, n]."""
     policies = [model.load_policy(policy, compute).eval() for policy in (path, reference) if policy]
     found = [in_batches(logps, policy, query, completions, label="logps") for policy in policies]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from roads import config, generate_tree, generate_vllm, model, stage, trees
+from roads import generate_tree, generate_vllm, model, schema, stage, trees
 from roads.tldr import PAD
 
 ROWS = 1600  # completions of a batch: what is drawn from one generator, and kept at once
@@ -64,8 +64,8 @@ def _grow(policy, query: Tensor, batches, n: int, length: int, temperature: floa
     return generate_tree.grow(policy, prompts(), longest, n, length, temperature, places)
 
 
-def completions(policy: Path, query: Tensor, length: int, settings: config.Sampling, seed: int,
-                cfg: config.Scale) -> Tensor:
+def completions(policy: Path, query: Tensor, length: int, settings: schema.Sampling, seed: int,
+                cfg: schema.Scale) -> Tensor:
     """Completions [N, n, length] of every query [N, Q] by the policy in a folder, with the sampler of cfg.compute.
 
     A prompt's are the same whatever is sampled before or after. They wait in runs/.completions for a stage that asks

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from roads import config, stage
+from roads import schema, stage
 from roads.process import end_with_parent
 from roads.stage import UserError
 from roads.tldr import EOS, PAD
@@ -32,7 +32,7 @@ ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERR
 _llm = None  # of the process that has it
 
 
-def _check(policy: Path, width: int, cfg: config.Scale) -> None:
+def _check(policy: Path, width: int, cfg: schema.Scale) -> None:
     """Look for what vLLM needs before the model is loaded: its device, and a policy that it can run."""
     from vllm.platforms import current_platform
 
@@ -53,7 +53,7 @@ def _check(policy: Path, width: int, cfg: config.Scale) -> None:
                         f" {shape['max_position_embeddings']}; lower source.max_query_tokens")
 
 
-def _load(policy: Path, width: int, cfg: config.Scale, stage_id: int) -> None:
+def _load(policy: Path, width: int, cfg: schema.Scale, stage_id: int) -> None:
     """In vLLM's own process, which is to end with the stage's: load it."""
     end_with_parent(stage_id)
     for name, value in ENVIRONMENT.items():
@@ -82,7 +82,7 @@ def _sample(prompts: list[list[int]], n: int, length: int, temperature: float, s
 
 
 @contextmanager
-def engine(policy: Path, width: int, cfg: config.Scale) -> Iterator[ProcessPoolExecutor]:
+def engine(policy: Path, width: int, cfg: schema.Scale) -> Iterator[ProcessPoolExecutor]:
     """vLLM with the policy in a folder, for prompts and completions of `width` tokens together.
 
     Raises:

@@ -29,7 +29,7 @@ PLAIN = config.Compute(device="cpu", precision="fp32", attention="sdpa", sampler
 disable_progress_bar()  # of loading and saving; the long work has bars of its own
 
 
-def new_policy(cfg: config.New, vocab_size: int, seed: int, compute: config.Compute = PLAIN) -> PreTrainedModel:
+def new_policy(cfg: config.FromScratch, vocab_size: int, seed: int, compute: config.Compute = PLAIN) -> PreTrainedModel:
     """A policy of Pythia's architecture with random weights, fp32; precision and device as `load_policy` has them."""
     torch.manual_seed(seed)
     policy = GPTNeoXForCausalLM(GPTNeoXConfig(

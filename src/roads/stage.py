@@ -80,8 +80,17 @@ def arguments(doc: str, *paths: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for path in paths:
         parser.add_argument(path.strip("[]"), type=Path, nargs="?" if path.startswith("[") else None)
-    parser.add_argument("--scale", required=True, help="a block of params.yaml")
+    parser.add_argument("--scale", required=True, help="a block of params.yaml, or an arm as SCALE.FIGURE.ARM")
     return parser
+
+
+def seed(text: str) -> int:
+    """A seed, as a number or as the graph names it.
+
+    >>> seed("s2"), seed("2")
+    (2, 2)
+    """
+    return int(text.removeprefix("s"))
 
 
 def _launch() -> None:

@@ -12,7 +12,7 @@ A position without a candidate of its slot is invalid.
 
 import numpy as np
 
-from roads.config import World as WorldConfig
+from roads.schema import World as WorldConfig
 
 EOS, PAD, TLDR = 0, 1, 2
 _SLOTS = "ba da fa ga ka la ma na pa ra sa ta va za".split()

@@ -15,22 +15,21 @@ from roads.figures import dials, figure
 from roads.figures.figure import Bar
 from roads.figures.policies import NAMES
 
-# The figure whose cells a world is in -> the dial that names it.
-DIALS = {"fig10": "horizon"} | {name: name for name in ("horizon", "complexity", "verifier", "worlds")}
+DIALS = {"fig10": "horizon"}  # a figure whose arms another dial's figure names
 CAPTION = ("Every world of the other figures is a point: x is the accuracy of the global reward model on held-out "
            "pairs less that of DPO's own reward, both trained on the same pairs; y is what Online(DPO) wins over "
            "DPO 2x, equal in steps. If online learning pays by what its reward model knows, the points rise from "
            "the lower left.")
 
 
-def accuracy(runs: Path, block: str, scale: str, folder: str, seeds: list[int]) -> float:
-    """Accuracy of the global reward model less that of DPO's own, mean over seeds."""
-    if block == scale:
+def accuracy(runs: Path, scale: str, folder: str, arm: str, seeds: list[int]) -> float:
+    """Accuracy of the global reward model less that of DPO's own, mean over seeds; of the scale, or of an arm."""
+    if not arm:
         place = f"{scale}/human/likelihood/{{kind}}/s{{seed}}/metrics.json"
         kinds = [np.mean([stage.read_json(runs / place.format(kind=kind, seed=seed))["accuracy"] for seed in seeds])
                  for kind in ("reward", "dpo")]
     else:
-        found = [stage.read_json(runs / f"{scale}/{folder}/{block}/s{seed}/metrics.json") for seed in seeds]
+        found = [stage.read_json(runs / f"{scale}/{folder}/{arm}/s{seed}/metrics.json") for seed in seeds]
         kinds = [np.mean([metrics[kind]["accuracy"] for metrics in found]) for kind in ("global", "dpo_rm")]
     return float(kinds[0] - kinds[1])
 
@@ -59,19 +58,19 @@ def _command() -> None:
     parser.add_argument("--figure", required=True, choices=["advantage"])
     a = parser.parse_args()
     params = config.load()
-    labels = {a.scale: (a.scale, "")}  # block -> its name, and the figure whose cells it is in
-    for folder, dial in DIALS.items():
-        _, _, x_of, _, short, _, _ = dials.FIGURES[dial]
-        labels |= {arm: (f"{short}={x_of(params.scales[arm]):g}", folder) for arm in params.arms[folder]}
+    worlds, seeds = {a.scale: ("", "")}, params.seeds_of(a.figure)  # label -> figure and arm
+    for folder in params.figures[a.figure].borrows:
+        _, x_of, _, short, _, _ = dials.FIGURES[DIALS.get(folder, folder)]
+        worlds |= {f"{short}={x_of(cfg):g}": (folder, arm) for arm, cfg in params.arms_of(a.scale, folder).items()}
     bars, gaps, places = [], {}, {}
-    for block, (label, folder) in labels.items():
-        places[label] = accuracy(a.runs, block, a.scale, folder, params.seeds)
-        both = [Bar(f"{NAMES[policy]} {label}", *figure.policy(block, a.scale, policy, folder), NAMES[policy],
+    for label, (folder, arm) in worlds.items():
+        places[label] = accuracy(a.runs, a.scale, folder, arm, seeds)
+        both = [Bar(f"{NAMES[policy]} {label}", *figure.policy(a.scale, policy, folder, arm), NAMES[policy],
                     places[label]) for policy in ("dpo_2x", "online")]
         bars += both
         gaps[label] = {both[1].name: 1, both[0].name: -1}
-    figure.save(a.out, a.figure, a.runs, bars, gaps, a.scale, "The gap against the reward model's advantage", CAPTION,
-                "winrate against the reference summary", partial(points, places=places))
+    figure.save(a.out, a.figure, a.runs, bars, gaps, a.scale, CAPTION, "winrate against the reference summary",
+                partial(points, places=places))
 
 
 if __name__ == "__main__":

@@ -9,12 +9,10 @@ from roads import config, stage
 from roads.figures import figure
 from roads.figures.figure import Bar
 
-FIGURES = {
-    "fig8": ("Fig. 8: best of N by three kinds of reward model",
-             "Samples of the SFT policy (solid) and of the DPO policy (dashed), ranked by reward models trained on the "
+CAPTIONS = {
+    "fig8": ("Samples of the SFT policy (solid) and of the DPO policy (dashed), ranked by reward models trained on the "
              "same pairs; the judge compares the one ranked first with the reference summary."),
-    "fig9": ("Fig. 9: best of N, policy size by size of the global reward model",
-             "Samples of SFT policies of three sizes, each ranked by global reward models of three sizes. Every size "
+    "fig9": ("Samples of SFT policies of three sizes, each ranked by global reward models of three sizes. Every size "
              "has a base and an SFT policy of its own; in the synthetic world, pairs of its own as well."),
 }
 KINDS = {"Global RM": "reward", "Local RM": "local", "DPO RM": "dpo"}
@@ -22,16 +20,16 @@ KINDS = {"Global RM": "reward", "Local RM": "local", "DPO RM": "dpo"}
 
 def lines(scale: str, name: str, sizes: list[str]) -> dict[str, str]:
     """Name of a line -> place of its scores."""
-    if name == "fig8":  # Fig 9 has ranked SFT samples by the global reward model already
-        return {f"{rm} on {policy.upper()}": f"{scale}/fig9/{scale}/{scale}/s{{seed}}" if kind + policy == "rewardsft"
-                else f"{scale}/human/best_of_n/{policy}/{kind}/s{{seed}}"
+    if name == "fig8":
+        return {f"{rm} on {policy.upper()}": f"{scale}/human/best_of_n/{policy}/{kind}/s{{seed}}"
                 for policy in ("sft", "dpo") for rm, kind in KINDS.items()}
-    return {f"Policy {size_of(policy, scale)}, RM {size_of(rm, scale)}": f"{scale}/fig9/{policy}/{rm}/s{{seed}}"
-            for policy in sizes for rm in sizes}
+    return {f"Policy {size_of(policy, scale)}, RM {size_of(rm, scale)}":
+            f"{scale}/human/best_of_n/sft/reward/s{{seed}}" if policy == rm == scale else
+            f"{scale}/fig9/{policy}/{rm}/s{{seed}}" for policy in sizes for rm in sizes}
 
 
 def size_of(block: str, scale: str) -> str:
-    return "medium" if block == scale else block.removeprefix(f"{scale}-")
+    return "medium" if block == scale else block.removeprefix(f"{scale}.fig9.")
 
 
 def gaps(name: str, sizes: list[str], scale: str, most: int) -> dict[str, dict[str, float]]:
@@ -47,17 +45,17 @@ def gaps(name: str, sizes: list[str], scale: str, most: int) -> dict[str, dict[s
 
 def _command() -> None:
     parser = stage.arguments(__doc__, "runs", "out")
-    parser.add_argument("--figure", required=True, choices=list(FIGURES))
+    parser.add_argument("--figure", required=True, choices=list(CAPTIONS))
     a = parser.parse_args()
     params = config.load()
-    models = {size: params.scales[size].model for size in params.sizes}
+    blocks = [a.scale, *(f"{a.scale}.fig9.{arm}" for arm in params.arms_of(a.scale, "fig9"))]
+    models = {size: params.blocks[size].model for size in blocks}
     sizes = sorted(models, key=lambda size: getattr(models[size], "parameters", 0) or models[size].hidden_size)
     most = params.scales[a.scale].samples.best_of_n.n
     counts = [n for n in (1, 2, 5, 10, 25) if n <= most]
     bars = [Bar(f"{line} N={n}", place, f"n{n}", line, n) for line, place in lines(a.scale, a.figure, sizes).items()
             for n in counts]
-    title, caption = FIGURES[a.figure]
-    figure.save(a.out, a.figure, a.runs, bars, gaps(a.figure, sizes, a.scale, counts[-1]), a.scale, title, caption,
+    figure.save(a.out, a.figure, a.runs, bars, gaps(a.figure, sizes, a.scale, counts[-1]), a.scale, CAPTIONS[a.figure],
                 "winrate against the reference summary", partial(figure.lines, x_label="N", log=True))
 
 

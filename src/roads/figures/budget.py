@@ -41,18 +41,18 @@ def _command() -> None:
     parser.add_argument("--figure", required=True, choices=["budget"])
     a = parser.parse_args()
     params, bars = config.load(), []
-    for block in (a.scale, *params.arms[a.figure]):
-        label = "paper" if block == a.scale else block.removeprefix(f"{a.scale}-")
-        same = block != a.scale and params.scales[block].dpo == params.scales[a.scale].dpo
-        for policy in params.scales[block].policies:
-            if policy == "dpo" and same:
+    own, seeds = params.scales[a.scale], params.seeds_of(a.figure)
+    for arm, cfg in {"": own, **params.arms_of(a.scale, a.figure)}.items():
+        for policy in cfg.policies:
+            if policy == "dpo" and arm and cfg.dpo == own.dpo:
                 continue  # the scale's own point once more
-            bar = Bar(f"{NAMES[policy]} {label}", *figure.policy(block, a.scale, policy, a.figure), NAMES[policy])
-            bars.append(Bar(bar.name, bar.place, bar.key, bar.series, mean_kl(a.runs, bar, params.seeds)))
+            place = figure.policy(a.scale, policy, a.figure, arm)
+            bar = Bar(f"{NAMES[policy]} {arm or 'paper'}", *place, NAMES[policy])
+            bars.append(Bar(bar.name, bar.place, bar.key, bar.series, mean_kl(a.runs, bar, seeds)))
     online = [bar for bar in bars if bar.series == "Online(DPO)"]
     gaps = {f"{bar.name} - DPO at its KL ({bar.x:.1f})": matched(bars, bar) for bar in online}
-    figure.save(a.out, a.figure, a.runs, bars, gaps, a.scale, "Matched budgets: winrate against distance from SFT",
-                CAPTION, "winrate against the reference summary",
+    figure.save(a.out, a.figure, a.runs, bars, gaps, a.scale, CAPTION,
+                "winrate against the reference summary",
                 partial(figure.lines, x_label="reverse KL from the SFT policy, nats", named=True))
 
 

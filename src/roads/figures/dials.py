@@ -10,28 +10,22 @@ from roads.figures import figure
 from roads.figures.figure import Bar
 from roads.figures.policies import NAMES
 
-FIGURES = {  # title, caption, x of a block, its axis, its label in a bar's name, policies, log axis
-    "fig12": ("Fig. 12: fractions of the preference set",
-              "DPO and Online(SFT) trained on the first pairs of the set; reward model and prompts shrink with it.",
+FIGURES = {  # caption, x of a block, its axis, its label in a bar's name, policies, log axis
+    "fig12": ("DPO and Online(SFT) trained on the first pairs of the set; reward model and prompts shrink with it.",
               lambda cfg: cfg.data.preferences, "pairs of the preference set", "n", ["dpo", "online_sft"], True),
-    "more_data": ("Far more pairs than Fig. 12",
-                  "Fig. 12 carried on to four times the preference set. In the limit H6 predicts no gap. Online DPO "
+    "more_data": ("Fig. 12 carried on to four times the preference set. In the limit H6 predicts no gap. Online DPO "
                   "runs on as many prompts as there are pairs, and so for more steps, and on 6,000 throughout.",
                   lambda cfg: cfg.data.preferences, "pairs of the preference set", "n", ["dpo", "online_sft"], True),
-    "horizon": ("The gap against the horizon",
-                "K slots, a word each: two of six candidates, four of four, eight and twelve of two. The noise of the"
+    "horizon": ("K slots, a word each: two of six candidates, four of four, eight and twelve of two. The noise of the"
                 " labels is scaled with the spread of quality.",
                 lambda cfg: cfg.source.slots, "slots K (horizon K + 1)", "K", ["dpo", "dpo_2x", "online"], False),
-    "complexity": ("The gap against the complexity of the reward",
-                   "Weight of coherence, a property of the whole summary, in its quality; at 0 that is a sum of words.",
+    "complexity": ("Weight of coherence, a property of the whole summary, in its quality; at 0 that is a sum of words.",
                    lambda cfg: cfg.source.interaction, "weight of the interaction", "interaction",
                    ["dpo", "dpo_2x", "online"], False),
-    "verifier": ("The gap against what the base knows about judging",
-                 "Weight of the karma token in pretraining, the only sign of quality that the base ever sees.",
+    "verifier": ("Weight of the karma token in pretraining, the only sign of quality that the base ever sees.",
                  lambda cfg: cfg.source.karma_weight, "weight of the karma token", "karma", ["dpo", "dpo_2x", "online"],
                  False),
-    "worlds": ("The gap in other worlds",
-               "Worlds drawn with other seeds (salience, clusters, all data), with the hyperparameters of the first.",
+    "worlds": ("Worlds drawn with other seeds (salience, clusters, all data), with the hyperparameters of the first.",
                lambda cfg: cfg.source.seed, "seed of the world", "world", ["dpo", "dpo_2x", "online"], False),
 }
 
@@ -41,17 +35,16 @@ def _command() -> None:
     parser.add_argument("--figure", required=True, choices=list(FIGURES))
     a = parser.parse_args()
     params = config.load()
-    title, caption, x_of, x_label, short, policies, log = FIGURES[a.figure]
-    folders = {a.scale: a.figure}  # a block -> the figure whose cells it is in
-    for name in (config.BORROWS.get(a.figure), a.figure):
-        folders |= {arm: name for arm in params.arms.get(name, [])}
+    caption, x_of, x_label, short, policies, log = FIGURES[a.figure]
+    points = [("", "", params.scales[a.scale])]  # figure, arm and block; none of the former for the scale's own
+    for name in (*params.figures[a.figure].borrows, a.figure):
+        points += [(name, arm, cfg) for arm, cfg in params.arms_of(a.scale, name).items()]
     bars, gaps, gaps_at = [], {}, {}
-    for block, folder in sorted(folders.items(), key=lambda item: x_of(params.scales[item[0]])):
-        cfg = params.scales[block]
+    for folder, arm, cfg in sorted(points, key=lambda point: x_of(point[2])):
         for policy in [policy for policy in policies if policy in cfg.policies]:
             fewer = policy.startswith("online") and cfg.data.online != cfg.data.preferences
             series = NAMES[policy] + f", {cfg.data.online} prompts" * fewer
-            bars.append(Bar(f"{series} {short}={x_of(cfg):g}", *figure.policy(block, a.scale, policy, folder), series,
+            bars.append(Bar(f"{series} {short}={x_of(cfg):g}", *figure.policy(a.scale, policy, folder, arm), series,
                             x_of(cfg)))
     for online in [bar for bar in bars if bar.series.startswith("Online")]:
         at = f"{short}={online.x:g}"
@@ -59,7 +52,7 @@ def _command() -> None:
             gap = f"{online.series} - {NAMES[control]}"
             gaps[f"{gap}, {at}"] = {online.name: 1, f"{NAMES[control]} {at}": -1}
             gaps_at[f"{gap}, {at}"] = gap, online.x
-    figure.save(a.out, a.figure, a.runs, bars, gaps, a.scale, title, caption, "winrate against the reference summary",
+    figure.save(a.out, a.figure, a.runs, bars, gaps, a.scale, caption, "winrate against the reference summary",
                 partial(figure.lines, x_label=x_label, log=log, gaps_at=gaps_at))
 
 

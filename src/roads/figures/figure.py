@@ -37,11 +37,11 @@ def note(scale: str) -> str:
     return SYNTHETIC if config.load_scale(scale).synthetic else f"real posts, scale {scale}"
 
 
-def policy(block: str, scale: str, name: str, folder: str) -> tuple[str, str]:
-    """Place and key of a policy's scores: the graph's for the scale itself, a cell's in `folder` for an arm of it."""
-    if block == scale:
+def policy(scale: str, name: str, figure: str = "", arm: str = "") -> tuple[str, str]:
+    """Place and key of a policy's scores: the graph's for the scale itself, or those of an arm of a figure."""
+    if not arm:
         return f"{scale}/human/scores/{name}" + ("" if name == "sft" else "/s{seed}"), "score"
-    return f"{scale}/{folder}/{block}/s{{seed}}", name
+    return f"{scale}/{figure}/{arm}/s{{seed}}", name
 
 
 def read(name: str, runs: Path, bars: list[Bar],
@@ -74,7 +74,7 @@ def provenance(files: list[Path]) -> dict:
         return ""
 
     commit = git("rev-parse", "HEAD")
-    if commit and git("status", "--porcelain", "--", "src", "data", "dvc.yaml", "params.yaml"):
+    if commit and git("status", "--porcelain", "--", "src", "data", "dvc.yaml", "params.yaml", "figures.yaml"):
         commit += ", with changes"
     lock, params = Path("dvc.lock"), {}
     digest = hashlib.sha256()
@@ -242,10 +242,10 @@ def _line(axes, x: list[float], points: list[dict], name: str, colour: str, mark
         axes.scatter([place] * len(point["by_seed"]), point["by_seed"], s=9, color=colour, alpha=0.45, zorder=2)
 
 
-def save(out: Path, name: str, runs: Path, bars: list[Bar], gaps: dict[str, dict[str, float]], scale: str, title: str,
+def save(out: Path, name: str, runs: Path, bars: list[Bar], gaps: dict[str, dict[str, float]], scale: str,
          caption: str, measure: str, draw: Callable[[dict], object], also: dict | None = None,
          also_keys: dict[str, str] | None = None) -> None:
-    """Write name.{png,csv,json} under `out`, each complete or not at all.
+    """Write name.{png,csv,json} under `out`, each complete or not at all. Its title stands in figures.yaml.
 
     Args:
         gaps: label -> contrast, a weight for each bar in it; paired by prompt and seed.
@@ -254,7 +254,8 @@ def save(out: Path, name: str, runs: Path, bars: list[Bar], gaps: dict[str, dict
         also: measure -> function of scores, for what stands beside the one drawn; also_keys: measure -> array of
             scores.npz, for the same.
     """
-    seeds = config.load().seeds
+    params = config.load()
+    seeds, title = params.seeds_of(name), params.figures[name].title
     scores, files = read(name, runs, bars, seeds)
     table = [{"bar": bar.name, "series": bar.series or bar.name, "x": bar.x, **stats.estimate(scores[bar.name]),
               "n": scores[bar.name].shape[1], "scores": [path.as_posix() for path in files[bar.name]], "key": bar.key,

@@ -27,8 +27,8 @@ def _command() -> None:
     parser.add_argument("--figure", required=True, choices=["fig7"])
     a = parser.parse_args()
     bars = [Bar(name, f"{a.scale}/human/likelihood/{kind}/s{{seed}}") for name, kind in KINDS.items()]
-    figure.save(a.out, a.figure, a.runs, bars, GAPS, a.scale, "Fig. 7: validation likelihood of three reward models",
-                CAPTION, "mean probability of the chosen completion", partial(figure.bar_chart, floor=0.5), also=ALSO)
+    figure.save(a.out, a.figure, a.runs, bars, GAPS, a.scale, CAPTION,
+                "mean probability of the chosen completion", partial(figure.bar_chart, floor=0.5), also=ALSO)
 
 
 if __name__ == "__main__":

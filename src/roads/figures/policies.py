@@ -7,39 +7,32 @@ from functools import partial
 
 import numpy as np
 
-from roads import config, stage
+from roads import config, schema, stage
 from roads.figures import figure
 from roads.figures.figure import Bar
 
 NAMES = {"sft": "SFT", "dpo": "DPO", "dpo_2x": "DPO 2x", "online_sft": "Online(SFT)", "online": "Online(DPO)"}
 WINRATE, ROUGE = "winrate against the reference summary", "ROUGE-L F1 against the preferred completion"
 VALUE = "value of Eq. 2, nats a pair; the SFT policy has -ln 2"
-FIGURES = {  # title, caption, measure, where the bars start
-    "fig3": ("Fig. 3: online against offline preference fine-tuning",
-             "Everything starts from the same SFT checkpoint and the same pairs, with the same learning rate, beta "
+FIGURES = {  # caption, measure, where the bars start
+    "fig3": ("Everything starts from the same SFT checkpoint and the same pairs, with the same learning rate, beta "
              "and epochs. DPO and Online(SFT) take the same number of steps; so do DPO 2x and Online(DPO).",
              WINRATE, 0),
-    "fig4": ("Fig. 4: policies under Eq. 2",
-             "Bradley-Terry log-likelihood of the preference set under a policy, less beta times its reverse KL from "
+    "fig4": ("Bradley-Terry log-likelihood of the preference set under a policy, less beta times its reverse KL from "
              "the SFT policy, which is estimated from samples of the policy; the interval covers their chance too. No "
              "judge is involved. Below each bar its parts, and the other reading of the first term: the log-likelihood "
              "of the chosen completions.", VALUE, -np.log(2)),
-    "fig5": ("Fig. 5: more prompts for online DPO",
-             "Online DPO from the SFT policy on the prompts of the preference set and on more; the reward model "
+    "fig5": ("Online DPO from the SFT policy on the prompts of the preference set and on more; the reward model "
              "is the same, so no preference is added. More prompts are more steps too, where it does not say "
              "otherwise.", WINRATE, 0),
-    "fig6": ("Fig. 6: pairs of the SFT policy only, labelled by the judge",
-             "Two samples of the SFT policy at the sampling temperature of online DPO, and the judge says which is "
+    "fig6": ("Two samples of the SFT policy at the sampling temperature of online DPO, and the judge says which is "
              "better. Online(SFT) then only labels samples of the same kind again.", WINRATE, 0),
-    "fig10": ("Fig. 10: a short horizon",
-              "Two-word summaries: next to nothing to plan. Of posts the judge writes and labels them; in the "
+    "fig10": ("Two-word summaries: next to nothing to plan. Of posts the judge writes and labels them; in the "
               "synthetic world they are two slots of six candidates each instead of eight of two, and the noise of the "
               "labels is scaled with the spread of quality.", WINRATE, 0),
-    "fig11": ("Fig. 11: the same where the reward is ROUGE-L",
-              "Pairs are the best and the worst of 25 samples by ROUGE-L against a summary that the policy cannot see: "
+    "fig11": ("Pairs are the best and the worst of 25 samples by ROUGE-L against a summary that the policy cannot see: "
               "the reward is no simpler than the policy.", ROUGE, 0),
-    "recipe": ("The authors' code against the paper, one switch at a time",
-               "schedule: DPO's learning rate falls as a cosine. rm-batch: twice the reward model's batch. loader: "
+    "recipe": ("schedule: DPO's learning rate falls as a cosine. rm-batch: twice the reward model's batch. loader: "
                "each of eight GPUs shuffles for itself, so an epoch of DPO has 66% of the pairs. logits: online "
                "training does not divide them by the temperature. author-code: the first three together, as in the "
                "released code.",
@@ -57,24 +50,23 @@ def graph_bars(scale: str, name: str) -> list[Bar]:
     return seedless + [Bar(NAMES[policy], f"{scale}/{task}/{folder}/{policy}/s{{seed}}") for policy in shown]
 
 
-def arm_bars(scale: str, name: str, arms: list[str]) -> list[Bar]:
+def arm_bars(scale: str, name: str, arms: dict[str, schema.Scale]) -> list[Bar]:
     """The bars of Figs 5, 6, 10 and of the recipe: an arm's policies, with the scale's own where they are compared."""
     if name == "recipe":
-        blocks = {"paper": scale} | {arm.removeprefix(f"{scale}-"): arm for arm in arms}
-        return [Bar(f"{NAMES[policy]} {label}", *figure.policy(block, scale, policy, name), series=NAMES[policy])
-                for label, block in blocks.items() for policy in ("dpo", "online")]
+        labels = {"paper": ""} | {arm: arm for arm in arms}
+        return [Bar(f"{NAMES[policy]} {label}", *figure.policy(scale, policy, name, arm), series=NAMES[policy])
+                for label, arm in labels.items() for policy in ("dpo", "online")]
     if name == "fig5":
-        blocks = {**{"Online(SFT)": scale}, **{f"Online(SFT) {more_prompts(scale, arm)}": arm for arm in arms}}
-        return [Bar(label, *figure.policy(block, scale, "online_sft", name), series="Online(SFT)")
-                for label, block in blocks.items()]
-    place = f"{scale}/{name}/{arms[0]}/s{{seed}}"
+        ours = config.load_scale(scale)
+        labels = {"Online(SFT)": ""} | {f"Online(SFT) {more_prompts(ours, cfg)}": arm for arm, cfg in arms.items()}
+        return [Bar(label, *figure.policy(scale, "online_sft", name, arm), series="Online(SFT)")
+                for label, arm in labels.items()]
     shown = ["dpo", "online_sft", "online"] if name == "fig6" else ["dpo", "dpo_2x", "online"]
-    return [Bar(NAMES[policy], place, policy) for policy in ["sft", *shown]]
+    return [Bar(NAMES[policy], *figure.policy(scale, policy, name, next(iter(arms)))) for policy in ["sft", *shown]]
 
 
-def more_prompts(scale: str, arm: str) -> str:
+def more_prompts(ours: schema.Scale, theirs: schema.Scale) -> str:
     """What an arm of Fig 5 is called: its prompts, and whether it takes as many steps."""
-    ours, theirs = config.load_scale(scale), config.load_scale(arm)
     steps = [cfg.data.online * cfg.dpo.epochs for cfg in (ours, theirs)]
     return f"{theirs.data.online / ours.data.online:g}x prompts" + ", same steps" * (steps[0] == steps[1])
 
@@ -93,11 +85,11 @@ def _command() -> None:
     parser = stage.arguments(__doc__, "runs", "out")
     parser.add_argument("--figure", required=True, choices=list(FIGURES))
     a = parser.parse_args()
-    title, caption, measure, floor = FIGURES[a.figure]
-    arms = config.load().arms
-    bars = arm_bars(a.scale, a.figure, arms[a.figure]) if a.figure in arms else graph_bars(a.scale, a.figure)
+    caption, measure, floor = FIGURES[a.figure]
+    arms = config.load().arms_of(a.scale, a.figure)
+    bars = arm_bars(a.scale, a.figure, arms) if arms else graph_bars(a.scale, a.figure)
     parts = {"log-likelihood": "log_likelihood", "KL": "kl", "log pi(chosen)": "chosen_logps"}
-    figure.save(a.out, a.figure, a.runs, bars, contrasts(a.figure, bars), a.scale, title, caption, measure,
+    figure.save(a.out, a.figure, a.runs, bars, contrasts(a.figure, bars), a.scale, caption, measure,
                 partial(figure.bar_chart, floor=floor), also_keys=parts if a.figure == "fig4" else {})
 
 

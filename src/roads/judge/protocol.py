@@ -59,7 +59,7 @@ def gold(world: World, query: np.ndarray) -> Ask:
 
 
 def of(cfg, query: np.ndarray, data: Path) -> Ask:
-    """The judge of a scale (config.Scale) for queries [N, Q] of a data folder."""
+    """The judge of a scale (schema.Scale) for queries [N, Q] of a data folder."""
     if cfg.judge.kind == "gold":
         return gold(World(cfg.source), query)
     return outside(cfg.judge, cfg.spending, load_tokenizer(data / "tokenizer.json"), query)

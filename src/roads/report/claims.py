@@ -16,8 +16,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from roads import stage, stats
-from roads.config import Positive, Strict, nearest
+from roads.schema import Positive
 from roads.stage import UserError
+from roads.strict import Strict, nearest
 
 Weight = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]

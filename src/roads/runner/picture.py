@@ -1,4 +1,4 @@
-"""The picture of dvc.yaml, docs/graph.svg: `make graph`.
+"""What figures.yaml asks of dvc.yaml (wiring.py), and the picture of it all, docs/graph.svg: `make graph`.
 
 One box for each entry, whatever it is repeated over; an arrow where one reads what another writes, as DVC finds at
 scale `mini`, which has every figure. The layout is the usual layered one: rows by the longest way to a figure, the
@@ -15,7 +15,7 @@ import networkx as nx
 from ruamel.yaml import YAML
 from scipy.optimize import isotonic_regression
 
-from roads.runner import plan
+from roads.runner import plan, wiring
 from roads.stage import main
 
 OUT = Path("docs/graph.svg")
@@ -217,9 +217,10 @@ def _curve(way: list, x: dict, rank: dict[str, int]) -> str:
 def command() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
+    wiring.write()
     OUT.parent.mkdir(exist_ok=True)
     OUT.write_text(draw(read()), encoding="utf-8")
-    print(f"dvc.yaml -> {OUT}")
+    print(f"figures.yaml -> {wiring.DVC}, {OUT}")
 
 
 if __name__ == "__main__":

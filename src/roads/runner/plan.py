@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from roads import config
+from roads import active, config
 from roads.runner import cost
 from roads.runner.repro import TIMES, graph_of
 from roads.stage import UserError, main
@@ -39,29 +39,30 @@ def measured(path: Path = TIMES) -> dict[str, float]:
 def switched(scale: str | None, data: str | None) -> Iterator[tuple]:
     """DVC's view of this checkout with another active scale, its name, and every block; no file is touched.
 
-    The parameters are switched in a copy, which DVC is given to read where it asks for params.yaml.
+    active.yaml is switched in a copy, which DVC is given to read where it asks for it.
     """
     from dvc.fs import LocalFileSystem
     from dvc.repo import Repo
 
-    scale = scale or config.load().scale
-    here = config.PARAMS.absolute()
+    here = Path(active.FILE).absolute()
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / config.PARAMS.name
-        if here.exists():
-            shutil.copyfile(here, copy)
+        for name in (config.PARAMS, config.FIGURES, active.FILE):
+            if name.exists():
+                shutil.copyfile(name, Path(folder) / name)
         try:
-            config.switch(scale, data, copy)
-            params = config.load(copy)
+            params = active.write(scale, data, Path(folder) / config.PARAMS)
+            now = active.load(Path(folder) / config.PARAMS)
         except UserError as error:
-            raise UserError(str(error).replace(str(copy), str(config.PARAMS))) from None
+            raise UserError(str(error).replace(f"{folder}{os.sep}", "")) from None
+        scale, copy = now.scale, Path(folder) / active.FILE
 
         class Switched(LocalFileSystem):
             def open(self, path, mode="r", **kwargs):
                 return super().open(copy if Path(path).absolute() == here else path, mode, **kwargs)
 
-        blocks = {name: block.model_dump(exclude_none=True) for name, block in params.scales.items()}
-        blocks[scale]["data"] |= as_many_as_there_are(Path(params.data_from), blocks[scale]["data"])
+        blocks = {name: block.model_dump(exclude_none=True) for name, block in params.blocks.items()}
+        if now.data_from:
+            blocks[scale]["data"] |= as_many_as_there_are(Path(now.data_from), blocks[scale]["data"])
         with Repo(fs=Switched(), _wait_for_lock=True) as repo:
             yield repo, scale, blocks
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from roads import config
+from roads import config, schema
 from roads.runner import cost
 from roads.stage import LAUNCH, UserError
 
@@ -46,21 +46,22 @@ def launched() -> tuple[int, int]:
     return processes // plan.get("num_machines", 1), processes if plan["distributed_type"] == "FSDP" else 1
 
 
-def check(commands: dict[str, str | list[str]], params: config.Params) -> None:
-    """Look at the machine for stages that will run: their names and commands.
+def check(commands: dict[str, str | list[str]], params: config.Params, scale: str) -> None:
+    """Look at the machine for stages that will run at a scale: their names and commands.
 
     Raises:
         UserError: the first thing that is missing.
     """
-    raw = {name: block.model_dump(exclude_none=True) for name, block in params.scales.items()}
+    raw = {name: block.model_dump(exclude_none=True) for name, block in params.blocks.items()}
     _check_folders()
-    _check_elsewhere(params.scale)
+    _check_elsewhere(scale)
     works = [(scale_of(command), cost.work(command, raw)) for command in commands.values()]
-    blocks = {name: params.scales[name] for name, _ in works if name in params.scales}
+    blocks = {name: params.blocks[name] for name, _ in works if name in params.blocks}
     _check_gpu(blocks, *launched(), sum(work.seconds(cost.DEVICES["cpu"]) for _, work in works if work))
     _check_disk(sum(work.size for _, work in works if work))
-    _check_judge([params.scales[name] for name, work in works if work and work.judged])
-    _check_hub([block.model for name, block in blocks.items() if f"base@{name}" in commands])
+    _check_judge([params.blocks[name] for name, work in works if work and work.judged])
+    fetching = {scale_of(command) for name, command in commands.items() if name.split("@")[0] in ("base", "arm_base")}
+    _check_hub([blocks[name].model for name in sorted(fetching)])
 
 
 def scale_of(command: str | list[str]) -> str:
@@ -85,7 +86,7 @@ def _check_elsewhere(scale: str) -> None:
                         f"and `make claims SCALE={scale}` work with what came home; delete {came} to train them here")
 
 
-def _check_gpu(blocks: dict[str, config.Scale], processes: int, shards: int, core_seconds: float) -> None:
+def _check_gpu(blocks: dict[str, schema.Scale], processes: int, shards: int, core_seconds: float) -> None:
     wanting = {name: block for name, block in blocks.items() if block.compute.device == "gpu"}
     if not wanting:
         return
@@ -132,7 +133,7 @@ def _check_disk(size: float) -> None:
                         "put runs/ and .dvc/cache on a larger disk")
 
 
-def _check_judge(blocks: list[config.Scale]) -> None:
+def _check_judge(blocks: list[schema.Scale]) -> None:
     for block in {block.judge.model: block for block in blocks}.values():
         from roads.judge import endpoint
 

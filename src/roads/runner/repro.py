@@ -20,7 +20,8 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-from roads import config
+from roads import active, schema
+from roads.active import Active
 from roads.process import end_with
 from roads.runner import dvc_patches, preflight, prefork
 from roads.stage import LAUNCH, UserError, main
@@ -74,20 +75,20 @@ def out_of_date(targets: list[str]) -> tuple[dict[str, set[str]], dict[str, str 
                 {s.addressing: s.cmd for s in todo})
 
 
-def resolve(targets: list[str], params: config.Params) -> list[str]:
+def resolve(targets: list[str], now: Active) -> list[str]:
     """Figures by their name alone are those of the active scale; of several, those that it has.
 
     Raises:
         UserError: the scale has none of them.
     """
-    without = [name for name in targets if not params.figures.get(name.split("@")[0], [params.scale])]
+    without = [name for name in targets if not now.figures.get(name.split("@")[0], [now.scale])]
     if without:
-        message = (f"{', '.join(without)}: not at scale {params.scale}: real posts come without preference labels, and "
-                   f"arms are in `studies`; `make {without[0]} SCALE=mini` has it")
+        message = (f"{', '.join(without)}: not at scale {now.scale}: real posts come without preference labels, or it "
+                   f"has no arms for it in params.yaml; `make {without[0]} SCALE=mini` has it")
         if len(without) == len(targets):
             raise UserError(message)
         print(message, file=sys.stderr)
-    return [f"{name}@{params.scale}" if name in params.figures else name for name in targets if name not in without]
+    return [f"{name}@{now.scale}" if name in now.figures else name for name in targets if name not in without]
 
 
 def single_item(stage: str, runner: socket.socket | None) -> int:
@@ -218,7 +219,7 @@ def bring_up_to_date(todo: dict[str, set[str]], jobs: int, lock: int, gpus: list
     return len(failed) > 0
 
 
-def workers(scale: config.Scale, jobs: int | None) -> tuple[int, list[str]]:
+def workers(scale: schema.Scale, jobs: int | None) -> tuple[int, list[str]]:
     """How many stages run at once, and the GPUs that they share out, `tensor_parallel` each and every one as often as
     `stages_per_gpu` says: none where a stage takes all of them (LAUNCH)."""
     if scale.compute.device == "gpu" and not os.environ.get(LAUNCH):
@@ -244,8 +245,9 @@ def command() -> int:
     if args.single_item:
         return single_item(args.single_item, args.runner and socket.socket(fileno=args.runner))
 
-    params = config.load()  # a bad params.yaml stops everything before anything runs
-    targets = resolve(args.targets, params)
+    params = active.write()  # a bad params.yaml stops everything before anything runs
+    now = active.load()
+    targets = resolve(args.targets, now)
     for sig in STOPS:
         if signal.getsignal(sig) != signal.SIG_IGN:  # as nohup has it, or a shell in the background
             signal.signal(sig, stop)
@@ -260,8 +262,8 @@ def command() -> int:
     if not todo:
         print("Up to date:", *targets or ["every stage"])
         return 0
-    preflight.check(commands, params)
-    jobs, gpus = workers(params.scales[params.scale], args.jobs)
+    preflight.check(commands, params, now.scale)
+    jobs, gpus = workers(params.scales[now.scale], args.jobs)
     print(f"{len(todo)} stages to bring up to date, {jobs} at once", flush=True)
     with imported():
         return bring_up_to_date(todo, jobs, lock, gpus)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from roads import candidates, config, generate, stage, train
+from roads import candidates, config, generate, schema, stage, train
 from roads.stages import data, dpo, evaluate, likelihood, rank, reward, sample
 
 
@@ -37,7 +37,7 @@ class Steps:
         return path
 
 
-def mean_kl(policy: Path, sft: Path, prompts: Path, cfg: config.Scale, seed: int) -> dict[str, float]:
+def mean_kl(policy: Path, sft: Path, prompts: Path, cfg: schema.Scale, seed: int) -> dict[str, float]:
     """Reverse KL from the SFT policy in nats, by samples of the policy at T = 1, with its standard error."""
     rows = np.load(prompts)
     query = torch.from_numpy(rows["query"])
@@ -46,7 +46,7 @@ def mean_kl(policy: Path, sft: Path, prompts: Path, cfg: config.Scale, seed: int
     return {"kl": float(ratios.mean()), "kl_standard_error": float(ratios.std() / len(ratios) ** 0.5)}
 
 
-def splits(where: Path, cfg: config.Scale) -> dict[str, dict[str, np.ndarray]]:
+def splits(where: Path, cfg: schema.Scale) -> dict[str, dict[str, np.ndarray]]:
     """Rows of `preferences` and `online`, as many as the block asks for, of the data in a folder."""
     preferences, more = (np.load(where / f"{split}.npz") for split in ("preferences", "more"))
     of_pairs = {name: preferences[name] for name in preferences if name not in more}  # where rows come with pairs
@@ -55,11 +55,11 @@ def splits(where: Path, cfg: config.Scale) -> dict[str, dict[str, np.ndarray]]:
             "online": data.first(cfg.data.online, preferences, more)}
 
 
-def arm(where: Path, sft: Path, out: Path, cfg: config.Scale, seed: int) -> None:
+def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int) -> None:
     """Write scores.npz: <policy> [N], a score per prompt of test_human, for SFT and every policy of the block;
     metrics.json: each one's metrics and KL from SFT, and how well the reward models tell held-out pairs apart."""
     torch.set_num_threads(cfg.machine.threads)
-    used = config.used(cfg, "compute", "policies", "source", "data", "reward", "dpo", "samples", "judge")
+    used = schema.used(cfg, "compute", "policies", "source", "data", "reward", "dpo", "samples", "judge")
     used["seed"] = seed
     del used["samples"]["rouge"], used["samples"]["best_of_n"]
     key = train.key_of(used, [where, sft], "cell")
@@ -112,7 +112,7 @@ def arm(where: Path, sft: Path, out: Path, cfg: config.Scale, seed: int) -> None
 
 def _command() -> None:
     parser = stage.arguments(__doc__, "data", "sft", "out")
-    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--seed", type=stage.seed, required=True)
     a = parser.parse_args()
     arm(a.data, a.sft, a.out, config.load_scale(a.scale), a.seed)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from roads import candidates, config, model, stage
+from roads import candidates, config, model, schema, stage
 from roads.judge import protocol
 
 N = (1, 2, 5, 10, 25)
@@ -19,11 +19,11 @@ def best_of(rewards: np.ndarray, n: int) -> np.ndarray:
     return rewards[:, :n].argmax(1)
 
 
-def best_of_n(completions: Path, data: Path, path: Path, reference: Path, out: Path, cfg: config.Scale,
+def best_of_n(completions: Path, data: Path, path: Path, reference: Path, out: Path, cfg: schema.Scale,
               kind: str) -> None:
     """Write scores.npz: n<N> [B], the judge's score of the best of N against the reference summary, for each N."""
     torch.set_num_threads(cfg.machine.threads)
-    with stage.output(out, {"kind": kind, **config.used(cfg, "source", "judge")}, [completions, data, path]) as folder:
+    with stage.output(out, {"kind": kind, **schema.used(cfg, "source", "judge")}, [completions, data, path]) as folder:
         rows = np.load(completions / "completions.npz")
         query, sampled = map(torch.from_numpy, (rows["query"], rows["completions"]))
         if kind == "reward":

@@ -29,14 +29,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from roads import config, hub, stage, tldr
+from roads import active, config, hub, schema, stage, tldr
 from roads.world import World
 
 SPLITS = ("sft", "preferences", "valid", "test", "more")
 STREAMS = {"more": 15, "base": 10, "sft": 11, "preferences": 12, "valid": 13, "test": 14}  # of the world's draws
 
 
-def from_world(cfg: config.Scale) -> tuple[object, dict[str, dict[str, np.ndarray]]]:
+def from_world(cfg: schema.Scale) -> tuple[object, dict[str, dict[str, np.ndarray]]]:
     """The tokenizer and the splits of the synthetic world; every split has prompts of its own."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -66,7 +66,7 @@ def from_world(cfg: config.Scale) -> tuple[object, dict[str, dict[str, np.ndarra
     return tokenizer, splits
 
 
-def in_folder(folder: Path, source: config.OpenAI) -> tuple[dict, dict]:
+def in_folder(folder: Path, source: schema.OpenAI) -> tuple[dict, dict]:
     """Posts and comparisons of a folder, by split and in order; comparisons only where there is a file of them."""
     if source.kind == "posts":
         suffix, development = ".jsonl.xz", source.held_out == "development"
@@ -149,7 +149,7 @@ def _read(folder: Path, files: str, where: str, compared: bool) -> tuple[list, C
     return rows, batches
 
 
-def tokenizer_for(cfg: config.Scale, source: Path, rows: list[tldr.Row]) -> tuple[object, dict[str, int]]:
+def tokenizer_for(cfg: schema.Scale, source: Path, rows: list[tldr.Row]) -> tuple[object, dict[str, int]]:
     """The model's tokenizer with EOS and padding as 0 and 1, and the ids that they had; for a new model the one beside
     the rows, or a BPE trained on them."""
     if cfg.model.kind == "packaged":
@@ -182,7 +182,7 @@ def tokenizer_for(cfg: config.Scale, source: Path, rows: list[tldr.Row]) -> tupl
     return tldr.train_bpe((text for row in rows for text in (row.title, row.post, row.summary)), vocab_size), {}
 
 
-def packaged_tokenizer(wanted: config.Packaged) -> tuple[object, int, int]:
+def packaged_tokenizer(wanted: schema.Packaged) -> tuple[object, int, int]:
     """The tokenizer in a GGUF file as `tldr.renumber_tokenizer` has it."""
     from tokenizers import decoders, pre_tokenizers
     from transformers import AutoTokenizer
@@ -198,7 +198,7 @@ def packaged_tokenizer(wanted: config.Packaged) -> tuple[object, int, int]:
                                        wanted.pad or whole.pad_token)
 
 
-def choose(cfg: config.Scale, source: Path, posts: dict, pairs: dict) -> dict[str, list[tldr.Row]]:
+def choose(cfg: schema.Scale, source: Path, posts: dict, pairs: dict) -> dict[str, list[tldr.Row]]:
     """The rows of each split: as many as params.yaml asks for, or of your own rows as many as there are.
 
     SFT and `more` are training posts. So is the preference set where there are no comparisons, and `more` goes on
@@ -215,7 +215,7 @@ def choose(cfg: config.Scale, source: Path, posts: dict, pairs: dict) -> dict[st
     return rows
 
 
-def from_posts(source: Path, cfg: config.Scale) -> tuple[object, dict[str, dict[str, np.ndarray]], dict]:
+def from_posts(source: Path, cfg: schema.Scale) -> tuple[object, dict[str, dict[str, np.ndarray]], dict]:
     """The tokenizer, the splits of real posts, and what metrics.json says of both."""
     posts, pairs, found = download(source) if source.is_file() else (*in_folder(source, cfg.source), {})
     is_two_word, lengths = cfg.source.kind == "two_word", cfg.source
@@ -258,7 +258,7 @@ def from_posts(source: Path, cfg: config.Scale) -> tuple[object, dict[str, dict[
     return tokenizer, splits, ids | ({"found": found} if found else {})
 
 
-def two_word(query: np.ndarray, split: str, tokenizer, cfg: config.Scale, responses) -> dict[str, np.ndarray]:
+def two_word(query: np.ndarray, split: str, tokenizer, cfg: schema.Scale, responses) -> dict[str, np.ndarray]:
     """Fig 10: the arrays of a split of queries [n, Q] whose two-word summaries the judge writes, and labels.
 
     A prompt without what the split needs (no summary written, or a pair that the judge cannot tell apart) is left out.
@@ -285,10 +285,10 @@ def first(n: int, preferences: dict, more: dict) -> dict[str, np.ndarray]:
     return {name: np.concatenate([preferences[name], more[name]])[:n] for name in ("query", "response")}
 
 
-def data(source: Path, out: Path, cfg: config.Scale) -> None:
+def data(source: Path | None, out: Path, cfg: schema.Scale) -> None:
     """Write the tokenizer and every split under `out`."""
     blocks = ["model"] * (cfg.model.kind != "new") + ["judge"] * (cfg.source.kind == "two_word")
-    with stage.output(out, config.used(cfg, "data", "source", *blocks), [source]) as folder:
+    with stage.output(out, schema.used(cfg, "data", "source", *blocks), [source] if source else []) as folder:
         tokenizer, splits, found = (*from_world(cfg), {}) if cfg.synthetic else from_posts(source, cfg)
         tokenizer.save(str(folder / "tokenizer.json"))
         prompts = {name: {key: splits[name][key] for key in ("query", "response")} for name in ("valid", "test")}
@@ -306,7 +306,9 @@ def _command() -> None:
     parser = stage.arguments(__doc__, "[source]", "out")
     a = parser.parse_args()
     # dvc.yaml leaves it out: the name of a folder of posts is not for a shell to read.
-    data(a.source or Path(config.load().data_from), a.out, config.load_scale(a.scale))
+    cfg = config.load_scale(a.scale)
+    source = a.source or (None if cfg.synthetic else Path(active.load().data_from))
+    data(source, a.out, cfg)
 
 
 if __name__ == "__main__":

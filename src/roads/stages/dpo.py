@@ -67,7 +67,7 @@ def dpo(pairs: Path, reference: Path, out: Path, cfg: config.Scale, seed: int, t
 
 def _command() -> None:
     parser = stage.arguments(__doc__, "pairs", "reference", "out")
-    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--seed", type=stage.seed, required=True)
     parser.add_argument("--times", type=int, default=1, help="this many times the epochs of params.yaml")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--online", action="store_true", help="divide logits by the online sampling temperature")

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
-from roads import config, stage
+from roads import config, schema, stage
 from roads.tldr import PAD
 
 
-def evaluate(completions: Path, data: Path, out: Path, cfg: config.Scale, task: str) -> None:
+def evaluate(completions: Path, data: Path, out: Path, cfg: schema.Scale, task: str) -> None:
     """Write scores.npz: score [N], one per prompt of test_<task>, and tokens [N, 2], ours and the reference's.
 
     Task human has the judge's consistent [N] and failed [N] as well.
     """
-    used = config.used(cfg, "source", "judge") if task == "human" else {}
+    used = schema.used(cfg, "source", "judge") if task == "human" else {}
     with stage.output(out, {"task": task, **used}, [completions, data]) as folder:
         rows = np.load(completions / "completions.npz")
         query, sampled = rows["query"], rows["completions"][:, :1]

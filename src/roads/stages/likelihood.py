@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from roads import candidates, config, model, stage, train
+from roads import candidates, config, model, schema, stage, train
 
 
-def margins(path: Path, pairs: Path, reference: Path, cfg: config.Scale, kind: str) -> torch.Tensor:
+def margins(path: Path, pairs: Path, reference: Path, cfg: schema.Scale, kind: str) -> torch.Tensor:
     """r(chosen) - r(rejected) of every pair, [N].
 
     reward: the global RM's scalar (Eq. 6). local: beta * log pi (Eq. 1). dpo: beta * log(pi / pi_ref).
@@ -27,13 +27,13 @@ def margins(path: Path, pairs: Path, reference: Path, cfg: config.Scale, kind: s
     return scores[:, 0] - scores[:, 1]
 
 
-def likelihood(path: Path, pairs: Path, reference: Path, out: Path, cfg: config.Scale, kind: str) -> None:
+def likelihood(path: Path, pairs: Path, reference: Path, out: Path, cfg: schema.Scale, kind: str) -> None:
     """Write scores.npz: score [N], the Bradley-Terry probability of the chosen completion of each pair.
 
     Their mean is what the paper calls validation likelihood; log loss and accuracy go with it.
     """
     torch.set_num_threads(cfg.machine.threads)
-    with stage.output(out, {"kind": kind, **config.used(cfg, kind)}, [path, pairs, reference]) as folder:
+    with stage.output(out, {"kind": kind, **schema.used(cfg, kind)}, [path, pairs, reference]) as folder:
         margin = margins(path, pairs, reference, cfg, kind).double()
         score = torch.sigmoid(margin).numpy()
         np.savez(folder / "scores.npz", score=score)

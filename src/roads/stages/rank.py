@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from roads import config, stage
+from roads import config, schema, stage
 
 
 def best_and_worst(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -27,7 +27,7 @@ def annotate(quality: np.ndarray, tau: float, rng: np.random.Generator) -> np.nd
     return np.stack([first, ~first], axis=1).astype(float)
 
 
-def human_scores(query: np.ndarray, completions: np.ndarray, cfg: config.Scale, data: Path) -> np.ndarray:
+def human_scores(query: np.ndarray, completions: np.ndarray, cfg: schema.Scale, data: Path) -> np.ndarray:
     """Scores [N, 2] of two completions each: by the world's annotators, by the judge that winrates have (Fig 6), or as
     the rows have it, preferred first."""
     labels = cfg.samples.human.labels
@@ -48,7 +48,7 @@ def human_scores(query: np.ndarray, completions: np.ndarray, cfg: config.Scale, 
     return scores
 
 
-def reward_scores(query: np.ndarray, completions: np.ndarray, path: Path, compute: config.Compute) -> np.ndarray:
+def reward_scores(query: np.ndarray, completions: np.ndarray, path: Path, compute: schema.Compute) -> np.ndarray:
     """Rewards [N, n]."""
     import torch
 
@@ -59,10 +59,10 @@ def reward_scores(query: np.ndarray, completions: np.ndarray, path: Path, comput
     return candidates.in_batches(candidates.rewards, rm, *both, label="rewards").numpy()
 
 
-def rank(completions: Path, out: Path, cfg: config.Scale, by: str, data: Path | None = None,
+def rank(completions: Path, out: Path, cfg: schema.Scale, by: str, data: Path | None = None,
          split: str = "preferences", model: Path | None = None) -> None:
     """Score the completions and write the best and the worst of each prompt as a pair."""
-    used = config.used(cfg, "source", "judge") | {"labels": cfg.samples.human.labels} if by == "human" else {}
+    used = schema.used(cfg, "source", "judge") | {"labels": cfg.samples.human.labels} if by == "human" else {}
     reads = [completions, *(path for path in (data, model) if path)]
     with stage.output(out, {"by": by, **used}, reads) as folder:
         rows = np.load(completions / "completions.npz")

@@ -41,7 +41,7 @@ def reward(pairs: Path, sft: Path, out: Path, cfg: config.Scale, seed: int) -> N
 
 def _command() -> None:
     parser = stage.arguments(__doc__, "pairs", "sft", "out")
-    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--seed", type=stage.seed, required=True)
     a = parser.parse_args()
     reward(a.pairs, a.sft, a.out, config.load_scale(a.scale), a.seed)
 

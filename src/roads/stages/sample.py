@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from roads import config, generate, stage
+from roads import config, generate, schema, stage
 from roads.tldr import PAD
 
 
-def sample(policy: Path, prompts: Path, out: Path, cfg: config.Scale, samples: str, seed: int) -> None:
+def sample(policy: Path, prompts: Path, out: Path, cfg: schema.Scale, samples: str, seed: int) -> None:
     """Sample every prompt of a split with the settings `samples.<name>` of params.yaml."""
     torch.set_num_threads(cfg.machine.threads)
     settings = getattr(cfg.samples, samples)
@@ -35,8 +35,8 @@ def sample(policy: Path, prompts: Path, out: Path, cfg: config.Scale, samples: s
 
 def _command() -> None:
     parser = stage.arguments(__doc__, "policy", "prompts", "out")
-    parser.add_argument("--samples", required=True, choices=list(config.Samples.model_fields))
-    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--samples", required=True, choices=list(schema.Samples.model_fields))
+    parser.add_argument("--seed", type=stage.seed, required=True)
     a = parser.parse_args()
     sample(a.policy, a.prompts, a.out, config.load_scale(a.scale), a.samples, a.seed)
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
-from roads import candidates, config, generate, model, stage, train
+from roads import candidates, config, generate, model, schema, stage, train
 
 
-def value(policy: Path, pairs: Path, reference: Path, out: Path, cfg: config.Scale, seed: int) -> None:
+def value(policy: Path, pairs: Path, reference: Path, out: Path, cfg: schema.Scale, seed: int) -> None:
     """Write scores.npz, each [N], in nats per pair of the preference set:
 
     score           log_likelihood - beta * kl
@@ -45,7 +45,7 @@ def value(policy: Path, pairs: Path, reference: Path, out: Path, cfg: config.Sca
 
 def _command() -> None:
     parser = stage.arguments(__doc__, "policy", "pairs", "reference", "out")
-    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--seed", type=stage.seed, required=True)
     a = parser.parse_args()
     value(a.policy, a.pairs, a.reference, a.out, config.load_scale(a.scale), a.seed)
 

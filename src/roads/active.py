@@ -1,0 +1,153 @@
+"""active.yaml: which scale runs, and the lists of dvc.yaml that follow from it, as names and never numbers.
+
+    python -m roads.active check                                  # that it follows from params.yaml and figures.yaml
+    python -m roads.active set --scale real-cpu --data PATH       # write it
+
+`make` writes it, and nobody else does; DVC reads it (`vars` in dvc.yaml).
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from roads import config, strict
+from roads.stage import UserError, main
+from roads.strict import Strict, nearest
+
+FILE = Path("active.yaml")
+
+# What the data of a scale are made from, by the kind of its source, unless DATA= says otherwise: the posts in this
+# repository, or what to download. A world is made from nothing. The arms of a scale read the same.
+DATA_FROM = {"posts": "data/tldr", "jsonl": "data/tldr_sample", "openai": "data/openai.json",
+             "two_word": "data/openai.json"}
+
+
+class Active(Strict):
+    """active.yaml: the scale, and the lists of dvc.yaml that follow from it."""
+
+    scale: str
+    data_from: str | None  # null for a world
+    tasks: list[config.Task]  # whose preferences there are
+    figures: dict[str, list[str]]  # figure -> the scale, where it has it
+    arms: dict[str, list[str]]  # figure -> its arms
+    figure_seeds: dict[str, list[str]]  # figure -> the seeds that it shows
+    run_seeds: dict[str, list[str]]  # graph: of the scale's own runs; figure -> of its arms', which others show too
+    from_world: list[str]  # the scale, where its data are a world's
+    from_posts: list[str]  # or posts'
+    arms_from_world: list[str]  # arms with an SFT checkpoint of their own, as figure.arm, whose data are a world's
+    arms_from_posts: list[str]
+    arms_with_sft: list[str]  # the two together
+    sizes: list[str]  # full names of the scale and of the arms of Fig 9, whose reward models it crosses
+
+
+def follow(scale: str, data_from: str | None, params: config.Params) -> Active:
+    """What of the graph a scale has: posts may come without preferences, and not every scale has arms."""
+    cfg, table = params.scales[scale], params.figures
+    tasks = ["human", "rouge"] if cfg.samples.human else ["rouge"]
+    arms = {name: list(cfg.arms.get(name, {})) for name, row in table.items() if row.sft}
+
+    def has(name: str, row: config.Figure) -> bool:
+        own_arms = bool(arms[name]) if row.sft else all(arms[other] for other in row.borrows)
+        return row.task in tasks and own_arms
+
+    shown = [name for name, row in table.items() if has(name, row)]
+
+    def run_seeds(figures: list[str]) -> list[str]:
+        return [f"s{seed}" for seed in sorted({seed for name in figures for seed in params.seeds_of(name)})]
+
+    show_arms = {name: [other for other in shown if name == other or name in table[other].borrows] for name in arms}
+    own = {f"{name}.{arm}": params.arms[f"{scale}.{name}.{arm}"].synthetic for name in arms for arm in arms[name]
+           if table[name].sft == "own"}
+    return Active(
+        scale=scale, data_from=data_from, tasks=tasks, figures={name: [scale] * (name in shown) for name in table},
+        arms=arms, figure_seeds={name: run_seeds([name]) for name in table},
+        run_seeds={"graph": run_seeds([name for name in shown if table[name].reads]),
+                   **{name: run_seeds(others) for name, others in show_arms.items()}},
+        from_world=[scale] * cfg.synthetic, from_posts=[scale] * (not cfg.synthetic),
+        arms_from_world=[name for name, synthetic in own.items() if synthetic],
+        arms_from_posts=[name for name, synthetic in own.items() if not synthetic], arms_with_sft=list(own),
+        sizes=[scale, *(f"{scale}.fig9.{arm}" for arm in arms.get("fig9", []))])
+
+
+def load(path: Path = config.PARAMS) -> Active:
+    """Read and check active.yaml beside params.yaml: that it follows from the other two files.
+
+    Raises:
+        UserError: it does not; `make` writes it.
+    """
+    params, place = config.load(path), Path(path).with_name(FILE.name)
+    active = strict.check(Active, strict.read(place, "what is active"), str(place))
+    if active.scale not in params.scales:
+        raise UserError(f"{place}: scale: no block named {active.scale!r}{nearest(active.scale, params.scales)}")
+    expected = follow(active.scale, active.data_from, params)
+    for key in Active.model_fields:
+        if getattr(active, key) != getattr(expected, key):
+            raise UserError(f"{place}: {key}: expected {getattr(expected, key)} for scale {active.scale}, got "
+                            f"{getattr(active, key)}; `make figures` writes it anew")
+    if params.scales[active.scale].synthetic != (active.data_from is None):
+        wanted = "null" if active.data_from else "a folder of posts, or data/openai.json"
+        raise UserError(f"{place}: data_from: expected {wanted} for scale {active.scale}, got {active.data_from!r}")
+    return active
+
+
+def scale_name(path: Path = config.PARAMS) -> str:
+    """The name of the active scale, whatever else active.yaml says."""
+    place = Path(path).with_name(FILE.name)
+    name = strict.read(place, "what is active").get("scale")
+    if not isinstance(name, str):
+        raise UserError(f"{place}: scale: expected a name, got {name!r}")
+    return name
+
+
+def write(scale: str | None = None, data: str | None = None, path: Path = config.PARAMS) -> config.Params:
+    """Write active.yaml for a scale, or for the one that it names; posts stay while the scale does.
+
+    Raises:
+        UserError: no such scale, a folder of posts for a scale that makes its own data, or no such folder.
+    """
+    params, place = config.load(path), Path(path).with_name(FILE.name)
+    before = strict.read(place, "what is active") if place.exists() else {}
+    scale = scale or scale_name(path)
+    if scale not in params.scales:
+        raise UserError(config.no_block(path, scale, list(params.scales)))
+    cfg = params.scales[scale]
+    if data is not None and cfg.synthetic:
+        raise UserError(f"DATA={data}: scale {scale} makes its own data; use a scale of real posts")
+    if data is not None and not (Path(data).is_file() if cfg.source.kind == "openai" else Path(data).is_dir()):
+        expected = ("a file that says what to download, as data/openai.json does" if cfg.source.kind == "openai" else
+                    "a folder with train.jsonl, valid.jsonl and test.jsonl")
+        raise UserError(f"DATA={data}: not found; expected {expected}")
+    if data is None and not cfg.synthetic:
+        data = before["data_from"] if before.get("scale") == scale else DATA_FROM[cfg.source.kind]
+    active = follow(scale, data, params)
+    if active.model_dump() != before:
+        yaml = YAML()
+        yaml.default_flow_style, yaml.width = None, 118
+        scratch = place.with_suffix(".writing")
+        with scratch.open("w", encoding="utf-8") as file:
+            file.write("# What runs, as names, from params.yaml and figures.yaml: `make … SCALE= DATA=` writes it.\n")
+            yaml.representer.add_representer(type(None), lambda it, _: it.represent_scalar("tag:yaml.org,2002:null",
+                                                                                            "null"))
+            yaml.dump(active.model_dump(), file)
+        os.replace(scratch, place)
+    return params
+
+
+def _command() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("check", help="validate active.yaml, params.yaml and figures.yaml")
+    setter = commands.add_parser("set", help="switch the active scale")
+    setter.add_argument("--scale", help="a block of params.yaml (default: the active one)")
+    setter.add_argument("--data", help="folder with train.jsonl, valid.jsonl, test.jsonl")
+    args = parser.parse_args()
+    if args.command == "set":
+        write(args.scale, args.data)
+    else:
+        load()
+
+
+if __name__ == "__main__":
+    main(_command)

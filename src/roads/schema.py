@@ -1,0 +1,276 @@
+"""What a block of params.yaml may say: a scale, or an arm of one, as frozen models. Unknown keys, wrong types and
+impossible values are errors (strict.py).
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from roads.strict import Strict
+
+POLICIES = ("dpo", "dpo_2x", "online_sft", "online")
+Policy = Literal["dpo", "dpo_2x", "online_sft", "online"]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class World(Strict):
+    """The synthetic slot world (world.py)."""
+
+    kind: Literal["world"]
+    seed: Seed
+    subreddits: Count
+    slots: Count  # K; the horizon is K + 1 tokens, EOS included
+    words: Count  # per slot
+    candidates: Count  # words of a slot that a prompt offers
+    clusters: Count
+    interaction: NonNegative  # weight of coherence in the gold quality
+    tau: Positive  # temperature of the Bradley-Terry labels of task human, in units of quality
+    karma_buckets: Count
+    karma_noise: NonNegative  # sd of the noise on the quality that the karma token tells
+    karma_weight: NonNegative  # weight of the karma token in the base's loss; a word weighs 1
+
+    @model_validator(mode="after")
+    def _choice(self):
+        if not 2 <= self.candidates <= self.words:
+            raise ValueError(f"candidates: expected 2 to words={self.words}, got {self.candidates}")
+        return self
+
+
+class OpenAI(Strict):
+    """OpenAI's TL;DR posts and comparisons, downloaded as data/openai.json says."""
+
+    kind: Literal["openai"]
+    max_query_tokens: Annotated[int, Field(ge=16)]
+    max_response_tokens: Annotated[int, Field(ge=2)]  # EOS included
+    max_preference_tokens: Annotated[int, Field(ge=2)]  # of the sides of a comparison: people wrote up to 169
+
+
+class TwoWord(OpenAI):
+    """Fig 10: pairs of two-word summaries, at most max_preference_tokens long, that the judge writes and labels."""
+
+    kind: Literal["two_word"]
+
+
+class Jsonl(OpenAI):
+    """Rows of your own: a folder with train.jsonl, valid.jsonl and test.jsonl, and maybe comparisons (tldr.py)."""
+
+    kind: Literal["jsonl"]
+    vocab_size: Annotated[int, Field(ge=258)] | None  # of a BPE, trained where there is no tokenizer.json
+
+
+class Posts(OpenAI):
+    """The real posts of data/tldr, or rows of your own in its layout. Numbers are chosen on posts of their own."""
+
+    kind: Literal["posts"]
+    held_out: Literal["report", "development"]  # what valid and test are: the posts of reports, or those for choosing
+
+
+class Data(Strict):
+    """How many rows each split has."""
+
+    base: Annotated[int, Field(ge=0)]  # none where the base is pretrained
+    sft: Count
+    preferences: Count  # prompts of the preference set
+    more: Annotated[int, Field(ge=0)]  # prompts beyond it (Fig 5), which the world's annotators can label too
+    online: Count  # prompts, of the two together, that online DPO samples
+    valid: Count  # prompts of the validation preference set
+    test: Count  # prompts of the SFT test set, for winrates
+    best_of_n: Count  # how many of those are used for best-of-N
+
+
+class FromScratch(Strict):
+    """A GPT-NeoX of random weights, which stage base trains."""
+
+    kind: Literal["new"]
+    hidden_size: Count
+    layers: Count
+    heads: Count
+    max_positions: Count
+
+    @model_validator(mode="after")
+    def _heads(self):
+        if self.hidden_size % self.heads:
+            raise ValueError(f"heads: expected a divisor of hidden_size={self.hidden_size}, got {self.heads}")
+        return self
+
+
+class Pretrained(Strict):
+    """Any causal language model of the hub, or of a folder; stage base fetches it."""
+
+    kind: Literal["pretrained"]
+    name: str
+    revision: str | None  # of the hub; none for a folder
+    parameters: Positive  # for `make plan`
+
+
+class Packaged(Strict):
+    """A language model that an installed package holds (hub.PACKAGES), or any GGUF file that transformers reads; stage
+    base dequantises it."""
+
+    kind: Literal["packaged"]
+    name: str  # of hub.PACKAGES, or the path of a .gguf file
+    eos: str | None  # the token that ends a text; null: as the file has it
+    pad: str | None
+    parameters: Positive  # for `make plan`
+
+
+class Compute(Strict):
+    """How numbers are computed: it may move them, by rounding (precision, attention) or other draws (sampler)."""
+
+    device: Literal["cpu", "gpu"]
+    precision: Literal["fp32", "bf16"]  # bf16: autocast; weights and optimiser stay fp32
+    attention: Literal["sdpa", "flash"]
+    sampler: Literal["tree", "vllm"]
+
+
+class Machine(Strict):
+    """What fits the machine and moves no number beyond rounding: DVC does not look at it."""
+
+    threads: Count  # per stage, without a GPU
+    micro_batch: Count | None  # rows, or pairs, that a GPU takes at once; null: halved until it fits
+    gradient_checkpointing: bool
+    tensor_parallel: Count  # GPUs that vLLM spreads a model over
+    stages_per_gpu: Count = 1  # at the same time: a small model leaves most of a large GPU idle
+
+
+class Gold(Strict):
+    kind: Literal["gold"]  # the world's own judge, which knows the quality
+
+
+class LLMJudge(Strict):
+    """A judge behind an OpenAI-compatible endpoint (client.py): OPENAI_BASE_URL and OPENAI_API_KEY say where."""
+
+    kind: Literal["openai", "batch"]  # one request an answer, or OpenAI's Batch API
+    model: str  # dated, as gpt-4o-2024-08-06
+    prompt: Literal["summary", "two_word"]  # a file of prompts/
+    temperature: NonNegative
+    max_tokens: Count
+
+
+class Spending(Strict):
+    """What asking may cost, and how it is done: no answer depends on it, and DVC does not look at it."""
+
+    budget: Positive  # dollars, over all that was ever asked of the model; asking stops before it is passed
+    input: NonNegative  # dollars per million tokens read
+    output: NonNegative  # and written
+    batch_discount: Annotated[float, Field(gt=0, le=1)]  # the Batch API's price, as a share
+    concurrency: Count  # requests at once
+    timeout: Positive  # seconds
+    retries: Annotated[int, Field(ge=0)]
+
+
+class Train(Strict):
+    """AdamW, as in Tables 2 to 4: eps 1e-5, weight decay .01, no warm-up."""
+
+    lr: Positive
+    schedule: Literal["linear", "cosine"]
+    batch_size: Count  # rows, or pairs
+    epochs: Count
+
+
+class Preference(Train):
+    beta: Positive
+    shards: Count  # 1: every pair once an epoch. 8: what the authors' loader gives on 8 GPUs (train.batches)
+
+
+class Sampling(Strict):
+    n: Count  # completions per prompt
+    temperature: Positive
+
+
+class RankedSampling(Sampling):
+    n: Annotated[int, Field(ge=2)]  # best and worst need two
+
+
+class PairSampling(Strict):
+    n: Literal[2]
+    temperature: Positive | None  # none for rows
+    labels: Literal["annotators", "judge", "rows"]  # noisy Bradley-Terry ones; of winrates' judge (Fig 6); the data's
+
+    @model_validator(mode="after")
+    def _sampled(self):
+        if (self.temperature is None) != (self.labels == "rows"):
+            raise ValueError("temperature: expected a number, or null where labels are the rows' own")
+        return self
+
+
+class Online(RankedSampling):
+    logits_divided_by: Positive  # in training; the paper divides by the sampling temperature
+
+
+class Samples(Strict):
+    human: PairSampling | None = None  # what preferences are about, where there is someone to have them
+    rouge: RankedSampling  # what ROUGE-L ranks, Fig 11
+    online: Online  # what the global RM ranks
+    evaluate: Sampling
+    value: Sampling | None = None  # for the reverse KL of Eq. 2
+    best_of_n: Sampling | None = None  # Figs 8 and 9
+
+
+def _or_none(value: Any) -> Any:
+    """`judge: none`, where there are no preferences."""
+    return None if value == "none" else value
+
+
+class Scale(Strict):
+    """One block of params.yaml, or an arm of one. Scales differ by numbers, never by code."""
+
+    compute: Compute
+    machine: Machine
+    policies: list[Policy] = list(POLICIES)  # an arm may train fewer of them (figures.yaml)
+    source: Annotated[World | Posts | Jsonl | OpenAI | TwoWord, Field(discriminator="kind")]
+    data: Data
+    model: Annotated[FromScratch | Pretrained | Packaged, Field(discriminator="kind")]
+    base: Train | None  # none for a model that is trained already
+    sft: Train
+    reward: Train
+    local: Preference
+    dpo: Preference
+    samples: Samples
+    judge: Annotated[Annotated[Gold | LLMJudge, Field(discriminator="kind")] | None, BeforeValidator(_or_none)]
+    spending: Spending | None = None  # none where nothing is asked over a network
+    # figure -> name -> what the arm changes: a block like this one with some of its keys alone.
+    arms: dict[str, dict[str, dict[str, Any]]] = {}
+
+    @property
+    def synthetic(self) -> bool:
+        return isinstance(self.source, World)
+
+    @model_validator(mode="after")
+    def _complete(self):
+        for name in ("human", "value", "best_of_n") if self.synthetic or self.samples.human else ():
+            if getattr(self.samples, name) is None:
+                raise ValueError(f"samples.{name}: missing; preferences need it")
+        if (self.samples.human is None) != (self.judge is None):
+            raise ValueError("judge: expected a block where there is samples.human, and none elsewhere")
+        if self.judge and self.synthetic != (self.judge.kind == "gold"):
+            raise ValueError("judge.kind: expected gold for a world, and openai or batch for posts")
+        own = "annotators" if self.synthetic else "rows"
+        if self.samples.human and self.samples.human.labels not in (own, "judge"):
+            raise ValueError(f"samples.human.labels: expected {own} or judge, got {self.samples.human.labels}")
+        if isinstance(self.judge, LLMJudge) != (self.spending is not None):
+            raise ValueError("spending: expected a block where the judge is asked over a network, and null elsewhere")
+        if not (self.model.kind == "new") == (self.base is not None) == (self.data.base > 0):
+            raise ValueError("base: expected a block and data.base > 0 for a new model, null and 0 for one pretrained")
+        if self.compute.attention == "flash" and (self.compute.precision, self.compute.device) != ("bf16", "gpu"):
+            raise ValueError("compute.attention: flash needs precision bf16 and device gpu")
+        if self.source.kind == "two_word" and self.data.more:
+            raise ValueError(f"data.more: expected 0 for two_word, as tied pairs leave the set; got {self.data.more}")
+        if self.data.online > self.data.preferences + self.data.more:
+            raise ValueError(f"data.online: expected at most preferences + more, got {self.data.online}")
+        if self.data.best_of_n > self.data.test:
+            raise ValueError(f"data.best_of_n: expected at most test={self.data.test}, got {self.data.best_of_n}")
+        return self
+
+    def made_from(self) -> dict:
+        """What the SFT checkpoint and the test prompts follow from: arms that agree in it share them."""
+        data = self.data.model_dump(exclude={"preferences", "more", "online"})
+        return used(self, "source", "model", "base", "sft") | {"data": data}
+
+
+def used(scale: Scale, *blocks: str) -> dict:
+    """The named blocks as plain values: what a stage writes to its params.json, and what DVC tracks for it."""
+    return {block: scale.model_dump()[block] for block in blocks}

@@ -1,0 +1,108 @@
+"""YAML files that people write, read strictly: a mistake is one line with the file, the key, what was expected, and
+the nearest key.
+"""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from roads.stage import UserError
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read(path: Path, expected: str) -> dict:
+    """The mapping in a YAML file, which `expected` describes.
+
+    Raises:
+        UserError: no such file, not YAML, or no mapping.
+    """
+    try:
+        found = YAML(typ="safe").load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; run from the root of the project") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where}: not YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: expected a mapping with {expected}")
+    return found
+
+
+def check(model: type[Model], value: Any, where: str, key: str = "") -> Model:
+    """`value` as a model; `where` names the file and `key` the place in it, for errors.
+
+    Raises:
+        UserError: the first mistake.
+    """
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        # An unknown key explains the missing one beside it: name it first.
+        first = min(error.errors(), key=lambda it: it["type"] != "extra_forbidden")
+        raise UserError(f"{where}: {explain(first, model, key)}") from None
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """What to say after an unknown key.
+
+    >>> nearest("bata", ["lr", "beta"])
+    "; did you mean 'beta'?"
+    """
+    close = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; expected one of: {', '.join(known)}"
+
+
+def explain(error: Any, model: type[BaseModel], key: str = "") -> str:
+    """One of pydantic's errors in a value of `model` as 'key: what was expected'."""
+    names, types = [key] if key else [], [model]
+    known: list[str] = []
+    for part in error["loc"]:
+        models = [it for it in types if isinstance(it, type) and issubclass(it, BaseModel)]
+        tagged = [it for it in models if part in _tags(it)]
+        if part == "[key]":
+            continue
+        if tagged and len(models) > 1:  # pydantic's path has a step that the file has not: the kind of a block
+            types = tagged
+            continue
+        names.append(str(part))
+        known = [name for it in models for name in it.model_fields]
+        fields = [it.model_fields[part].annotation for it in models if part in it.model_fields]
+        inner = [get_args(it)[-1] for it in types if get_origin(it) in (dict, list)]
+        types = [leaf for it in fields + inner for leaf in _leaves(it)]
+    place = ".".join(names)
+    if error["type"] == "extra_forbidden":
+        return f"{place}: unknown key{nearest(names[-1], known)}"
+    if error["type"] == "missing":
+        return f"{place}: missing"
+    if error["type"] == "value_error":
+        inside = str(error["ctx"]["error"])
+        return f"{place}.{inside}" if place else inside
+    return f"{place}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
+
+
+def _leaves(annotation: Any) -> list:
+    """The types that an annotation allows: those of unions, without what is annotated."""
+    if get_origin(annotation) is Annotated:
+        return _leaves(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [leaf for part in get_args(annotation) for leaf in _leaves(part)]
+    return [annotation]
+
+
+def _tags(model: type[BaseModel]) -> tuple:
+    """The kinds that a model of several is for."""
+    field = model.model_fields.get("kind")
+    return get_args(field.annotation) if field and get_origin(field.annotation) is Literal else ()
