@@ -48,10 +48,10 @@ def ours(folder: Path, settings: dict, share: bool) -> None:
     """`roads.stages.dpo` with the prompt run once for both sides, or with `response_logps` of one and of the other."""
     import torch
 
-    from roads import candidates, model, schema, train
+    from roads import candidates, model, preferences, schema, train
     from roads.stages import dpo
 
-    query, chosen, rejected = train.load_pairs(folder)
+    query, chosen, rejected = preferences.load(folder)
     policy = model.load_policy(folder / "policy")
     start = time.perf_counter()
     both = torch.stack([chosen, rejected], 1)
@@ -68,7 +68,7 @@ def ours(folder: Path, settings: dict, share: bool) -> None:
         return value, {}
 
     recipe = schema.Train(lr=settings["lr"], schedule="linear", batch_size=settings["batch_size"], epochs=1)
-    train.fit(policy, loss, len(query), recipe, settings["seed"], "benchmark", "ours")
+    train.fit(policy, loss, len(query), recipe, seed=settings["seed"], key="benchmark", label="ours")
     clock.end()
 
 

@@ -37,11 +37,11 @@ def changed(cfg: schema.Scale, block: str, **values) -> schema.Scale:
     return cfg.model_copy(update={block: getattr(cfg, block).model_copy(update=values)})
 
 
-def once(out: Path, function, *args) -> Path:
+def once(out: Path, function, *args, **options) -> Path:
     """Run a stage quietly unless its output is there."""
     if not out.exists():
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            function(*args)
+            function(*args, **options)
     return out
 
 
@@ -53,7 +53,7 @@ def prepare(cfg: schema.Scale) -> None:
         where = RUNS / task / split
         drawn, pairs = where / "candidates", where / "pairs"
         once(drawn, sample.sample, RUNS / "sft", RUNS / f"data/{split}.npz", drawn, cfg, task, 0)
-        once(pairs, rank.rank, drawn, pairs, cfg, task, RUNS / "data", split)
+        once(pairs, rank.rank, drawn, pairs, cfg, task, data=RUNS / "data", split=split)
 
 
 def metrics(folder: Path) -> dict:
@@ -84,7 +84,7 @@ def train(cfg: schema.Scale, kind: str, task: str, seed: int, values: dict) -> P
     inputs = RUNS / task / "preferences/pairs", RUNS / "sft", out, cfg, seed
     if kind == "reward":
         return once(out, reward.reward, *inputs)
-    return once(out, dpo.dpo, *inputs, 1, False, kind == "local")
+    return once(out, dpo.dpo, *inputs, local=kind == "local")
 
 
 def cell(cfg: schema.Scale, kind: str, task: str, seed: int, values: dict) -> dict:
@@ -109,10 +109,10 @@ def online(cfg: schema.Scale, task: str, seed: int, values: dict) -> dict:
     out = place(task, "online", seed, values)
     drawn, pairs, policy = out / "candidates", out / "pairs", out / "policy"
     once(drawn, sample.sample, offline, RUNS / "data/preferences.npz", drawn, cfg, "online", seed)
-    once(pairs, rank.rank, drawn, pairs, cfg, "reward", None, "preferences", rm)
-    once(policy, dpo.dpo, pairs, offline, policy, cfg, seed, 1, True)
+    once(pairs, rank.rank, drawn, pairs, cfg, "reward", model=rm)
+    once(policy, dpo.dpo, pairs, offline, policy, cfg, seed, online=True)
     return {"dpo": score(offline, task, cfg, seed)["score"], "dpo_2x": score(twice, task, cfg, seed)["score"],
-            **score(policy, task, cfg, seed), "dropped_ties": metrics(pairs)["dropped_ties"]}
+            **score(policy, task, cfg, seed), "dropped_ties": metrics(pairs)["dropped_as_ties"]}
 
 
 def settings(grid: dict) -> list[dict]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from roads import config, model, schema, stage, train
+from roads import config, distributed, model, schema, stage, train
 from roads.stages import arm, base, data, dpo, evaluate, likelihood, rank, reward, sample, sft
 from roads.stages.best_of_n import best_of_n
 from roads.stages.value import value
@@ -48,20 +48,20 @@ def refuses(where: torch.device) -> None:
 
 
 def stages(out: Path, cfg: schema.Scale, reads: Path | None) -> None:
-    def run(name: str, function, *args) -> Path:
-        function(*(out / name if arg is ... else arg for arg in args))
+    def run(name: str, function, *args, **options) -> Path:
+        function(*(out / name if arg is ... else arg for arg in args), **options)
         return (reads or out) / name
 
     where = run("data", data.data, None, ..., cfg)
     start = run("sft", sft.sft, where, run("base", base.base, where, ..., cfg), ..., cfg)
     drawn = run("candidates", sample.sample, start, where / "preferences.npz", ..., cfg, "human", 0)
-    pairs = run("pairs", rank.rank, drawn, ..., cfg, "human", where)
+    pairs = run("pairs", rank.rank, drawn, ..., cfg, "human", data=where)
     judge = run("reward", reward.reward, pairs, start, ..., cfg, 0)
     offline = run("dpo", dpo.dpo, pairs, start, ..., cfg, 0)
-    local = run("local", dpo.dpo, pairs, start, ..., cfg, 0, 1, False, True)
+    local = run("local", dpo.dpo, pairs, start, ..., cfg, 0, local=True)
     drawn = run("online_candidates", sample.sample, offline, where / "online.npz", ..., cfg, "online", 0)
-    ranked = run("online_pairs", rank.rank, drawn, ..., cfg, "reward", None, "", judge)
-    online = run("online", dpo.dpo, ranked, offline, ..., cfg, 0, 1, True)
+    ranked = run("online_pairs", rank.rank, drawn, ..., cfg, "reward", model=judge)
+    online = run("online", dpo.dpo, ranked, offline, ..., cfg, 0, online=True)
     best = run("best", sample.sample, start, where / "test_best_of_n.npz", ..., cfg, "best_of_n", 0)
     for kind, net in {"reward": judge, "local": local, "dpo": offline}.items():
         run(f"likelihood-{kind}", likelihood.likelihood, net, pairs, start, ..., cfg, kind)
@@ -87,7 +87,7 @@ def goes_on(out: Path, pairs: Path, start: Path, cfg: schema.Scale) -> None:
     try:
         dpo.dpo(pairs, start, out / "again", cfg, 0)
     except KeyboardInterrupt:
-        assert list(train.SCRATCH.glob("*/checkpoint.pt"))
+        assert list(distributed.SCRATCH.glob("*/checkpoint.pt"))
     train.learning_rate = learning_rate
     dpo.dpo(pairs, start, out / "again", cfg, 0)
     whole, again = (model.load_policy(out / name).state_dict() for name in ("dpo", "again"))

@@ -63,10 +63,11 @@ def draw(reports, name, bars, x=None):
             np.savez(target, score=row)
             files[path] = hashlib.sha256(target.read_bytes()).hexdigest()
         entries.append({"bar": bar, "series": bar, "x": (x or {}).get(bar), "mean": float(np.mean(scores)),
-                        "n": len(scores[0]), "scores": paths, "key": "score"})
+                        "low": 0.0, "high": 1.0, "n": len(scores[0]), "scores": paths, "key": "score"})
     stage.write_json(reports / f"{name}.json", {
-        "figure": name, "title": "", "measure": "winrate", "seeds": list(range(len(scores))), "bars": entries,
-        "paper": None, "gaps": {"a - b": {"mean": 0.1, "standardised": {"mean": float("nan")}}},
+        "figure": name, "title": "", "caption": "", "note": "", "measure": "winrate",
+        "seeds": list(range(len(scores))), "bars": entries,
+        "paper": None, "gaps": {},
         "provenance": {"files": files, "commit": None, "lock": None, "params": {}}})
 
 
@@ -245,7 +246,7 @@ def test_a_mistake_is_named(tmp_path, text, message):
 
 
 def test_no_file_of_claims(tmp_path):
-    with pytest.raises(UserError, match="no such file; expected the claims"):
+    with pytest.raises(UserError, match="claims.yaml: not found"):
         claims.load(tmp_path / "claims.yaml")
 
 
@@ -307,8 +308,9 @@ def test_worlds_are_told_apart_by_x(reports):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("{", "JSON: Invalid JSON"), ("[]", "JSON: Input should be an object"),
-    ('{"seeds": [0], "bars": [{"bar": "DPO", "mean": 0.5}], "provenance": {}}', "bars.0.scores: Field required"),
+    ("{", "fig3.json: not JSON"), ("[]", "fig3.json: top level: input should be"),
+    ('{"figure": "fig3", "title": "", "caption": "", "note": "", "measure": "", "seeds": [], "bars": [{"bar": "DPO"}]}',
+     "fig3.json: bars.0.mean: field required"),
 ])  # fmt: skip
 def test_a_json_that_no_figure_wrote_is_refused(reports, text, message):
     (reports / "fig3.json").write_text(text, encoding="utf-8")

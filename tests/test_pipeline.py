@@ -18,11 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ENV, FIGURES, ROOT, clone, edit, make, run
 from ruamel.yaml import YAML
 
-from roads import config
+from roads import config, model
 from roads.runner import wiring
+from roads.tldr import EOS, PAD
 
 
 @pytest.fixture
@@ -78,6 +80,56 @@ def test_dpo_starts_at_ln_2_on_every_kind_of_pairs(checkout):
     for kind in ("dpo", "online"):
         metrics = json.loads((checkout / f"runs/tiny/rouge/{kind}/s0/metrics.json").read_text(encoding="utf-8"))
         assert metrics["loss"]["first"] == pytest.approx(0.693147, abs=1e-4)  # its first tenth is step 0
+
+
+def test_every_training_writes_a_line_a_step(checkout):
+    """And what a person watches by the clock lies where no stage and no hash looks."""
+    sides = ["accuracy", "margin", "chosen_reward", "rejected_reward"]
+    for place, more in {"base": [], "sft": [], "human/reward/s0": sides,
+                        "human/local/s0": [*sides, "chosen_logp", "rejected_logp"],
+                        "rouge/online/s0": [*sides, "chosen_logp", "rejected_logp"]}.items():
+        folder = checkout / "runs/tiny" / place
+        rows = list(csv.DictReader((folder / "curves.csv").open(encoding="utf-8")))
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        assert list(rows[0]) == ["step", "lr", "loss", "grad_norm", *more], place
+        assert [row["step"] for row in rows] == [str(step + 1) for step in range(metrics["steps"])]
+        assert float(rows[0]["lr"]) > float(rows[-1]["lr"]) > 0 and all(float(row["grad_norm"]) > 0 for row in rows)
+    first = next(csv.DictReader((checkout / "runs/tiny/rouge/online/s0/curves.csv").open(encoding="utf-8")))
+    assert float(first["margin"]) == pytest.approx(0, abs=1e-5)  # the policy is its reference still
+    assert float(first["loss"]) == pytest.approx(0.693147, abs=1e-5)
+    logs = list((checkout / "runs/.log").glob("dpo-s0-*.csv"))
+    assert logs and all(file.read_text().startswith("step,seconds,tokens_per_second,gpu_bytes\n") for file in logs)
+
+
+def test_figures_say_what_their_policies_were_trained_on(checkout):
+    bars = {bar["bar"]: bar["trained"] for bar in json.loads(
+        (checkout / "reports/tiny/fig3.json").read_text(encoding="utf-8"))["bars"]}
+    offline = json.loads((checkout / "runs/tiny/human/pairs/preferences/metrics.json").read_text(encoding="utf-8"))
+    assert bars["DPO 2x"]["steps"] == [2 * bars["DPO"]["steps"][0]] and bars["DPO"]["rows"] == [offline["pairs"]]
+    online = json.loads((checkout / "runs/tiny/human/online_pairs/s0/metrics.json").read_text(encoding="utf-8"))
+    assert bars["Online(DPO)"]["rows"] == [online["pairs"]]
+    assert bars["Online(DPO)"]["dropped_as_ties"] == [online["dropped_as_ties"]] == [120 - online["pairs"]]
+    arm = json.loads((checkout / "runs/tiny/fig12/n60/s0/metrics.json").read_text(encoding="utf-8"))["dpo"]
+    content = json.loads((checkout / "reports/tiny/fig12.json").read_text(encoding="utf-8"))
+    found = next(bar["trained"] for bar in content["bars"] if bar["bar"] == "DPO n=60")
+    assert found["kl"] == [arm["kl"]] and found["steps"] == [arm["training"]["steps"]] and 0 < found["rows"][0] <= 60
+
+
+@pytest.mark.parametrize("place", ["base", "sft", "human/dpo/s0", "rouge/online/s0"])
+def test_every_policy_opens_with_transformers_as_it_is(checkout, place):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = checkout / "runs/tiny" / place
+    tokenizer, policy = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (EOS, PAD) == (
+        policy.config.eos_token_id, policy.config.pad_token_id)
+    rows = np.load(checkout / "runs/tiny/human/completions/dpo/s0/completions.npz")
+    ids = [token for token in rows["completions"][0, 0].tolist() if token not in (EOS, PAD)]
+    text = tokenizer.decode(ids)
+    assert len(text.split()) == len(ids) > 0 and tokenizer(text)["input_ids"] == ids
+    prompt = torch.from_numpy(rows["query"][:1]).long()
+    ours = model.load_policy(folder)(prompt).logits
+    assert torch.equal(policy(prompt).logits, ours) and ours.shape[-1] == policy.config.vocab_size
 
 
 # What runs again
@@ -215,7 +267,7 @@ def test_dvc_exp_run_sets_one_value_of_any_scale_and_of_an_arm(tmp_path, key, va
     ("seeds: {default: [0]}", "seeds: {default: [0], fig5: [0, 1]}", "params.yaml", S1),
     ("seeds: {default: [0]}", "seeds: {default: [0], fig6: [0, 1]}", "params.yaml", []),
     ("preferences: 60, online: 60", "preferences: 60, online: 50", "params.yaml", ["fig12_arms", "fig12"]),
-    ("policies: [dpo, online_sft]\nmore_data", "policies: [dpo]\nmore_data", "figures.yaml", ["fig12_arms", "fig12"]),
+    ("policies: [dpo, online_sft]\nhorizon", "policies: [dpo]\nhorizon", "figures.yaml", ["fig12_arms", "fig12"]),
     ('"Fig. 7: validation', '"Figure 7: validation', "figures.yaml", ["fig7"]),
     ("Stage reward:", "Stage reward, edited:", "src/roads/stages/reward.py", ["reward", "fig12_arms"]),
     ("Stage arm:", "Stage arm, edited:", "src/roads/stages/arm.py", ["fig12_arms"]),
@@ -402,9 +454,10 @@ def test_a_killed_training_goes_on_at_its_checkpoint(checkout, tmp_path):
     process.kill()
     process.wait()
     assert not (where / "killed").exists()
-    assert re.search("base: goes on at step [246]00 of 640", run(where, *command[2:]))
+    assert re.search("base s0: goes on at step [246]00 of 640", run(where, *command[2:]))
     assert (where / "killed/model.safetensors").read_bytes() == (where / "whole/model.safetensors").read_bytes()
-    assert (where / "killed/metrics.json").read_bytes() == (where / "whole/metrics.json").read_bytes()
+    for name in ("metrics.json", "curves.csv"):
+        assert (where / "killed" / name).read_bytes() == (where / "whole" / name).read_bytes()
     assert not list(where.glob("runs/.scratch/*"))
 
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, run
 
 from roads import stage
-from roads.report import page
+from roads.report import page, schema
 
 COMMIT = "c0ffee" * 6 + "beef"
 HOSTILE = "<script>window.hacked = 1</script>\"'><img src=x onerror=alert(1)> & {{ 7 * 7 }}"
@@ -26,7 +26,7 @@ def figure_json(name: str, title: str, **changes) -> dict:
     return {
         "figure": name, "title": title, "caption": f"What {name} shows.", "measure": "winrate against the reference",
         "note": "synthetic world: evidence about the mechanism, not about TL;DR", "seeds": [0, 1, 2],
-        "bars": [{"bar": bar, "series": bar, "x": None, "n": 5000, "key": "score", **estimate(mean),
+        "bars": [{"bar": bar, "series": bar, "x": None, "n": 5000, "key": "score", "scores": [], **estimate(mean),
                   "judge": {"position_consistency": 0.987, "parse_failures": 0.001, "mean_tokens": 9.25,
                             "mean_tokens_reference": 9.5}}
                  for bar, mean in bars.items()],
@@ -53,7 +53,8 @@ def folder(tmp_path):
     paper = {"source": "Fig. 3", "unit": "winrate, %", "series": [
         {"name": "Pythia 1.4B", "values": {"DPO": 49.7, "DPO 2x": 52.2}},
         {"name": "Pythia 2.8B", "values": {"DPO": 54.9}}]}
-    many = [{"bar": f"Global RM on SFT N={n}", "n": 4000, **estimate(0.5 + n / 100)} for n in range(12)]
+    many = [{"bar": f"Global RM on SFT N={n}", "series": "Global RM on SFT", "x": n, "n": 4000, "key": f"n{n}",
+             "scores": [], **estimate(0.5 + n / 100)} for n in range(12)]
     for content in (figure_json("fig11", "Fig. 11: the same with ROUGE-L"),
                     figure_json("fig3", "Fig. 3: online against offline", paper=paper),
                     figure_json("horizon", "The gap as the horizon grows", bars=many,
@@ -261,3 +262,10 @@ def test_in_a_browser(folder, browser, scheme, width, height, kind):
     assert said == [] and failed == [] and asked[0] == path.as_uri()
     assert all(url.startswith("data:") for url in asked[1:]), "nothing from outside"
     tab.close()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "reports/mini").glob("*.json")), ids=lambda path: path.stem)
+def test_every_report_of_the_repository_is_what_the_schema_says(path):
+    model = schema.Claims if path.stem == "claims" else schema.Figure
+    content = schema.read(path, model, "make figures")
+    assert content.claims if path.stem == "claims" else content.figure == path.stem and content.bars

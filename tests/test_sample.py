@@ -16,7 +16,7 @@ from roads import generate, model, schema
 RUN = """
 import sys, torch
 from pathlib import Path
-from roads import config, generate
+from roads import config, generate, schema
 torch.set_num_threads(1)
 generate.ROWS = 4
 scale = config.load(Path(sys.argv[1]) / "params.yaml").scales["tiny"]

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from roads import candidates, generate, model, schema, stage, train
+from roads import candidates, distributed, generate, model, preferences, schema, stage, train
 from roads.stages import dpo, rank, reward, sample, sft
 from roads.tldr import EOS, PAD
 
@@ -79,11 +79,11 @@ def fit(folder: Path, kind: str, n: int, micro_batch: int | None = None, epochs:
     torch.set_num_threads(1)
     seen = []
     net, loss, told = problem(kind, n, seen, sleep)
-    log = train.fit(net, loss, n, schema.Train(**RECIPE | {"epochs": epochs}), 0, key, kind, micro_batch=micro_batch,
-                    **told)
+    log = train.fit(net, loss, n, schema.Train(**RECIPE | {"epochs": epochs}), seed=0, key=key, label=kind,
+                    micro_batch=micro_batch, **told)
     folder.mkdir(parents=True, exist_ok=True)
-    train.save(net, folder)
-    number, _ = train.processes()
+    distributed.save(net, folder)
+    number, _ = distributed.rank_and_world_size()
     (folder / f"rows-{number}.json").write_text(json.dumps(seen))
     (folder / f"log-{number}.json").write_text(json.dumps(log))
     return log
@@ -170,20 +170,54 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize("n, world, micro_batch", [(16, 2, None), (7, 2, 2), (1, 2, 3), (23, 8, 1), (3, 16, None)])
-def test_every_row_is_in_one_piece_of_one_process(n, world, micro_batch):
+def test_every_row_is_in_one_micro_batch_of_one_process(n, world, micro_batch):
     rows, lengths = torch.randperm(n) + 5, torch.randint(1, 50, (n + 5,))
-    parts = [train.pieces(rows, number, world, micro_batch, lengths) for number in range(world)]
+    parts = [train.micro_batches(rows, number, world, micro_batch, lengths) for number in range(world)]
     assert sorted(torch.cat([piece for part in parts for piece in part]).tolist()) == sorted(rows.tolist())
     assert len({len(part) for part in parts}) == 1  # FSDP: all of them run the model as often
     assert max(len(piece) for part in parts for piece in part) <= (micro_batch or n)
 
 
-def test_the_docstring_of_pieces():
+def test_the_docstring_of_micro_batches():
     lengths = torch.tensor([0, 8, 0, 3, 9, 0, 0, 2])
     rows = torch.tensor([4, 7, 1, 3])
-    found = [[piece.tolist() for piece in train.pieces(rows, number, 2, None, lengths)] for number in (0, 1)]
+    found = [[part.tolist() for part in train.micro_batches(rows, number, 2, None, lengths)] for number in (0, 1)]
     assert found == [[[7, 1]], [[3, 4]]]
-    assert train.pieces(rows, 0, 1, None, lengths)[0].tolist() == [4, 7, 1, 3]  # one process, one piece: as it was
+    assert train.micro_batches(rows, 0, 1, None, lengths)[0].tolist() == [4, 7, 1, 3]  # nothing is cut: as it was
+
+
+def test_the_loop_is_a_plain_one(monkeypatch, tmp_path):
+    """Learning rate, backward, clip, step: the same weights to the bit, and what is logged."""
+    monkeypatch.chdir(tmp_path)
+    ours, loss, told = problem("reward", 23)
+    log = train.fit(ours, loss, 23, schema.Train(**RECIPE), seed=0, key="plain", label="plain", **told)
+    theirs, loss, _ = problem("reward", 23)
+    theirs.train()
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=RECIPE["lr"], eps=1e-5, weight_decay=0.01)
+    plan = train.batches(23, RECIPE["batch_size"], RECIPE["epochs"], 0)
+    for step, rows in enumerate(plan):
+        for group in optimizer.param_groups:
+            group["lr"] = train.learning_rate(step, len(plan), schema.Train(**RECIPE))
+        value, _ = loss(rows)
+        value.backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert log[step]["loss"] == float(value.detach()) and log[step]["grad_norm"] == float(norm)
+    assert len(log) == len(plan) and log[0]["lr"] == RECIPE["lr"]
+    for name, weight in ours.state_dict().items():
+        assert torch.equal(weight, theirs.state_dict()[name]), name
+
+
+def test_what_curves_say_of_two_pairs():
+    found = preferences.told_apart(torch.tensor([1.0, 0.5]), torch.tensor([0.0, 1.5]))
+    assert {name: float(value) for name, value in found.items()} == {
+        "accuracy": 0.5, "margin": 0.0, "chosen_reward": 0.75, "rejected_reward": 0.75}
+
+
+def test_curves_hold_every_step_as_exact_as_floats_are(tmp_path):
+    train.write_curves(tmp_path / "curves.csv", [{"lr": 1e-4, "loss": 0.1 + 0.2}, {"lr": 5e-5, "loss": 1.0}])
+    assert (tmp_path / "curves.csv").read_text() == "step,lr,loss\n1,0.0001,0.30000000000000004\n2,5e-05,1.0\n"
 
 
 def test_a_launch_without_its_file_is_one_line(monkeypatch, capsys):
@@ -220,8 +254,8 @@ def gradients(monkeypatch, kind: str, **options) -> list[dict[str, torch.Tensor]
         return clip(parameters, norm)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
-    log = train.fit(net, options.pop("wrap", lambda loss: loss)(loss), 23, schema.Train(**RECIPE), 0, "none", kind,
-                    **told, **options)
+    log = train.fit(net, options.pop("wrap", lambda loss: loss)(loss), 23, schema.Train(**RECIPE), seed=0, key="none",
+                    label=kind, **told, **options)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     return found, log
 
@@ -413,10 +447,10 @@ def test_seeds_share_the_reference(tiny, inputs, monkeypatch, policy):
 
 
 def test_few_references_are_kept(inputs, monkeypatch, policy):
-    monkeypatch.setattr(train, "KEPT", 2)
-    query, _, response = train.load_pairs(Path("pairs"))
+    monkeypatch.setattr(preferences, "KEPT", 2)
+    query, _, response = preferences.load(Path("pairs"))
     for age, key in enumerate("abc"):
-        train.reference_logps(policy, query, response[:, None], 1.0, key)
+        preferences.reference_logps(policy, query, response[:, None], 1.0, key)
         os.utime(f"runs/.reference/{key}.npy", (age, age))
     assert sorted(file.name for file in Path("runs/.reference").iterdir()) == ["b.npy", "c.npy"]
 

@@ -7,16 +7,17 @@
 """
 
 import argparse
-import os
+import io
 from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from roads import config, strict
+from roads import config, stage, strict
 from roads.stage import UserError, main
 from roads.strict import Strict, nearest
 
 FILE = Path("active.yaml")
+HEAD = "# What runs, as names, from params.yaml and figures.yaml: `make … SCALE= DATA=` writes it.\n"
 
 # What the data of a scale are made from, by the kind of its source, unless DATA= says otherwise: the posts in this
 # repository, or what to download. A world is made from nothing. The arms of a scale read the same.
@@ -122,17 +123,19 @@ def write(scale: str | None = None, data: str | None = None, path: Path = config
     if data is None and not cfg.synthetic:
         data = before["data_from"] if before.get("scale") == scale else DATA_FROM[cfg.source.kind]
     active = follow(scale, data, params)
-    if active.model_dump() != before:
-        yaml = YAML()
-        yaml.default_flow_style, yaml.width = None, 118
-        scratch = place.with_suffix(".writing")
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write("# What runs, as names, from params.yaml and figures.yaml: `make … SCALE= DATA=` writes it.\n")
-            yaml.representer.add_representer(type(None), lambda it, _: it.represent_scalar("tag:yaml.org,2002:null",
-                                                                                            "null"))
-            yaml.dump(active.model_dump(), file)
-        os.replace(scratch, place)
+    text = _text(active)
+    if not place.exists() or place.read_text(encoding="utf-8") != text:
+        with stage.writing(place) as scratch:
+            scratch.write_text(text, encoding="utf-8")
     return params
+
+
+def _text(active: Active) -> str:
+    yaml, text = YAML(), io.StringIO()
+    yaml.default_flow_style, yaml.width = None, 118
+    yaml.representer.add_representer(type(None), lambda it, _: it.represent_scalar("tag:yaml.org,2002:null", "null"))
+    yaml.dump(active.model_dump(), text)
+    return f"{HEAD}{text.getvalue()}"
 
 
 def _command() -> None:

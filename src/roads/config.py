@@ -12,19 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from roads import strict
-from roads.schema import (  # noqa: F401
-    Compute,
-    FromScratch,
-    Packaged,
-    Policy,
-    Preference,
-    Pretrained,
-    Samples,
-    Scale,
-    Seed,
-    Train,
-    used,
-)
+from roads.schema import Policy, Scale, Seed
 from roads.stage import UserError
 from roads.strict import Strict, nearest
 
@@ -77,7 +65,7 @@ def load(path: Path = PARAMS) -> Params:
     Raises:
         UserError: one line with the file, the key, what was expected and the nearest valid key.
     """
-    raw, figures = _read(path), _figures(Path(path).with_name(FIGURES.name))
+    raw, figures = _read(path), load_figures(Path(path).with_name(FIGURES.name))
     scales, arms = {}, {}
     for name, block in raw.items():
         if name == "seeds":
@@ -99,7 +87,7 @@ def load_scale(name: str, path: Path = PARAMS) -> Scale:
         raise UserError(no_block(path, name, [scale for scale in raw if scale != "seeds"]))
     if not rest:
         return _scale(path, name, raw[name])
-    figures = _figures(Path(path).with_name(FIGURES.name))
+    figures = load_figures(Path(path).with_name(FIGURES.name))
     known = {key: (figure, arm) for figure, arm, key in _arms(path, scale, _scale(path, scale, raw[scale]), figures)}
     if name not in known:
         raise UserError(f"{path}: {scale}.arms: no arm named {rest!r}{nearest(name, known)}")
@@ -139,7 +127,12 @@ def _read(path: Path) -> dict:
     return raw
 
 
-def _figures(path: Path) -> dict[str, Figure]:
+def load_figures(path: Path = FIGURES) -> dict[str, Figure]:
+    """Read and check figures.yaml.
+
+    Raises:
+        UserError: as `load`.
+    """
     figures = {}
     for name, row in strict.read(path, "a row for every figure").items():
         if not NAME.fullmatch(str(name)):

@@ -163,9 +163,8 @@ def _load(file: Path) -> Tensor | None:
 def _save(file: Path, part: Tensor) -> None:
     """Write a batch; it is whole or not there, also where another run is at the same one."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(f".{os.getpid()}.npy")
-    np.save(scratch, part.numpy())
-    os.replace(scratch, file)
+    with stage.writing(file, shared=True) as scratch:
+        np.save(scratch, part.numpy())
     with contextlib.suppress(FileNotFoundError):  # another run may have had no room for it
         _touch(file)
 

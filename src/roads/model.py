@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -19,17 +20,17 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from roads import config, packed, stage
+from roads import packed, schema, stage
 from roads.tldr import EOS, PAD
 
 LOGITS = 2**26  # at a time: 256 MiB
 # The CPU, fp32, sdpa: what a model is loaded with unless a scale says otherwise.
-PLAIN = config.Compute(device="cpu", precision="fp32", attention="sdpa", sampler="tree")
+PLAIN = schema.Compute(device="cpu", precision="fp32", attention="sdpa", sampler="tree")
 
 disable_progress_bar()  # of loading and saving; the long work has bars of its own
 
 
-def new_policy(cfg: config.FromScratch, vocab_size: int, seed: int, compute: config.Compute = PLAIN) -> PreTrainedModel:
+def new_policy(cfg: schema.FromScratch, vocab_size: int, seed: int, compute: schema.Compute = PLAIN) -> PreTrainedModel:
     """A policy of Pythia's architecture with random weights, fp32; precision and device as `load_policy` has them."""
     torch.manual_seed(seed)
     policy = GPTNeoXForCausalLM(GPTNeoXConfig(
@@ -40,7 +41,7 @@ def new_policy(cfg: config.FromScratch, vocab_size: int, seed: int, compute: con
     return _placed(policy, compute)
 
 
-def load_policy(path: Path, compute: config.Compute = PLAIN) -> PreTrainedModel:
+def load_policy(path: Path, compute: schema.Compute = PLAIN) -> PreTrainedModel:
     """The policy in a folder, whatever its architecture: fp32 weights, on the CPU or this process's GPU.
 
     Attention is sdpa: scoring and sampling need masks of their own. `for_training` says when it is flash.
@@ -49,14 +50,14 @@ def load_policy(path: Path, compute: config.Compute = PLAIN) -> PreTrainedModel:
     return _placed(policy, compute)
 
 
-def load_to_sample(path: Path, compute: config.Compute) -> PreTrainedModel:
+def load_to_sample(path: Path, compute: schema.Compute) -> PreTrainedModel:
     """The policy in a folder, with weights in compute's precision: nothing is cast while it draws."""
     dtype = torch.bfloat16 if compute.precision == "bf16" else torch.float32
     policy = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
     return policy.to(device(compute)).eval()
 
 
-def _placed(policy: PreTrainedModel, compute: config.Compute) -> PreTrainedModel:
+def _placed(policy: PreTrainedModel, compute: schema.Compute) -> PreTrainedModel:
     policy.to(device(compute))
     if compute.precision == "bf16":
         _autocast(policy.base_model)
@@ -64,7 +65,7 @@ def _placed(policy: PreTrainedModel, compute: config.Compute) -> PreTrainedModel
     return policy
 
 
-def device(compute: config.Compute) -> torch.device:
+def device(compute: schema.Compute) -> torch.device:
     """The CPU, or a GPU: where several processes train together, each one's own. The process joins the others here.
 
     Raises:
@@ -88,7 +89,7 @@ def _autocast(module: nn.Module) -> None:
     module.forward = in_bf16
 
 
-def for_training(net: "PreTrainedModel | RewardModel", cfg: config.Scale) -> None:
+def for_training(net: "PreTrainedModel | RewardModel", cfg: schema.Scale) -> None:
     """Set what training alone has: flash attention or, on a GPU, packed rows; activations that are computed again.
 
     Raises:
@@ -119,14 +120,14 @@ class RewardModel(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     @classmethod
-    def from_policy(cls, path: Path, seed: int, compute: config.Compute = PLAIN) -> "RewardModel":
+    def from_policy(cls, path: Path, seed: int, compute: schema.Compute = PLAIN) -> "RewardModel":
         """On the trunk of the policy in a folder; the head's weights follow from the seed, on any device."""
         policy = load_policy(path, compute)
         torch.manual_seed(seed)
         return cls(policy.base_model).to(policy.device)
 
     @classmethod
-    def load(cls, path: Path, compute: config.Compute = PLAIN) -> "RewardModel":
+    def load(cls, path: Path, compute: schema.Compute = PLAIN) -> "RewardModel":
         """What `save_pretrained` wrote; precision and device as `load_policy` has them."""
         model = cls(AutoModel.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa"))
         model.head.load_state_dict(load_file(Path(path) / "head.safetensors"))
@@ -149,6 +150,13 @@ class RewardModel(nn.Module):
         hidden = self.trunk(**_inputs(query, response, self.head.weight.device)).last_hidden_state.float()
         last = query.shape[1] + (response != PAD).sum(1) - 1
         return self.head(hidden[torch.arange(len(last)), last]).squeeze(1)
+
+
+def copy_tokenizer(source: Path, out: Path) -> None:
+    """What a folder has of a tokenizer, so that what is saved in `out` opens with AutoTokenizer as it is."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (source / name).exists():
+            shutil.copyfile(source / name, out / name)
 
 
 def trim(query: Tensor, response: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,41 @@ def read_json(path: Path):
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+def training(folder: Path) -> dict[str, int]:
+    """Of a trained model's metrics: steps of the optimiser that were taken, rows, pairs dropped as ties."""
+    metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").exists() else {}
+    return {name: metrics[name] for name in ("steps", "rows", "dropped_as_ties") if name in metrics}
+
+
+@contextmanager
+def writing(*paths: Path, shared: bool = False) -> Iterator[Path | tuple[Path, ...]]:
+    """A file to write in place of `path`, or one for each of several: they are there, all of them, when the block ends
+    without an error, and else none is.
+
+    Args:
+        shared: other processes may be writing the same file.
+    """
+    own = f"-{os.getpid()}" if shared else ""
+    scratch = tuple(path.with_name(f".{path.stem}.writing{own}{path.suffix}") for path in paths)
+    try:
+        yield scratch if len(paths) > 1 else scratch[0]
+        for written, path in zip(scratch, paths, strict=True):
+            os.replace(written, path)
+    finally:
+        for written in scratch:
+            written.unlink(missing_ok=True)
+
+
+def fingerprint(config: dict, inputs: list[Path], *more: object) -> str:
+    """Hash of a stage's configuration and of the bytes it reads: the name of its scratch folder."""
+    digest = hashlib.sha256(json.dumps([config, *map(str, more)], sort_keys=True).encode())
+    for path in inputs:
+        for file in sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]:
+            if file.is_file() and file.suffix in (".npz", ".safetensors"):
+                digest.update(hashlib.file_digest(file.open("rb"), "sha256").digest())
+    return digest.hexdigest()[:20]
+
+
 def code(*modules) -> str:
     """A hash of modules' source, for what is kept from one run for others: changed code finds nothing kept."""
     return hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in modules)).hexdigest()

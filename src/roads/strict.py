@@ -42,7 +42,7 @@ def read(path: Path, expected: str) -> dict:
 
 
 def check(model: type[Model], value: Any, where: str, key: str = "") -> Model:
-    """`value` as a model; `where` names the file and `key` the place in it, for errors.
+    """`value` as a model; `where` names the file and `key` the place in it, for errors. A list's entries go by id.
 
     Raises:
         UserError: the first mistake.
@@ -52,7 +52,7 @@ def check(model: type[Model], value: Any, where: str, key: str = "") -> Model:
     except ValidationError as error:
         # An unknown key explains the missing one beside it: name it first.
         first = min(error.errors(), key=lambda it: it["type"] != "extra_forbidden")
-        raise UserError(f"{where}: {explain(first, model, key)}") from None
+        raise UserError(f"{where}: {explain(first, model, key, value)}") from None
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
@@ -65,7 +65,7 @@ def nearest(key: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; expected one of: {', '.join(known)}"
 
 
-def explain(error: Any, model: type[BaseModel], key: str = "") -> str:
+def explain(error: Any, model: type[BaseModel], key: str = "", value: Any = None) -> str:
     """One of pydantic's errors in a value of `model` as 'key: what was expected'."""
     names, types = [key] if key else [], [model]
     known: list[str] = []
@@ -77,7 +77,10 @@ def explain(error: Any, model: type[BaseModel], key: str = "") -> str:
         if tagged and len(models) > 1:  # pydantic's path has a step that the file has not: the kind of a block
             types = tagged
             continue
-        names.append(str(part))
+        inside = isinstance(value, list) or isinstance(value, dict) and part in value
+        value = value[part] if inside else None
+        is_entry = isinstance(part, int) and isinstance(value, dict)
+        names.append(str(value.get("id", part) if is_entry else part))
         known = [name for it in models for name in it.model_fields]
         fields = [it.model_fields[part].annotation for it in models if part in it.model_fields]
         inner = [get_args(it)[-1] for it in types if get_origin(it) in (dict, list)]
@@ -89,7 +92,8 @@ def explain(error: Any, model: type[BaseModel], key: str = "") -> str:
         return f"{place}: missing"
     if error["type"] == "value_error":
         inside = str(error["ctx"]["error"])
-        return f"{place}.{inside}" if place else inside
+        of_block = any(isinstance(it, type) and issubclass(it, BaseModel) for it in types)  # its error names the key
+        return f"{place}{'.' if of_block else ': '}{inside}" if place else inside
     return f"{place}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
 
 

@@ -66,6 +66,17 @@ def judged(paths: list[Path], key: str) -> dict[str, float]:
     return {name: float(np.mean([metrics[name] for metrics in found])) for name in names if name in found[0]}
 
 
+def trained(paths: list[Path], key: str) -> dict[str, list]:
+    """What a bar's models were trained on, for each seed: steps taken, rows, pairs dropped as ties; and how far they
+    are from the SFT policy where that was measured (kl, nats)."""
+    found = [stage.read_json(path.with_name("metrics.json")) for path in paths]
+    own = [metrics[key] if isinstance(metrics.get(key), dict) else metrics for metrics in found]
+    kl = [{"kl": metrics["kl"]} if "kl" in metrics else {} for metrics in own]
+    entries = [{**whole.get("training", {}), **metrics.get("training", {}), **distance}
+               for metrics, whole, distance in zip(own, found, kl, strict=True)]
+    return {name: [entry[name] for entry in entries] for name in entries[0] if all(name in it for it in entries)}
+
+
 def provenance(files: list[Path]) -> dict:
     """What the figure was drawn from: files, commit, what dvc.lock has of the runs behind them, and their params."""
     def git(*args: str) -> str:
@@ -259,7 +270,8 @@ def save(out: Path, name: str, runs: Path, bars: list[Bar], gaps: dict[str, dict
     scores, files = read(name, runs, bars, seeds)
     table = [{"bar": bar.name, "series": bar.series or bar.name, "x": bar.x, **stats.estimate(scores[bar.name]),
               "n": scores[bar.name].shape[1], "scores": [path.as_posix() for path in files[bar.name]], "key": bar.key,
-              "judge": judged(files[bar.name], bar.key)} for bar in bars]
+              "judge": judged(files[bar.name], bar.key), "trained": trained(files[bar.name], bar.key)}
+             for bar in bars]
 
     def contrasts(values: dict[str, np.ndarray]) -> dict:
         found = {}
@@ -283,19 +295,17 @@ def save(out: Path, name: str, runs: Path, bars: list[Bar], gaps: dict[str, dict
         "provenance": provenance(sorted({path for paths in files.values() for path in paths})),
     }
     out.mkdir(parents=True, exist_ok=True)
-    scratch = {kind: out / f".{name}.writing.{kind}" for kind in ("json", "csv", "png")}
-    stage.write_json(scratch["json"], content)
-    with scratch["csv"].open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["bar", "x", "seed", "mean", "low", "high", "n"])
-        for row in table:
-            writer.writerow([row["bar"], row["x"], "all", row["mean"], row["low"], row["high"], row["n"]])
-            writer.writerows([row["bar"], row["x"], s, m, "", "", row["n"]]
-                             for s, m in zip(seeds, row["by_seed"], strict=True))
-    figure = draw(content)
-    figure.savefig(scratch["png"], dpi=160, metadata={"Software": None})
-    plt.close(figure)
-    for kind, path in scratch.items():
-        path.replace(out / f"{name}.{kind}")
+    with stage.writing(*(out / f"{name}.{kind}" for kind in ("json", "csv", "png"))) as (as_json, as_csv, as_png):
+        stage.write_json(as_json, content)
+        with as_csv.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["bar", "x", "seed", "mean", "low", "high", "n"])
+            for row in table:
+                writer.writerow([row["bar"], row["x"], "all", row["mean"], row["low"], row["high"], row["n"]])
+                writer.writerows([row["bar"], row["x"], s, m, "", "", row["n"]]
+                                 for s, m in zip(seeds, row["by_seed"], strict=True))
+        figure = draw(content)
+        figure.savefig(as_png, dpi=160, metadata={"Software": None})
+        plt.close(figure)
     for label, gap in content["gaps"].items():
         print(f"{name}: {label}: {gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]")

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from pydantic import Field, field_validator, model_validator
 
-from roads import stage, stats
+from roads import stage, stats, strict
+from roads.report.schema import Bar, Figure, read
 from roads.schema import Positive
 from roads.stage import UserError
 from roads.strict import Strict, nearest
@@ -69,66 +68,14 @@ class Claims(Strict):
         return self
 
 
-class Bar(BaseModel):
-    """What a claim reads of a bar; the file has more."""
-
-    bar: str
-    x: float | None = None
-    scores: list[str]  # a file per seed
-    key: str
-
-
-class Provenance(BaseModel):
-    files: dict[str, str]  # path -> sha256
-
-
-class Figure(BaseModel):
-    """What a claim reads of reports/<scale>/<figure>.json."""
-
-    seeds: list[int]
-    bars: list[Bar]
-    provenance: Provenance
-
-
-def _explain(raw: dict, error: ValidationError) -> str:
-    """The first of pydantic's errors as 'key: what was expected', entries of a list by their id."""
-    # An unknown key explains the missing one beside it: name it first.
-    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    where, value = [], raw
-    for part in first["loc"]:
-        value = value[part] if isinstance(value, list) or isinstance(value, dict) and part in value else None
-        where.append(str(value.get("id", part) if isinstance(part, int) and isinstance(value, dict) else part))
-    key = ".".join(where)
-    if first["type"] == "extra_forbidden":
-        model = {"claims": Claim, "hypotheses": Hypothesis}[where[0]] if len(where) > 1 else Claims
-        return f"{key}: unknown key{nearest(where[-1], model.model_fields)}"
-    if first["type"] == "missing":
-        return f"{key}: missing"
-    if first["type"] == "value_error":
-        return ": ".join(filter(None, [key, str(first["ctx"]["error"])]))
-    return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
-
-
 def load(path: Path) -> Claims:
     """Read and check the claims.
 
     Raises:
         UserError: one line with the file, the claim, the key and what was expected.
     """
-    try:
-        raw = YAML(typ="safe").load(Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: no such file; expected the claims") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        raise UserError(f"{path}{f':{mark.line + 1}' if mark else ''}: not YAML: "
-                        f"{getattr(error, 'problem', error)}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a mapping with the keys {', '.join(Claims.model_fields)}")
-    try:
-        return Claims.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(f"{path}: {_explain(raw, error)}") from None
+    raw = strict.read(path, f"the keys {', '.join(Claims.model_fields)}")
+    return strict.check(Claims, raw, str(path))
 
 
 def read_figure(path: Path) -> Figure | None:
@@ -137,14 +84,7 @@ def read_figure(path: Path) -> Figure | None:
     Raises:
         UserError: the file is not one that a figure writes.
     """
-    if not path.exists():
-        return None
-    try:
-        return Figure.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "JSON"
-        raise UserError(f"{path}: {where}: {first['msg']}; `make {path.stem}` writes it anew") from None
+    return read(path, Figure, f"make {path.stem}") if path.exists() else None
 
 
 def read_scores(figure: Figure, bar: Bar, path: Path) -> np.ndarray:
@@ -231,18 +171,16 @@ def decide(claims: Claims, reports: Path) -> list[dict]:
 
 def save(claims: Claims, rows: list[dict], reports: Path) -> None:
     """Write claims.json and claims.csv under `reports`, each complete or not at all."""
-    scratch = {kind: reports / f".claims.writing.{kind}" for kind in ("json", "csv")}
-    stage.write_json(scratch["json"], {
-        "scale": reports.resolve().name, "alpha": claims.alpha, "claims": rows,
-        "hypotheses": [hypothesis.model_dump() for hypothesis in claims.hypotheses]})
     columns = ["id", "verdict", "mean", "low", "high", "test", "margin", "p", "p_adjusted", "n", "figure", "source",
                "sentence", "why"]
-    with scratch["csv"].open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(row | (row["estimate"] or {}) for row in rows)
-    for kind, path in scratch.items():
-        path.replace(reports / f"claims.{kind}")
+    with stage.writing(reports / "claims.json", reports / "claims.csv") as (as_json, as_csv):
+        stage.write_json(as_json, {
+            "scale": reports.resolve().name, "alpha": claims.alpha, "claims": rows,
+            "hypotheses": [hypothesis.model_dump() for hypothesis in claims.hypotheses]})
+        with as_csv.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(row | (row["estimate"] or {}) for row in rows)
 
 
 def table(rows: list[dict]) -> str:

@@ -12,36 +12,15 @@ import base64
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from jinja2 import Environment, StrictUndefined
-from pydantic import BaseModel, ValidationError
 
-from roads import stage
+from roads import config, stage
+from roads.report.schema import Broken, Claim, Claims, Complexity, Estimate, Figure, Gap, Statements, read
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-# The page's order, and what a figure that was not run would show.
-FIGURES = {
-    "fig3": "online against offline preference fine-tuning",
-    "fig4": "the value of Eq. 2: likelihood of the data, less regularisation",
-    "fig5": "online DPO with three times the prompts",
-    "fig6": "pairs of the SFT policy's own samples, labelled by the judge",
-    "fig7": "likelihood of held-out choices under global, local and DPO reward models",
-    "fig8": "best of N by each reward model",
-    "fig9": "best of N by size of the policy and of the reward model",
-    "fig10": "a short horizon, where writing is hardly harder than judging",
-    "fig11": "ROUGE-L, a reward as complex as the policy",
-    "fig12": "fewer preference pairs",
-    "horizon": "the gap as the horizon grows",
-    "complexity": "the gap as the reward grows more complex",
-    "verifier": "the gap as the base knows more about judging",
-    "worlds": "the gap in other worlds",
-    "advantage": "the gap against the reward model's advantage, over all worlds",
-    "more_data": "far more preference pairs",
-    "recipe": "the paper's recipe and the authors' code, one switch at a time",
-    "budget": "winrate at matched KL from the SFT policy",
-}
 PICTURES = {
     "fig2": "Figure 2, computed: offline and two-stage projections of the same data. They part where the rewards are"
             " not those of the policies, and agree where they are.",
@@ -49,131 +28,6 @@ PICTURES = {
                   " reward is simple.",
     "finite_pairs": "Theorem 2.2 on finite data: the two optima agree once the estimate is unique.",
 }
-
-
-# What is read, and no more: other keys are nobody's business here.
-class Estimate(BaseModel):
-    mean: float
-    low: float
-    high: float
-    by_seed: list[float] = []
-
-
-class Bar(Estimate):
-    bar: str
-    n: int
-    judge: dict[str, float] = {}  # position_consistency, parse_failures, ties, mean_tokens, mean_tokens_reference
-
-
-class Gap(Estimate):
-    standardised: Estimate | None = None
-
-
-class Measure(BaseModel):
-    bars: dict[str, Estimate]
-    gaps: dict[str, Gap]
-
-
-class PaperSeries(BaseModel):
-    name: str
-    values: dict[str, float | None]
-
-
-class Paper(BaseModel):
-    source: str
-    unit: str
-    series: list[PaperSeries]
-
-
-class Provenance(BaseModel):
-    commit: str | None
-    lock: str | None
-    params: dict
-
-
-class Figure(BaseModel):
-    title: str
-    caption: str
-    note: str
-    measure: str
-    seeds: list[int]
-    bars: list[Bar]
-    gaps: dict[str, Gap]
-    also: dict[str, Measure] = {}
-    paper: Paper | None = None
-    provenance: Provenance
-
-
-class Claim(BaseModel):
-    id: str
-    sentence: str
-    source: str
-    figure: str
-    contrast: dict[str, float]
-    test: Literal["greater", "equivalent"]
-    margin: float
-    verdict: Literal["supported", "not supported", "undecided", "not run"]
-    estimate: Estimate | None = None
-    p: float | None = None
-    p_adjusted: float | None = None
-    n: int | None = None
-    why: str = ""
-
-
-class Hypothesis(BaseModel):
-    id: str
-    says: str
-    predicts: str
-    claims: list[str]
-
-
-class Claims(BaseModel):
-    alpha: float
-    claims: list[Claim]
-    hypotheses: list[Hypothesis]
-
-
-class Statements(BaseModel):
-    class Row(BaseModel):
-        statement: str
-        policies: str
-        max_error: float
-        n: int
-        status: str
-
-    rows: list[Row]
-    tolerance: float
-
-
-class Broken(BaseModel):
-    class Row(Estimate):
-        statement: str
-        assumption: str
-        kind: Literal["parting", "unneeded"]
-        max: float
-
-    rows: list[Row]
-
-
-class Complexity(BaseModel):
-    limits: list[dict]
-
-
-def read(path: Path, schema: type[BaseModel], remedy: str):
-    """A JSON file as `schema`.
-
-    Raises:
-        UserError: no JSON, or a key that is missing or wrong; names the key and the command that writes the file anew.
-    """
-    try:
-        return schema.model_validate(stage.read_json(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "top level"
-        message = first["msg"][0].lower() + first["msg"][1:]
-        raise stage.UserError(f"{path}: {key}: {message}; `{remedy}` writes it anew") from None
-    except ValueError as error:
-        raise stage.UserError(f"{path}: not JSON ({error}); `{remedy}` writes it anew") from None
 
 
 def picture(path: Path) -> dict | None:
@@ -243,7 +97,7 @@ def forest(estimate: Estimate, far: float, margin: float = 0.0) -> dict:
     return marks | {"from": place(-margin), "width": f"{96 * margin / far:.2f}%"}
 
 
-def reach(estimates: list[Estimate], margins: list[float] = ()) -> float:
+def reach(estimates: list[Estimate], margins: Sequence[float] = ()) -> float:
     """The largest distance from zero, of intervals' ends and margins."""
     ends = [abs(end) for e in estimates for end in (e.low, e.mean, e.high) if math.isfinite(end)]
     return max([*ends, *margins], default=0) or 1.0
@@ -284,14 +138,14 @@ def figure_section(folder: Path, name: str, figure: Figure, claims: list[dict]) 
     }
 
 
-def claim_rows(claims: list[Claim], figures: dict[str, Figure]) -> list[dict]:
+def claim_rows(claims: list[Claim], figures: dict[str, Figure], table: dict[str, config.Figure]) -> list[dict]:
     """Claims as rows of the table; those of one measure share the scale of their forest plots."""
     measures = {claim.id: figures[claim.figure].measure if claim.figure in figures else "" for claim in claims}
     rows = []
     for claim in claims:
         alike = [other for other in claims if other.estimate and measures[other.id] == measures[claim.id]]
         far = reach([other.estimate for other in alike], [other.margin for other in alike])
-        estimate, known = claim.estimate, claim.figure in figures or claim.figure in FIGURES
+        estimate, known = claim.estimate, claim.figure in figures or claim.figure in table
         rows.append({"claim": claim, "id": f"claim-{slug(claim.id)}", "contrast": contrast(claim),
                      "measure": measures[claim.id], "short": label(claim.figure, "")[0],
                      "link": f"figure-{slug(claim.figure)}" if known else None,
@@ -364,12 +218,13 @@ def page(folder: Path) -> str:
     names = {path.stem for path in folder.glob("*.json")} - {"claims"}
     if not names:
         raise stage.UserError(f"{folder}: expected a folder of figures; `make figures SCALE={scale}` makes them")
-    # Known ones in the page's order, others behind them.
-    order = [name for name in FIGURES if name in names] + sorted(names - set(FIGURES))
+    table = config.load_figures()
+    # Known ones in the order of figures.yaml, others behind them.
+    order = [name for name in table if name in names] + sorted(names - set(table))
     figures = {name: read(folder / f"{name}.json", Figure, f"make {name} SCALE={scale}") for name in order}
     path = folder / "claims.json"
     found = read(path, Claims, f"make claims SCALE={scale}") if path.exists() else None
-    claims = claim_rows(found.claims if found else [], figures)
+    claims = claim_rows(found.claims if found else [], figures, table)
     by_id = {row["claim"].id: row for row in claims}
     verdicts = [row["claim"].verdict for row in claims]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -382,8 +237,8 @@ def page(folder: Path) -> str:
         hypotheses=[{"hypothesis": h, "claims": [by_id[i] for i in h.claims if i in by_id]}
                     for h in (found.hypotheses if found else [])],
         figures=[figure_section(folder, name, figure, claims) for name, figure in figures.items()],
-        missing=[{"name": name, "id": f"figure-{name}", "short": label(name, "")[0], "what": what}
-                 for name, what in FIGURES.items() if name not in figures],
+        missing=[{"name": name, "id": f"figure-{name}", "short": label(name, "")[0], "what": label(name, row.title)[1]}
+                 for name, row in table.items() if name not in figures],
         theory=theory_section(folder.resolve().parent / "theory"),
     )
 
@@ -391,9 +246,9 @@ def page(folder: Path) -> str:
 def write(folder: Path) -> Path:
     """Write index.html into `folder`, complete or not at all."""
     text = page(folder)
-    scratch = folder / ".index.html.writing"
-    scratch.write_text(text, encoding="utf-8")
-    return scratch.replace(folder / "index.html")
+    with stage.writing(folder / "index.html") as scratch:
+        scratch.write_text(text, encoding="utf-8")
+    return folder / "index.html"
 
 
 def _command() -> None:

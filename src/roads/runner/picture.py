@@ -15,6 +15,7 @@ import networkx as nx
 from ruamel.yaml import YAML
 from scipy.optimize import isotonic_regression
 
+from roads import stage
 from roads.runner import plan, wiring
 from roads.stage import main
 
@@ -219,7 +220,8 @@ def command() -> None:
     parser.parse_args()
     wiring.write()
     OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(draw(read()), encoding="utf-8")
+    with stage.writing(OUT) as scratch:
+        scratch.write_text(draw(read()), encoding="utf-8")
     print(f"figures.yaml -> {wiring.DVC}, {OUT}")
 
 

@@ -1,14 +1,15 @@
 """The entries of dvc.yaml that follow from figures.yaml: the figures', and their arms'. `make graph` writes them.
 
-They stand below a line that says so, and lists of modules follow from what a module imports. What DVC is told there of
-a figure: the folders whose runs it shows, the arms and seeds it reads, its title.
+They stand below a line that says so. Of all entries, lists of modules follow from what their commands import. What DVC
+is told of a figure: the folders whose runs it shows, the arms and seeds it reads, its row.
 """
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
-from roads import config
+from roads import config, stage
 from roads.config import Figure
 
 DVC = Path("dvc.yaml")
@@ -98,7 +99,19 @@ def entries(figures: dict[str, Figure]) -> str:
     return LINE + "\n".join([*arms, *(figure_entry(name, row) for name, row in figures.items())])
 
 
+def with_modules(entry: str) -> str:
+    """An entry of dvc.yaml with the modules that its commands import, in place of those that it lists."""
+    def listed(found: re.Match) -> str:
+        others = [item for item in re.split(r",\s+", found[1]) if not item.startswith("src/")]
+        wanted = {path for name in re.findall(r"python -m (\S+)", entry) for path in modules(name)}
+        return wrapped("deps", [*others, *sorted(wanted)])
+
+    return re.sub(r"^    deps: \[(.*?)\]\n", listed, entry, flags=re.M | re.S)
+
+
 def write(path: Path = DVC) -> None:
-    """dvc.yaml with the entries that figures.yaml asks for; what stands above the line stays."""
+    """dvc.yaml with the entries that figures.yaml asks for; of what stands above the line, the lists of modules."""
     above = path.read_text(encoding="utf-8").partition(LINE)[0].rstrip("\n") + "\n\n"
-    path.write_text(above + entries(config.load(path.with_name("params.yaml")).figures), encoding="utf-8")
+    above = "".join(map(with_modules, re.split(r"^(?=  \w+:\n)", above, flags=re.M)))
+    with stage.writing(path) as scratch:
+        scratch.write_text(above + entries(config.load_figures(path.with_name("figures.yaml"))), encoding="utf-8")

@@ -10,13 +10,14 @@ run had finished lies in runs/.scratch and is taken from there.
 import contextlib
 import io
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from roads import candidates, config, generate, schema, stage, train
+from roads import candidates, config, distributed, generate, schema, stage
 from roads.stages import data, dpo, evaluate, likelihood, rank, reward, sample
 
 
@@ -26,13 +27,13 @@ class Steps:
     def __init__(self, where: Path, total: int, label: str):
         self.where, self.bar = where, tqdm(total=total, desc=label, unit="stage")
 
-    def __call__(self, out: str, function, *args) -> Path:
-        """function(*args) with the argument `...` standing for the folder that it writes; that folder."""
+    def __call__(self, out: str, function: Callable, *args: object, **options: object) -> Path:
+        """function(*args, **options) with the argument `...` standing for the folder that it writes; that folder."""
         path = self.where / out
         self.bar.set_postfix_str(out)
         if not path.exists():
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                function(*(path if arg is ... else arg for arg in args))
+                function(*(path if arg is ... else arg for arg in args), **options)
         self.bar.update()
         return path
 
@@ -62,9 +63,9 @@ def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int) -> None
     used = schema.used(cfg, "compute", "policies", "source", "data", "reward", "dpo", "samples", "judge")
     used["seed"] = seed
     del used["samples"]["rouge"], used["samples"]["best_of_n"]
-    key = train.key_of(used, [where, sft], "cell")
+    key = stage.fingerprint(used, [where, sft], "arm")
     with stage.output(out, used, [where, sft]) as folder:
-        run = Steps(train.SCRATCH / key, 6 + 2 * bool({"online", "online_sft"} & set(cfg.policies)) + sum(
+        run = Steps(distributed.SCRATCH / key, 6 + 2 * bool({"online", "online_sft"} & set(cfg.policies)) + sum(
             {"dpo": 4, "dpo_2x": 3, "online_sft": 5, "online": 5}[name] for name in cfg.policies), out.as_posix())
         run.where.mkdir(parents=True, exist_ok=True)
         for name, rows in splits(where, cfg).items():
@@ -79,20 +80,20 @@ def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int) -> None
 
         for name, prompts in (("preferences", run.where / "preferences.npz"), ("valid", where / "valid.npz")):
             drawn = run(f"candidates/{name}", sample.sample, sft, prompts, ..., cfg, "human", 0)
-            pairs[name] = run(f"pairs/{name}", rank.rank, drawn, ..., cfg, "human", where)
+            pairs[name] = run(f"pairs/{name}", rank.rank, drawn, ..., cfg, "human", data=where)
         if {"online", "online_sft"} & set(cfg.policies):
             reward_model = run("reward", reward.reward, pairs["preferences"], sft, ..., cfg, seed)
             metrics["global"] = held_out(reward_model, "reward")
         for name in cfg.policies:
             if name in ("dpo", "dpo_2x"):
                 times = 2 if name == "dpo_2x" else 1
-                policies[name] = run(name, dpo.dpo, pairs["preferences"], sft, ..., cfg, seed, times)
+                policies[name] = run(name, dpo.dpo, pairs["preferences"], sft, ..., cfg, seed, times=times)
             else:
                 start = policies["dpo"] if name == "online" else sft
                 drawn = run(f"{name}_candidates", sample.sample, start, run.where / "online.npz", ..., cfg, "online",
                             seed if name == "online" else 0)
-                ranked = run(f"{name}_pairs", rank.rank, drawn, ..., cfg, "reward", None, "", reward_model)
-                policies[name] = run(name, dpo.dpo, ranked, start, ..., cfg, seed, 1, True)
+                ranked = run(f"{name}_pairs", rank.rank, drawn, ..., cfg, "reward", model=reward_model)
+                policies[name] = run(name, dpo.dpo, ranked, start, ..., cfg, seed, online=True)
         if "dpo" in policies:
             metrics["dpo_rm"] = held_out(policies["dpo"], "dpo")
         scores = {}

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
-from roads import config, hub, model, stage, tldr, train
+from roads import config, hub, model, schema, stage, tldr, train
 from roads.tldr import EOS, PAD
 
 
-def language_model_loss(policy, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def language_model_loss(policy: PreTrainedModel, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Weighted mean cross-entropy of tokens [B, L]; weights [B, L] >= 0, 0 at padding."""
     length = int((tokens != PAD).sum(1).max())
     tokens, weights = (part.to(policy.device) for part in (tokens[:, :length].long(), weights[:, 1:length]))
@@ -26,27 +27,25 @@ def language_model_loss(policy, tokens: torch.Tensor, weights: torch.Tensor) -> 
     return (losses * weights).sum() / weights.sum()
 
 
-def base(data: Path, out: Path, cfg: config.Scale) -> None:
+def base(data: Path, out: Path, cfg: schema.Scale) -> None:
     """Train a random model on base.npz; seed 0 always, as one base serves every seed of the study."""
-    torch.set_num_threads(cfg.machine.threads)
-    used = config.used(cfg, "model", "base")
-    with stage.output(out, used, [data]) as folder:
+
+    def job() -> train.Job:
         rows = np.load(data / "base.npz")
         tokens, weights = torch.from_numpy(rows["tokens"]), torch.from_numpy(rows["weights"])
         vocab_size = stage.read_json(data / "metrics.json")["vocab_size"]
         policy = model.new_policy(cfg.model, vocab_size, seed=0, compute=cfg.compute)
-        model.for_training(policy, cfg)
-        key = train.key_of(used, [data / "base.npz"], "base")
-        log = train.fit(policy, lambda i: (language_model_loss(policy, tokens[i], weights[i]), {}),
-                        len(tokens), cfg.base, seed=0, key=key, label="base", weights=weights[:, 1:].sum(1),
-                        lengths=train.tokens(tokens), micro_batch=cfg.machine.micro_batch)
-        train.save(policy, folder)
-        stage.write_json(folder / "metrics.json", train.summary(log))
-    train.forget(key)
+
+        def loss(i: torch.Tensor) -> tuple[torch.Tensor, dict]:
+            return language_model_loss(policy, tokens[i], weights[i]), {}
+
+        return train.Job(policy, loss, len(tokens), lengths=train.tokens(tokens), weights=weights[:, 1:].sum(1))
+
+    train.run(out, job, cfg.base, cfg, used=schema.used(cfg, "model", "base"), reads=[data], seed=0, name="base")
 
 
 @torch.no_grad()
-def renumber(policy, eos_id: int, pad_id: int, vocab_size: int) -> None:
+def renumber(policy: PreTrainedModel, eos_id: int, pad_id: int, vocab_size: int) -> None:
     """Bring the rows of EOS and padding to 0 and 1, in the embeddings and in the output head, as data.py does in the
     tokenizer; for a padding token that the model has not, add a row, the mean of the others."""
     if policy.get_input_embeddings().weight.shape[0] < vocab_size:
@@ -69,7 +68,7 @@ def renumber(policy, eos_id: int, pad_id: int, vocab_size: int) -> None:
     policy.generation_config = GenerationConfig(**ids)  # its own may ask for other sampling than ours
 
 
-def reachable(wanted: config.Pretrained | config.Packaged) -> None:
+def reachable(wanted: schema.Pretrained | schema.Packaged) -> None:
     """Raises UserError where a pretrained model, its revision or its package is not available."""
     if wanted.kind == "packaged":
         hub.gguf(wanted.name)
@@ -77,7 +76,7 @@ def reachable(wanted: config.Pretrained | config.Packaged) -> None:
         hub.fetch(wanted.name, wanted.revision, ["config.json"])
 
 
-def fetch(data: Path, out: Path, cfg: config.Scale) -> None:
+def fetch(data: Path, out: Path, cfg: schema.Scale) -> None:
     """Write the pretrained model that the scale names, fp32, and which commit or GGUF file of it this is.
 
     Raises:
@@ -85,7 +84,7 @@ def fetch(data: Path, out: Path, cfg: config.Scale) -> None:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with stage.output(out, config.used(cfg, "model", "base"), [data]) as folder:
+    with stage.output(out, schema.used(cfg, "model", "base"), [data]) as folder:
         tokens = stage.read_json(data / "metrics.json")
         if cfg.model.kind == "packaged":
             file = hub.gguf(cfg.model.name)
@@ -108,6 +107,7 @@ def fetch(data: Path, out: Path, cfg: config.Scale) -> None:
             policy.hf_quantizer.remove_quantization_config(policy)
         renumber(policy, tokens["eos_id"], tokens["pad_id"], tokens["vocab_size"])
         policy.save_pretrained(folder)
+        model.copy_tokenizer(data, folder)
         stage.write_json(folder / "metrics.json", version | {"parameters": policy.num_parameters()})
 
 

@@ -40,7 +40,9 @@ def best_of_n(completions: Path, data: Path, path: Path, reference: Path, out: P
         verdicts = {n: {name: part[i * len(query) : (i + 1) * len(query)] for name, part in found.items()}
                     for i, n in enumerate(counts)}
         np.savez(folder / "scores.npz", **{f"n{n}": found["score"] for n, found in verdicts.items()})
-        stage.write_json(folder / "metrics.json", {f"n{n}": protocol.summary(found) for n, found in verdicts.items()})
+        stage.write_json(folder / "metrics.json",
+                         {"training": stage.training(path)}
+                         | {f"n{n}": protocol.summary(found) for n, found in verdicts.items()})
 
 
 def _command() -> None:

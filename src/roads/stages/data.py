@@ -291,6 +291,10 @@ def data(source: Path | None, out: Path, cfg: schema.Scale) -> None:
     with stage.output(out, schema.used(cfg, "data", "source", *blocks), [source] if source else []) as folder:
         tokenizer, splits, found = (*from_world(cfg), {}) if cfg.synthetic else from_posts(source, cfg)
         tokenizer.save(str(folder / "tokenizer.json"))
+        stage.write_json(folder / "tokenizer_config.json", {
+            "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"],
+            "clean_up_tokenization_spaces": False, "eos_token": tokenizer.id_to_token(tldr.EOS),
+            "pad_token": tokenizer.id_to_token(tldr.PAD)})
         prompts = {name: {key: splits[name][key] for key in ("query", "response")} for name in ("valid", "test")}
         splits["test_human"], splits["test_rouge"] = splits.pop("test"), prompts["valid"]
         splits["test_best_of_n"] = {name: part[: cfg.data.best_of_n] for name, part in prompts["test"].items()}

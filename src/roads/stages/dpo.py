@@ -9,12 +9,14 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from roads import candidates, config, model, stage, train
+from roads import candidates, config, model, preferences, schema, stage, train
 
 
-def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta: float):
+def dpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, reference_chosen_logps: Tensor,
+             reference_rejected_logps: Tensor, beta: float) -> Tensor:
     """-log sigma(beta * [(log pi/pi_ref)(chosen) - (log pi/pi_ref)(rejected)]) per pair (Thm 2.3).
 
     All log-probs are sums over response tokens, shape [B]; the result is [B]. Without a reference (both its
@@ -25,44 +27,41 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
     return -logsigmoid(beta * (chosen - rejected))
 
 
-def dpo(pairs: Path, reference: Path, out: Path, cfg: config.Scale, seed: int, times: int = 1,
-        online: bool = False, local: bool = False) -> None:
-    """Train from `reference` on pairs.npz.
+def dpo(pairs: Path, reference: Path, out: Path, cfg: schema.Scale, seed: int, *, times: int = 1, online: bool = False,
+        local: bool = False) -> None:
+    """Train from `reference` on the pairs.npz in `pairs`.
 
     Online DPO uses all the hyperparameters of offline DPO; only the data differ, and the logits of policy and
     reference are divided by the temperature that the pairs were sampled at (samples.online.logits_divided_by).
     """
-    torch.set_num_threads(cfg.machine.threads)
     recipe = cfg.local if local else cfg.dpo
     recipe = recipe.model_copy(update={"epochs": times * recipe.epochs})
     temperature = cfg.samples.online.logits_divided_by if online else 1.0
-    used = {"local" if local else "dpo": recipe.model_dump(), "temperature": temperature, "seed": seed}
-    with stage.output(out, used, [pairs, reference]) as folder:
-        query, chosen, rejected = train.load_pairs(pairs)
-        read = train.key_of({}, [pairs, reference])
+
+    def job() -> train.Job:
+        query, chosen, rejected = preferences.load(pairs)
         policy = model.load_policy(reference, cfg.compute)
-        name = "local" if local else "online" if online else "dpo"
         if local:
             reference_logps = torch.zeros(len(query), 2, device=policy.device)
         else:  # once for all epochs, and for every seed of the same pairs
-            reference_logps = train.reference_logps(
-                policy, query, torch.stack([chosen, rejected], 1), temperature,
-                train.key_of(config.used(cfg, "compute"), [], read, temperature, stage.code(candidates, model),
-                             torch.__version__)).to(policy.device)
-        model.for_training(policy, cfg)
+            key = stage.fingerprint(schema.used(cfg, "compute"), [pairs, reference], temperature,
+                                    stage.code(candidates, model), torch.__version__)
+            reference_logps = preferences.reference_logps(policy, query, torch.stack([chosen, rejected], 1),
+                                                          temperature, key).to(policy.device)
 
-        def loss(i):
+        def loss(i: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             logps = model.pair_logps(policy, query[i], chosen[i], rejected[i], temperature)
-            losses = dpo_loss(*logps, *reference_logps[i].T, recipe.beta)
-            return losses.mean(), {"accuracy": (losses < losses.new_tensor(2.0).log()).float().mean()}
+            references = reference_logps[i].T
+            rewards = [recipe.beta * (ours - theirs).detach() for ours, theirs in zip(logps, references, strict=True)]
+            told = preferences.told_apart(*rewards) | {"chosen_logp": logps[0].mean(), "rejected_logp": logps[1].mean()}
+            return dpo_loss(*logps, *references, recipe.beta).mean(), told
 
-        key = train.key_of(used, [], read, name)
-        log = train.fit(policy, loss, len(query), recipe, seed, key, f"{name} s{seed}", recipe.shards,
-                        lengths=train.tokens(query, chosen, rejected), micro_batch=cfg.machine.micro_batch,
-                        packed=model.is_packed(policy))
-        train.save(policy, folder)
-        stage.write_json(folder / "metrics.json", train.summary(log))
-    train.forget(key)
+        return train.Job(policy, loss, len(query), lengths=train.tokens(query, chosen, rejected), shards=recipe.shards,
+                         also=preferences.ties(pairs))
+
+    used = {"local" if local else "dpo": recipe.model_dump(), "temperature": temperature, "seed": seed}
+    train.run(out, job, recipe, cfg, used=used, reads=[pairs, reference], seed=seed,
+              name="local" if local else "online" if online else "dpo")
 
 
 def _command() -> None:
@@ -73,7 +72,8 @@ def _command() -> None:
     kind.add_argument("--online", action="store_true", help="divide logits by the online sampling temperature")
     kind.add_argument("--local", action="store_true", help="train the local RM: no reference (Eq. 9)")
     a = parser.parse_args()
-    dpo(a.pairs, a.reference, a.out, config.load_scale(a.scale), a.seed, a.times, a.online, a.local)
+    dpo(a.pairs, a.reference, a.out, config.load_scale(a.scale), a.seed, times=a.times, online=a.online,
+        local=a.local)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ def evaluate(completions: Path, data: Path, out: Path, cfg: schema.Scale, task: 
         query, sampled = rows["query"], rows["completions"][:, :1]
         references = np.load(data / f"test_{task}.npz")["response"]
         tokens = np.stack([(sampled[:, 0] != PAD).sum(1), (references != PAD).sum(1)], 1)
-        metrics = {"prompts": len(query), "mean_tokens": float(tokens[:, 0].mean()),
+        metrics = {"training": stage.read_json(completions / "metrics.json").get("training", {}),
+                   "prompts": len(query), "mean_tokens": float(tokens[:, 0].mean()),
                    "mean_tokens_reference": float(tokens[:, 1].mean())}
         if task == "human":
             from roads.judge import protocol

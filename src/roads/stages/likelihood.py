@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from roads import candidates, config, model, schema, stage, train
+from roads import candidates, config, model, preferences, schema, stage
 
 
 def margins(path: Path, pairs: Path, reference: Path, cfg: schema.Scale, kind: str) -> torch.Tensor:
@@ -16,7 +16,7 @@ def margins(path: Path, pairs: Path, reference: Path, cfg: schema.Scale, kind: s
 
     reward: the global RM's scalar (Eq. 6). local: beta * log pi (Eq. 1). dpo: beta * log(pi / pi_ref).
     """
-    query, *sides = train.load_pairs(pairs)
+    query, *sides = preferences.load(pairs)
     both = torch.stack(sides, 1)
     if kind == "reward":
         rm = model.RewardModel.load(path, cfg.compute).eval()
@@ -38,7 +38,8 @@ def likelihood(path: Path, pairs: Path, reference: Path, out: Path, cfg: schema.
         score = torch.sigmoid(margin).numpy()
         np.savez(folder / "scores.npz", score=score)
         stage.write_json(folder / "metrics.json", {
-            "pairs": len(score), "mean_score": float(score.mean()), "accuracy": float((margin > 0).double().mean()),
+            "training": stage.training(path), "pairs": len(score),
+            "mean_score": float(score.mean()), "accuracy": float((margin > 0).double().mean()),
             "log_loss": float(-torch.nn.functional.logsigmoid(margin).mean())})
 
 

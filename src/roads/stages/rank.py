@@ -59,7 +59,7 @@ def reward_scores(query: np.ndarray, completions: np.ndarray, path: Path, comput
     return candidates.in_batches(candidates.rewards, rm, *both, label="rewards").numpy()
 
 
-def rank(completions: Path, out: Path, cfg: schema.Scale, by: str, data: Path | None = None,
+def rank(completions: Path, out: Path, cfg: schema.Scale, by: str, *, data: Path | None = None,
          split: str = "preferences", model: Path | None = None) -> None:
     """Score the completions and write the best and the worst of each prompt as a pair."""
     used = schema.used(cfg, "source", "judge") | {"labels": cfg.samples.human.labels} if by == "human" else {}
@@ -87,7 +87,7 @@ def rank(completions: Path, out: Path, cfg: schema.Scale, by: str, data: Path | 
         np.savez(folder / "pairs.npz", query=query[told], chosen=sampled[every, best][told],
                  rejected=sampled[every, worst][told])
         stage.write_json(folder / "metrics.json", {
-            "pairs": int(told.sum()), "dropped_ties": int((~told).sum()),
+            "pairs": int(told.sum()), "dropped_as_ties": int((~told).sum()),
             "mean_score": {"all": float(scores.mean()), "chosen": float(scores.max(1)[told].mean()),
                            "rejected": float(scores.min(1)[told].mean())}})
 
@@ -99,7 +99,8 @@ def _command() -> None:
     parser.add_argument("--split", default="preferences", help="the split the completions are of (rouge)")
     parser.add_argument("--model", type=Path, help="the reward model (reward)")
     a = parser.parse_args()
-    rank(a.completions, a.out, config.load_scale(a.scale), a.by, a.data, a.split, a.model)
+    rank(a.completions, a.out, config.load_scale(a.scale), a.by, data=a.data, split=a.split,
+         model=a.model)
 
 
 if __name__ == "__main__":

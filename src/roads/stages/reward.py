@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import logsigmoid
 
-from roads import config, model, stage, train
+from roads import config, model, preferences, schema, stage, train
 
 
 def reward_loss(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) -> torch.Tensor:
@@ -16,27 +16,22 @@ def reward_loss(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) ->
     return -logsigmoid(chosen_rewards - rejected_rewards)
 
 
-def reward(pairs: Path, sft: Path, out: Path, cfg: config.Scale, seed: int) -> None:
-    """Train a reward model from the SFT checkpoint on pairs.npz."""
-    torch.set_num_threads(cfg.machine.threads)
-    used = config.used(cfg, "reward") | {"seed": seed}
-    with stage.output(out, used, [pairs, sft]) as folder:
-        query, chosen, rejected = train.load_pairs(pairs)
+def reward(pairs: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int) -> None:
+    """Train a reward model from the SFT checkpoint on the pairs.npz in `pairs`."""
+
+    def job() -> train.Job:
+        query, chosen, rejected = preferences.load(pairs)
         rm = model.RewardModel.from_policy(sft, seed, cfg.compute)
-        model.for_training(rm, cfg)
 
-        def loss(i):
-            chosen_rewards, rejected_rewards = model.pair_rewards(rm, query[i], chosen[i], rejected[i])
-            accuracy = (chosen_rewards > rejected_rewards).float().mean()
-            return reward_loss(chosen_rewards, rejected_rewards).mean(), {"accuracy": accuracy}
+        def loss(i: torch.Tensor) -> tuple[torch.Tensor, dict]:
+            ours, theirs = model.pair_rewards(rm, query[i], chosen[i], rejected[i])
+            return reward_loss(ours, theirs).mean(), preferences.told_apart(ours, theirs)
 
-        key = train.key_of(used, [pairs, sft], "reward")
-        log = train.fit(rm, loss, len(query), cfg.reward, seed, key, label=f"reward s{seed}",
-                        lengths=train.tokens(query, chosen, rejected), micro_batch=cfg.machine.micro_batch,
-                        packed=model.is_packed(rm))
-        train.save(rm, folder)
-        stage.write_json(folder / "metrics.json", train.summary(log))
-    train.forget(key)
+        lengths = train.tokens(query, chosen, rejected)
+        return train.Job(rm, loss, len(query), lengths, also=preferences.ties(pairs))
+
+    used = schema.used(cfg, "reward") | {"seed": seed}
+    train.run(out, job, cfg.reward, cfg, used=used, reads=[pairs, sft], seed=seed, name="reward")
 
 
 def _command() -> None:

@@ -29,7 +29,8 @@ def sample(policy: Path, prompts: Path, out: Path, cfg: schema.Scale, samples: s
         np.savez(folder / "completions.npz", query=rows["query"], completions=sampled)
         lengths = (sampled != PAD).sum(2)
         stage.write_json(folder / "metrics.json", {
-            "prompts": len(query), "n": settings.n, "mean_tokens": float(lengths.mean()),
+            "training": stage.training(policy), "prompts": len(query),
+            "n": settings.n, "mean_tokens": float(lengths.mean()),
             "closed_by_force": float((lengths == length).mean())})
 
 

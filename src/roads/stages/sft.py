@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from roads import config, model, stage, train
+from roads import config, model, schema, stage, train
 from roads.tldr import PAD
 
 
@@ -17,27 +17,20 @@ def sft_loss(logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return -logps.sum() / lengths.sum().to(logps.device)
 
 
-def sft(data: Path, base: Path, out: Path, cfg: config.Scale) -> None:
+def sft(data: Path, base: Path, out: Path, cfg: schema.Scale) -> None:
     """Fine-tune the base on sft.npz; a single SFT seed, as in the paper."""
-    torch.set_num_threads(cfg.machine.threads)
-    used = config.used(cfg, "sft")
-    with stage.output(out, used, [data, base]) as folder:
+
+    def job() -> train.Job:
         rows = np.load(data / "sft.npz")
         query, response = torch.from_numpy(rows["query"]), torch.from_numpy(rows["response"])
-        policy = model.load_policy(base, cfg.compute)
-        model.for_training(policy, cfg)
-        lengths = (response != PAD).sum(1)
+        policy, lengths = model.load_policy(base, cfg.compute), (response != PAD).sum(1)
 
-        def loss(i):
+        def loss(i: torch.Tensor) -> tuple[torch.Tensor, dict]:
             return sft_loss(model.response_logps(policy, query[i], response[i]), lengths[i]), {}
 
-        key = train.key_of(used, [data / "sft.npz", base], "sft")
-        log = train.fit(policy, loss, len(query), cfg.sft, seed=0, key=key, label="sft", weights=lengths,
-                        lengths=train.tokens(query, response), micro_batch=cfg.machine.micro_batch,
-                        packed=model.is_packed(policy))
-        train.save(policy, folder)
-        stage.write_json(folder / "metrics.json", train.summary(log))
-    train.forget(key)
+        return train.Job(policy, loss, len(query), lengths=train.tokens(query, response), weights=lengths)
+
+    train.run(out, job, cfg.sft, cfg, used=schema.used(cfg, "sft"), reads=[data, base], seed=0, name="sft")
 
 
 def _command() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
-from roads import candidates, config, generate, model, schema, stage, train
+from roads import candidates, config, generate, model, preferences, schema, stage
 
 
 def value(policy: Path, pairs: Path, reference: Path, out: Path, cfg: schema.Scale, seed: int) -> None:
@@ -26,7 +26,7 @@ def value(policy: Path, pairs: Path, reference: Path, out: Path, cfg: schema.Sca
     settings, beta = cfg.samples.value, cfg.dpo.beta
     used = {"samples": {"value": settings.model_dump()}, "beta": beta, "seed": seed}
     with stage.output(out, used, [policy, pairs, reference]) as folder:
-        query, chosen, rejected = train.load_pairs(pairs)
+        query, chosen, rejected = preferences.load(pairs)
         sampled = generate.completions(policy, query, chosen.shape[1], settings, seed, cfg)
         # The pair's two completions and the policy's own share their prompt.
         both = torch.cat([torch.stack([chosen, rejected], 1), sampled], 1)
@@ -38,7 +38,8 @@ def value(policy: Path, pairs: Path, reference: Path, out: Path, cfg: schema.Sca
         scores = {"score": log_likelihood - beta * kl, "log_likelihood": log_likelihood, "kl": kl,
                   "chosen_logps": ours[:, 0].double()}
         np.savez(folder / "scores.npz", **{name: values.numpy() for name, values in scores.items()})
-        metrics = {name: float(values.mean()) for name, values in scores.items()}
+        metrics = {"training": stage.training(policy)}
+        metrics |= {name: float(values.mean()) for name, values in scores.items()}
         # Two kinds of chance are in it, which prompts and which samples; this is of both together.
         stage.write_json(folder / "metrics.json", metrics | {"kl_standard_error": float(kl.std() / len(kl) ** 0.5)})
 

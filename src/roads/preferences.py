@@ -1,0 +1,71 @@
+"""Preference pairs: rows of a prompt, the completion that was preferred, and the other one."""
+
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from roads import candidates, stage
+from roads.distributed import rank_and_world_size, sum_over
+
+REFERENCES = Path("runs/.reference")
+KEPT = 20  # reference log-probs of so many policies and sets of pairs
+
+
+def load(folder: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """query [N, Q], chosen [N, R] and rejected [N, R] of a folder of pairs."""
+    rows = np.load(folder / "pairs.npz")
+    return tuple(torch.from_numpy(rows[name]) for name in ("query", "chosen", "rejected"))
+
+
+def ties(folder: Path) -> dict[str, int]:
+    """How many pairs were dropped as ties when a folder of pairs was made, for metrics.json."""
+    metrics = stage.read_json(folder / "metrics.json") if (folder / "metrics.json").exists() else {}
+    return {name: metrics[name] for name in ("dropped_as_ties",) if name in metrics}
+
+
+def told_apart(chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, Tensor]:
+    """What a training's curves say of rewards [B] of both sides: means, and how often the chosen one's is higher."""
+    margins = chosen_rewards - rejected_rewards
+    return {"accuracy": (margins > 0).float().mean(), "margin": margins.mean(),
+            "chosen_reward": chosen_rewards.mean(), "rejected_reward": rejected_rewards.mean()}
+
+
+def reference_logps(policy: nn.Module, query: Tensor, completions: Tensor, temperature: float, key: str) -> Tensor:
+    """`candidates.logps` [N, n] of a stage's reference, computed once: each process takes a part of the rows.
+
+    They are kept in runs/.reference/<key>, for other seeds, more epochs and a run that was killed: the key must follow
+    from the policy's weights, the rows, the temperature, `compute` and the code.
+    """
+    rank, world = rank_and_world_size()
+    file = REFERENCES / f"{key}.npy"
+    try:
+        known = torch.from_numpy(np.load(file))
+    except FileNotFoundError:
+        known = None
+    if not sum_over(torch.tensor(float(known is None), device=policy.device)):  # all of them have it, or none uses it
+        return known
+    found = torch.zeros(completions.shape[:2], device=policy.device)
+    mine = torch.arange(len(query)).tensor_split(world)[rank]
+    if len(mine):
+        found[mine] = candidates.in_batches(candidates.logps, policy, query[mine], completions[mine], temperature,
+                                            label="reference").to(policy.device)
+    found = sum_over(found).cpu()
+    if rank == 0:
+        REFERENCES.mkdir(parents=True, exist_ok=True)
+        with stage.writing(file, shared=True) as scratch:
+            np.save(scratch, found.numpy())
+        for old in sorted(REFERENCES.glob("*.npy"), key=_age)[KEPT:]:
+            old.unlink(missing_ok=True)
+    return found
+
+
+def _age(file: Path) -> float:
+    """Seconds since a file was written; another run may just have dropped it."""
+    try:
+        return time.time() - file.stat().st_mtime
+    except FileNotFoundError:
+        return math.inf
