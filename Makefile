@@ -168,8 +168,9 @@ $(TRL)/.installed: requirements/trl.txt $(VENV)/.installed
 search: setup  ## choose mini's hyperparameters anew, on development seeds; writes docs/search.{csv,md}
 	$(PY) scripts/search.py
 
-lint: setup  ## ruff
+lint: setup  ## ruff, and basedpyright on src
 	$(PY) -m ruff check src tests scripts benchmarks
+	$(PY) -m basedpyright --pythonpath $(PY)
 
 lint-image: setup  ## hadolint on the Dockerfile
 	$(VENV)/bin/hadolint Dockerfile

@@ -67,6 +67,17 @@ def test_an_old_command_ends_with_one_line():
                                                     "--help\n")
 
 
+def test_an_old_command_that_is_a_module_still_says_so():
+    command = [sys.executable, "-m", "roads.config", "set", "--scale", "tiny"]
+    done = subprocess.run(command, cwd=ROOT, env=ENV, text=True, capture_output=True)
+    assert done.returncode == 2 and done.stderr == ("error: roads.config is now roads.active: python -m roads.active "
+                                                    "--help\n")
+
+
+def test_a_module_is_read_in_one_go():
+    assert [name for name, path in MODULES.items() if len(path.read_text(encoding="utf-8").splitlines()) > 320] == []
+
+
 EXAMPLES = [module for module, path in MODULES.items() if ">>> " in path.read_text(encoding="utf-8")]
 
 

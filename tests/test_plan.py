@@ -68,7 +68,7 @@ def reproduce() -> None:
 
 
 def fates(figure: str = "all", scale: str | None = None) -> dict[str, str]:
-    return {cell.name: cell.fate for cell in plan.plan(figure, scale)[0]}
+    return {cell.name: cell.status for cell in plan.plan(figure, scale)[0]}
 
 
 def contents(where: Path) -> dict[Path, bytes]:

@@ -69,14 +69,23 @@ def test_the_right_gpu_is_not(machine, params):
     preflight.check(stages("paper") | stages("paper.fig9.p2800m"), params, "mini")
 
 
-def test_stages_that_do_not_fit_together_are_one_line(machine, params, monkeypatch):
+def test_small_models_share_a_gpu_and_large_ones_do_not(machine, params, monkeypatch):
+    real, paper, lite = (params.scales[name] for name in ("real", "paper", "lite"))
+    machine(H100)
+    assert [preflight.stages_per_gpu(cfg, [cfg], None) for cfg in (real, lite, paper)] == [4, 2, 1]
+    assert preflight.stages_per_gpu(real, [real, paper], None) == 1  # the largest model that will run
+    assert preflight.stages_per_gpu(real, [real], 6) == 6
+    assert preflight.stages_per_gpu(params.scales["mini"], [], 9) == 1
+    machine(H100, H100)
+    assert preflight.stages_per_gpu(real, [real], 6) == 3  # JOBS, over both
     machine((24 * 1024, "580.65"))
-    preflight.check(stages("real"), params, "mini")  # four of 135M parameters
-    real = params.scales["real"]
     many = real.model_copy(update={"machine": real.machine.model_copy(update={"stages_per_gpu": 40})})
-    monkeypatch.setitem(params.scales, "real", many)
-    with pytest.raises(UserError, match=r"real: machine.stages_per_gpu: 40 stages .* smallest here has 24; set \d+"):
-        preflight.check(stages("real"), params, "mini")
+    with pytest.raises(UserError, match=r"stages_per_gpu: 40 stages on a GPU take \d+ GiB .* has 24; \d+ of them"):
+        preflight.stages_per_gpu(many, [many], None)
+    with pytest.raises(UserError, match=r"JOBS=30: 30 stages on a GPU take \d+ GiB of it"):
+        preflight.stages_per_gpu(real, [real], 30)
+    monkeypatch.setenv(LAUNCH, str(ROOT / "configs/accelerate/8-gpu.yaml"))
+    assert preflight.stages_per_gpu(real, [real], None) == 1  # each trains on all of them
 
 
 def test_vllm_that_is_not_there_is_one_line(machine, params, monkeypatch):
@@ -96,7 +105,7 @@ def test_stages_share_out_the_gpus(machine, params, monkeypatch):
     pairs = paper.model_copy(update={"machine": paper.machine.model_copy(update={"tensor_parallel": 2})})
     assert repro.workers(pairs, None) == (4, ["0,1", "2,3", "4,5", "6,7"])
     monkeypatch.setattr(preflight, "gpus", lambda: [H100])
-    assert repro.workers(params.scales["real"], None) == (4, ["0"] * 4)  # stages_per_gpu
+    assert repro.workers(params.scales["real"], None, 4) == (4, ["0"] * 4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert repro.workers(paper, None) == (2, ["5", "7"])
     monkeypatch.setenv(LAUNCH, "configs/accelerate/8-gpu.yaml")

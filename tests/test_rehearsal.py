@@ -40,7 +40,7 @@ def test_it_draws_every_figure_of_the_paper(rehearsed):
 def test_training_was_launched_in_two_processes(rehearsed):
     """And its results are those of stages that DVC then takes as done, whatever LAUNCH says."""
     where, log = rehearsed
-    launched = re.findall(r"^start (sft|reward|local|dpo)@rehearsal(?:-human-0)?$", log, re.M)
+    launched = re.findall(r"^start (sft|reward|local|dpo)@rehearsal(?:-human-s0)?$", log, re.M)
     assert {"sft", "reward", "local", "dpo"} <= set(launched) and len(launched) == len(set(launched))
     lock = YAML(typ="safe").load((where / "dvc.lock").read_text(encoding="utf-8"))["stages"]
     assert all("accelerate" not in stage["cmd"] for stage in lock.values())

@@ -1,11 +1,13 @@
 """Scores of many completions of a prompt: the prompt is run once, and so is each prefix that some of them share."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from roads import model, schema
 from roads.tldr import PAD
@@ -46,7 +48,7 @@ def prefix_trees(completions: Tensor) -> PrefixTrees:
     return PrefixTrees(rows[row, 0], rows[row, 1 + depth], depth, end, node[where].view(completions.shape))
 
 
-def _run_candidates(trunk, query: Tensor, completions: Tensor) -> tuple[Tensor, Tensor]:
+def _run_candidates(trunk: PreTrainedModel, query: Tensor, completions: Tensor) -> tuple[Tensor, Tensor]:
     """Run completions [B, n, R] on their prompts [B, Q]: a prompt is run once, and so is each prefix that they share.
 
     A prompt's tree is one sequence behind the prompt's cache, in which a node sees the prompt and its own ancestors.
@@ -86,7 +88,7 @@ def rewards(rm: model.RewardModel, query: Tensor, completions: Tensor) -> Tensor
 
 
 @torch.inference_mode()
-def logps(policy, query: Tensor, completions: Tensor, temperature: float = 1.0) -> Tensor:
+def logps(policy: PreTrainedModel, query: Tensor, completions: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probabilities [B, n] of completions [B, n, R]: `model.response_logps` without gradients."""
     real = completions != PAD
     followed = torch.nn.functional.pad(real[..., 1:], (0, 1))  # what comes after the last token is never asked for
@@ -101,7 +103,8 @@ def logps(policy, query: Tensor, completions: Tensor, temperature: float = 1.0) 
     return torch.zeros(real.shape, device=states.device).masked_scatter(real, found).sum(2)
 
 
-def in_batches(function, net, query: Tensor, completions: Tensor, *args, label: str, budget: int = 2**13) -> Tensor:
+def in_batches(function: Callable, net: nn.Module, query: Tensor, completions: Tensor, *args: object, label: str,
+               budget: int = 2**13) -> Tensor:
     """`rewards` or `logps` [N, n] of any number of prompts, `budget` tokens at a time.
 
     Prompts whose trees are about as large run together.

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from roads import strict
 from roads.schema import Policy, Scale, Seed
-from roads.stage import UserError
+from roads.stage import UserError, main
 from roads.strict import Strict, nearest
 
 PARAMS, FIGURES = Path("params.yaml"), Path("figures.yaml")
@@ -207,3 +207,11 @@ def merge(block: dict, changes: dict) -> dict:
     both = {key: merge(block[key], value) if isinstance(value, dict) and isinstance(block.get(key), dict) else value
             for key, value in changes.items()}
     return {**block, **both}
+
+
+def _command() -> None:
+    raise UserError("roads.config is now roads.active: python -m roads.active --help")
+
+
+if __name__ == "__main__":
+    main(_command)

@@ -35,7 +35,7 @@ def shard(objective: nn.Module, model: nn.Module) -> None:
     from torch.distributed.fsdp import fully_shard
 
     for module in model.modules():
-        if type(module).__name__ in (model._no_split_modules or ()):
+        if type(module).__name__ in list(getattr(model, "_no_split_modules", None) or ()):
             fully_shard(module)
     fully_shard(objective)
 

@@ -5,13 +5,15 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from roads import generate_tree, generate_vllm, model, schema, stage, trees
 from roads.tldr import PAD
@@ -24,7 +26,8 @@ SCRATCH = Path("runs/.scratch")
 STORE = Path("runs/.completions")
 
 
-def complete(policy, query: Tensor, n: int, length: int, temperature: float, generator) -> Tensor:
+def complete(policy: PreTrainedModel, query: Tensor, n: int, length: int, temperature: float,
+             generator: torch.Generator) -> Tensor:
     """n completions per query [B, Q], padded left: [B, n, length] int32, padded right, each with an EOS at its end.
 
     A completion without an EOS after length - 1 tokens is closed with one: the reward model reads there, and DPO learns
@@ -36,15 +39,15 @@ def complete(policy, query: Tensor, n: int, length: int, temperature: float, gen
     return found
 
 
-def _grow(policy, query: Tensor, batches, n: int, length: int, temperature: float,
-          stages: int = 1) -> Iterator[tuple[int, Tensor]]:
+def _grow(policy: PreTrainedModel, query: Tensor, batches: Iterable[tuple[Any, torch.Generator]], n: int, length: int,
+          temperature: float, stages: int = 1) -> Iterator[tuple[int, Tensor]]:
     """Completions of the rows of batches (rows, generator), those of a batch in the order of their lengths.
 
     `stages` share the memory of a GPU.
     """
     lengths = (query != PAD).sum(1)
 
-    def prompts():
+    def prompts() -> Iterator[tuple[int, Tensor, Tensor]]:
         for rows, generator in batches:
             rows = torch.as_tensor(rows)
             # From 0 to 1, for every token that might be drawn: what a completion gets must not depend on where others
@@ -98,7 +101,8 @@ def completions(policy: Path, query: Tensor, length: int, settings: schema.Sampl
     return found
 
 
-def _by_us(policy, query, batches, missing, length, settings, seed, cfg, progress) -> Iterator[tuple[int, Tensor]]:
+def _by_us(policy: Path, query: Tensor, batches: list[Tensor], missing: list[int], length: int,
+           settings: schema.Sampling, seed: int, cfg: schema.Scale, progress: tqdm) -> Iterator[tuple[int, Tensor]]:
     """The missing batches, each as soon as its last prompt is done."""
     number_of = torch.cat([torch.full((len(rows),), number) for number, rows in enumerate(batches)]).tolist()
     found = {number: torch.empty(len(batches[number]), settings.n, length, dtype=torch.int32) for number in missing}
@@ -109,7 +113,7 @@ def _by_us(policy, query, batches, missing, length, settings, seed, cfg, progres
     for numbers in [missing] if net.device.type == "cuda" else [[number] for number in missing]:
         asked = ((batches[number], torch.Generator().manual_seed(seed * 1_000_003 + number)) for number in numbers)
         for row, completion in _grow(net, query, asked, settings.n, length, settings.temperature,
-                                     cfg.machine.stages_per_gpu):
+                                     int(os.environ.get(stage.STAGES_PER_GPU, 1))):
             progress.update()
             number = number_of[row]
             found[number][row - int(batches[number][0])] = completion
@@ -118,7 +122,8 @@ def _by_us(policy, query, batches, missing, length, settings, seed, cfg, progres
                 yield number, found.pop(number)
 
 
-def _by_vllm(policy, query, batches, missing, length, settings, seed, cfg, progress) -> Iterator[tuple[int, Tensor]]:
+def _by_vllm(policy: Path, query: Tensor, batches: list[Tensor], missing: list[int], length: int,
+             settings: schema.Sampling, seed: int, cfg: schema.Scale, progress: tqdm) -> Iterator[tuple[int, Tensor]]:
     """The missing batches, one after the other."""
     with generate_vllm.engine(policy, query.shape[1] + length, cfg) as net:
         for number in missing:
@@ -143,7 +148,7 @@ def _forget() -> None:
             file.unlink(missing_ok=True)
 
 
-def _key(policy: Path, query: Tensor, *settings) -> str:
+def _key(policy: Path, query: Tensor, *settings: object) -> str:
     """Hash of all that completions follow from: the weights, the prompts, the settings, and the code that draws."""
     code = stage.code(generate_tree, trees, generate_vllm, model, sys.modules[__name__])
     digest = hashlib.sha256(repr((settings, code, torch.__version__)).encode() + query.numpy().tobytes())

@@ -11,7 +11,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from roads.tldr import EOS, PAD
 from roads.trees import BLOCK, Trees, attended
@@ -41,7 +41,7 @@ def draw(logits: Tensor, row: Tensor, uniform: Tensor, temperature: float) -> Te
     return (block * BLOCK + torch.searchsorted(inside, target, right=True)).squeeze(1)
 
 
-def _run_prompts(policy, queries: list[Tensor]) -> Iterator[tuple[Tensor, DynamicCache]]:
+def _run_prompts(policy: PreTrainedModel, queries: list[Tensor]) -> Iterator[tuple[Tensor, DynamicCache]]:
     """Run prompts, TOKENS at a time: the logits [G, V] after each, and their keys and values, padded right."""
     device = policy.device
     while queries:
@@ -60,7 +60,7 @@ class _Pass:
     On a GPU a CUDA graph: R is rounded up to one of a few sizes, and what is beyond R goes to the last place.
     """
 
-    def __init__(self, policy, trees: Trees):
+    def __init__(self, policy: PreTrainedModel, trees: Trees):
         self.policy, self.trees, self.graphs, self.pool = policy, trees, {}, None
         self.logits = None  # of whatever graph ran last
 
@@ -93,7 +93,7 @@ class _Pass:
                                         use_cache=True, trees=self.trees).last_hidden_state
         return self.policy.get_output_embeddings()(hidden[0])
 
-    def _capture(self, static: Tensor):
+    def _capture(self, static: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         if not self.graphs:  # a warm-up: kernels are made
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -112,7 +112,7 @@ class _Pass:
 class _Growth:
     """The prompts that are under way, and those of their completions that go on."""
 
-    def __init__(self, policy, trees: Trees, n: int, length: int, temperature: float):
+    def __init__(self, policy: PreTrainedModel, trees: Trees, n: int, length: int, temperature: float):
         self.policy, self.trees, self.n, self.length, self.temperature = policy, trees, n, length, temperature
         self.run, self.vocab = _Pass(policy, trees), policy.get_output_embeddings().weight.shape[0]
         places = trees.places
@@ -173,8 +173,8 @@ class _Growth:
 
 
 @torch.inference_mode()
-def grow(policy, prompts: Iterator[tuple[int, Tensor, Tensor]], longest: int, n: int, length: int, temperature: float,
-         places: int) -> Iterator[tuple[int, Tensor]]:
+def grow(policy: PreTrainedModel, prompts: Iterator[tuple[int, Tensor, Tensor]], longest: int, n: int, length: int,
+         temperature: float, places: int) -> Iterator[tuple[int, Tensor]]:
     """Completions [n, length] int32 of prompts, padded right, each under its number and as soon as it is done.
 
     Args:
@@ -201,7 +201,7 @@ def grow(policy, prompts: Iterator[tuple[int, Tensor, Tensor]], longest: int, n:
                 growth.step()
 
 
-def places_for(policy, longest: int, n: int, length: int, memory: int) -> int:
+def places_for(policy: PreTrainedModel, longest: int, n: int, length: int, memory: int) -> int:
     """How many prompts of at most `longest` tokens, with n completions each, are under way at once in so many bytes."""
     shape, weight = policy.config, next(policy.parameters())
     heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads

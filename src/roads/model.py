@@ -5,6 +5,7 @@ import importlib.util
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -82,7 +83,7 @@ def _autocast(module: nn.Module) -> None:
     forward, kind = module.forward, next(module.parameters()).device.type
 
     @functools.wraps(forward)
-    def in_bf16(*args, **kwargs):
+    def in_bf16(*args: object, **kwargs: object) -> Any:
         with torch.autocast(kind, torch.bfloat16):
             return forward(*args, **kwargs)
 
@@ -182,7 +183,7 @@ def _inputs(query: Tensor, response: Tensor, where: torch.device) -> dict[str, T
     return {name: value.to(where) for name, value in inputs.items()} | {"use_cache": False}
 
 
-def prefill(trunk, query: Tensor) -> tuple[Tensor, DynamicCache]:
+def prefill(trunk: PreTrainedModel, query: Tensor) -> tuple[Tensor, DynamicCache]:
     """Run the prompts [B, Q], padded left, once: the last hidden states [B, d], and a cache to go on from."""
     real = query != PAD
     cache = DynamicCache(config=trunk.config)
@@ -190,7 +191,7 @@ def prefill(trunk, query: Tensor) -> tuple[Tensor, DynamicCache]:
     return out.last_hidden_state[:, -1], cache
 
 
-def response_logps(policy, query: Tensor, response: Tensor, temperature: float = 1.0) -> Tensor:
+def response_logps(policy: PreTrainedModel, query: Tensor, response: Tensor, temperature: float = 1.0) -> Tensor:
     """Sum over the response of log softmax(logits / temperature): r_pi of Eq. 1.
 
     Args:
@@ -206,14 +207,14 @@ def response_logps(policy, query: Tensor, response: Tensor, temperature: float =
     return _sum_logps(policy, hidden[:, query.shape[1] - 1 : -1], response.to(policy.device), temperature)
 
 
-def _sum_logps(policy, hidden: Tensor, response: Tensor, temperature: float) -> Tensor:
+def _sum_logps(policy: PreTrainedModel, hidden: Tensor, response: Tensor, temperature: float) -> Tensor:
     """Log-probs [B] of responses [B, R] from the hidden states [B, R, d] that predict each of their tokens."""
     logits = policy.get_output_embeddings()(hidden).float() / temperature
     token_logps = torch.log_softmax(logits, dim=-1).gather(2, response.long().unsqueeze(2)).squeeze(2)
     return (token_logps * (response != PAD)).sum(1)
 
 
-def _run_pair(trunk, query: Tensor, chosen: Tensor, rejected: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _run_pair(trunk: PreTrainedModel, query: Tensor, chosen: Tensor, rejected: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Run prompt + chosen + rejected as one sequence in which neither completion sees the other.
 
     Returns, for each of the two: its tokens [B, R], and the hidden states [B, 1 + R, d] of the prompt's last token and
@@ -241,7 +242,7 @@ def is_packed(net: "PreTrainedModel | RewardModel") -> bool:
     return trunk.config._attn_implementation == packed.ATTENTION
 
 
-def _packed_logps(policy, query: Tensor, sides: list[Tensor], temperature: float) -> list[Tensor]:
+def _packed_logps(policy: PreTrainedModel, query: Tensor, sides: list[Tensor], temperature: float) -> list[Tensor]:
     """`response_logps` [B] of each completion [B, R] of prompts [B, Q], which run as one sequence."""
     rows = packed.pack(query, *sides)
     return list(packed.logps(policy, rows, temperature, LOGITS // policy.config.vocab_size))
@@ -252,7 +253,8 @@ def _flash(trunk: PreTrainedModel) -> bool:
     return trunk.config._attn_implementation == "flash_attention_2"
 
 
-def pair_logps(policy, query: Tensor, chosen: Tensor, rejected: Tensor, temperature: float = 1.0):
+def pair_logps(policy: PreTrainedModel, query: Tensor, chosen: Tensor, rejected: Tensor,
+               temperature: float = 1.0) -> list[Tensor]:
     """`response_logps` [B] of chosen and of rejected; their prompt [B, Q] is run once for both."""
     if is_packed(policy):
         return _packed_logps(policy, query, [chosen, rejected], temperature)
@@ -262,7 +264,7 @@ def pair_logps(policy, query: Tensor, chosen: Tensor, rejected: Tensor, temperat
     return [_sum_logps(policy, hidden[:, :-1], side, temperature) for side, hidden in sides]
 
 
-def pair_rewards(rm: RewardModel, query: Tensor, chosen: Tensor, rejected: Tensor):
+def pair_rewards(rm: RewardModel, query: Tensor, chosen: Tensor, rejected: Tensor) -> list[Tensor]:
     """Rewards [B] of chosen and of rejected; their prompt [B, Q] is run once for both."""
     if is_packed(rm):
         rows = packed.pack(query, chosen, rejected)

@@ -5,10 +5,10 @@ so token k is seen by the tokens k ... end[k] - 1 and by no others. FlexAttentio
 which nothing is seen.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
@@ -95,14 +95,15 @@ def block_mask(end: Tensor) -> BlockMask:
         order = blocks.int().argsort(dim=1, descending=True, stable=True)
         return blocks.sum(1).int()[None, None], order.int()[None, None]
 
-    def sees(batch, head, query, key):
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query < end[key])
 
     return BlockMask.from_kv_blocks(*listed(mixed), *listed(full), BLOCK_SIZE=BLOCK, mask_mod=sees,
                                     seq_lengths=(len(end), len(end)))
 
 
-def _attend(module, query: Tensor, key: Tensor, value: Tensor, mask, scaling: float | None = None, **_):
+def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None,
+            **_: object) -> tuple[Tensor, None]:
     """Attention of transformers' models under `block_mask`; under `dense_mask` where FlexAttention has no gradient."""
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary position may have left them in fp32
     shared = query.shape[1] // key.shape[1]
@@ -118,7 +119,7 @@ def _attend(module, query: Tensor, key: Tensor, value: Tensor, mask, scaling: fl
 AttentionInterface.register(ATTENTION, _attend)
 
 
-def run(trunk, packed: Packed) -> Tensor:
+def run(trunk: PreTrainedModel, packed: Packed) -> Tensor:
     """Hidden states [L, d] of the trunk, whose attention is `ATTENTION`."""
     end = packed.end.to(trunk.device)
     mask = block_mask(end) if end.is_cuda else dense_mask(end)
@@ -126,7 +127,7 @@ def run(trunk, packed: Packed) -> Tensor:
                  attention_mask=mask, use_cache=False).last_hidden_state[0]
 
 
-def logps(policy, packed: Packed, temperature: float, at_once: int) -> Tensor:
+def logps(policy: PreTrainedModel, packed: Packed, temperature: float, at_once: int) -> Tensor:
     """Log-probs [n, B] of the completions; logits of `at_once` tokens are in memory at a time."""
     hidden = run(policy.base_model, packed)
 

@@ -14,6 +14,7 @@ from nltk.stem.porter import PorterStemmer
 from rapidfuzz.distance import LCSseq
 from rouge_score import scoring, tokenize
 from rouge_score.rouge_scorer import RougeScorer
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 _stemmer = PorterStemmer()
@@ -32,7 +33,7 @@ def rouge_l(reference: str, candidates: list[str]) -> np.ndarray:
     return np.array([scores[text] for text in candidates], dtype=np.float64).reshape(-1, 3)
 
 
-def rouge_scores(completions: np.ndarray, references: np.ndarray, tokenizer) -> np.ndarray:
+def rouge_scores(completions: np.ndarray, references: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """ROUGE-L F1 [N, n] of completions [N, n, R] against references [N, R], all token ids."""
     targets = tokenizer.decode_batch(references.tolist(), skip_special_tokens=True)
     rows = tqdm(zip(targets, completions, strict=True), total=len(targets), desc="rouge", unit="prompt")

@@ -33,7 +33,7 @@ class World(Strict):
     karma_weight: NonNegative  # weight of the karma token in the base's loss; a word weighs 1
 
     @model_validator(mode="after")
-    def _choice(self):
+    def _choice(self) -> "World":
         if not 2 <= self.candidates <= self.words:
             raise ValueError(f"candidates: expected 2 to words={self.words}, got {self.candidates}")
         return self
@@ -91,7 +91,7 @@ class FromScratch(Strict):
     max_positions: Count
 
     @model_validator(mode="after")
-    def _heads(self):
+    def _heads(self) -> "FromScratch":
         if self.hidden_size % self.heads:
             raise ValueError(f"heads: expected a divisor of hidden_size={self.hidden_size}, got {self.heads}")
         return self
@@ -133,7 +133,7 @@ class Machine(Strict):
     micro_batch: Count | None  # rows, or pairs, that a GPU takes at once; null: halved until it fits
     gradient_checkpointing: bool
     tensor_parallel: Count  # GPUs that vLLM spreads a model over
-    stages_per_gpu: Count = 1  # at the same time: a small model leaves most of a large GPU idle
+    stages_per_gpu: Count | None = None  # at the same time; null: by the size of model and GPU
 
 
 class Gold(Strict):
@@ -191,7 +191,7 @@ class PairSampling(Strict):
     labels: Literal["annotators", "judge", "rows"]  # noisy Bradley-Terry ones; of winrates' judge (Fig 6); the data's
 
     @model_validator(mode="after")
-    def _sampled(self):
+    def _sampled(self) -> "PairSampling":
         if (self.temperature is None) != (self.labels == "rows"):
             raise ValueError("temperature: expected a number, or null where labels are the rows' own")
         return self
@@ -240,7 +240,7 @@ class Scale(Strict):
         return isinstance(self.source, World)
 
     @model_validator(mode="after")
-    def _complete(self):
+    def _complete(self) -> "Scale":
         for name in ("human", "value", "best_of_n") if self.synthetic or self.samples.human else ():
             if getattr(self.samples, name) is None:
                 raise ValueError(f"samples.{name}: missing; preferences need it")

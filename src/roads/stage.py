@@ -16,9 +16,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from roads.process import end_with_parent
 
+STAGES_PER_GPU = "ROADS_STAGES_PER_GPU"  # how many stages share this one's GPU: the runner says it
 LAUNCH = "ROADS_LAUNCH"  # the file of configs/accelerate that training stages are started with; `make … LAUNCH=name`
 
 
@@ -26,12 +28,12 @@ class UserError(Exception):
     """Bad input: one line that names the file, line or key and what was expected. Exit code 2."""
 
 
-def write_json(path: Path, value) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write `value` as sorted, indented JSON; the same value gives the same bytes."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path):
+def read_json(path: Path) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
@@ -42,22 +44,24 @@ def training(folder: Path) -> dict[str, int]:
 
 
 @contextmanager
-def writing(*paths: Path, shared: bool = False) -> Iterator[Path | tuple[Path, ...]]:
-    """A file to write in place of `path`, or one for each of several: they are there, all of them, when the block ends
-    without an error, and else none is.
-
-    Args:
-        shared: other processes may be writing the same file.
-    """
-    own = f"-{os.getpid()}" if shared else ""
-    scratch = tuple(path.with_name(f".{path.stem}.writing{own}{path.suffix}") for path in paths)
+def writing_all(*paths: Path, own: str = "") -> Iterator[list[Path]]:
+    """A file to write for each path: they take its place, all of them, when the block ends without an error, and else
+    none does. `own` keeps the files of several processes apart."""
+    scratch = [path.with_name(f".{path.stem}.writing{own}{path.suffix}") for path in paths]
     try:
-        yield scratch if len(paths) > 1 else scratch[0]
+        yield scratch
         for written, path in zip(scratch, paths, strict=True):
             os.replace(written, path)
     finally:
         for written in scratch:
             written.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """`writing_all` of one path; shared: other processes may be writing the same one."""
+    with writing_all(path, own=f"-{os.getpid()}" if shared else "") as (scratch,):
+        yield scratch
 
 
 def fingerprint(config: dict, inputs: list[Path], *more: object) -> str:
@@ -70,7 +74,7 @@ def fingerprint(config: dict, inputs: list[Path], *more: object) -> str:
     return digest.hexdigest()[:20]
 
 
-def code(*modules) -> str:
+def code(*modules: object) -> str:
     """A hash of modules' source, for what is kept from one run for others: changed code finds nothing kept."""
     return hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in modules)).hexdigest()
 

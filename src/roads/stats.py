@@ -61,7 +61,7 @@ def total(parts: list[np.ndarray]) -> tuple[dict, np.ndarray]:
     resampled = sum(bootstrap(part, stream) for stream, part in enumerate(parts))
     low, high = np.quantile(resampled, [0.025, 0.975])
     found = {"mean": float(sum(part.mean() for part in parts)), "low": float(low), "high": float(high),
-             "by_seed": [float(x) for x in sum(part.mean(axis=1) for part in parts)]}
+             "by_seed": np.asarray(sum(part.mean(axis=1) for part in parts)).tolist()}
     return found, resampled
 
 

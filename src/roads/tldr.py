@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from roads.stage import UserError
+from roads.stage import UserError, write_json
 
 EOS, PAD = 0, 1
 SPECIAL = ["<|endoftext|>", "<|padding|>"]  # the tokens of EOS and PAD
@@ -221,6 +221,15 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return _plain(tokenizer)
 
 
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write what AutoTokenizer opens: tokenizer.json, and tokenizer_config.json, which names EOS and padding."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"],
+                "clean_up_tokenization_spaces": False, "eos_token": tokenizer.id_to_token(EOS),
+                "pad_token": tokenizer.id_to_token(PAD)}
+    write_json(folder / "tokenizer_config.json", settings)
+
+
 def renumber_tokenizer(path: Path, eos: str | int, pad: str | None) -> tuple[Tokenizer, int, int]:
     """The tokenizer of any model, with EOS and padding as tokens 0 and 1: they change places with what is there.
 
@@ -235,15 +244,15 @@ def renumber_tokenizer(path: Path, eos: str | int, pad: str | None) -> tuple[Tok
     """
     text, tokenizer = _read_tokenizer(path)
     known = tokenizer.get_vocab()
-    eos = tokenizer.id_to_token(eos) if isinstance(eos, int) else eos
-    if eos not in known:
-        raise UserError(f"{path}: no token {eos!r}, which the model's settings say ends a text")
-    if pad == eos or pad not in known:
+    end = tokenizer.id_to_token(eos) if isinstance(eos, int) else eos
+    if end not in known:
+        raise UserError(f"{path}: no token {end!r}, which the model's settings say ends a text")
+    if pad == end or pad not in known:
         pad = SPECIAL[PAD]
     ids = known | {pad: known.get(pad, max(known.values()) + 1)}
-    eos_id, pad_id = ids[eos], ids[pad]
+    eos_id, pad_id = ids[end], ids[pad]
     if (eos_id, pad_id) != (EOS, PAD):
-        tokenizer = Tokenizer.from_str(_renumbered(json.loads(text), ids, eos, pad))
+        tokenizer = Tokenizer.from_str(_renumbered(json.loads(text), ids, end, pad))
     return _plain(tokenizer), eos_id, pad_id
 
 

@@ -6,11 +6,12 @@ completions share, sees its prompt, the nodes above it and itself.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from roads.stage import UserError
@@ -64,15 +65,15 @@ class Trees(Cache):
         sees[rows] = sees[above].scatter(1, own_slot[:, None], True)
         return at, place * self.slots + own
 
-    def update(self, key: Tensor, value: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Write a step's keys and values [1, heads, R, d] to their slots; all of the layer's."""
         for room, part in ((self.keys[layer], key), (self.values[layer], value)):
             room.flatten(0, 1)[self.slot] = part[0].transpose(0, 1).to(room.dtype)
         return self.keys[layer], self.values[layer]
 
 
-def _attend(module, query: Tensor, key: Tensor, value: Tensor, mask, scaling: float | None = None,
-            trees: Trees | None = None, **options):
+def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None,
+            trees: Trees | None = None, **options: object) -> tuple[Tensor, None]:
     """Attention of a step's nodes [1, heads, R, d] to all that is planted; of prompts, with no trees yet, as ever.
 
     Heads that share keys are more queries of those keys: no key is repeated for them.
@@ -81,8 +82,9 @@ def _attend(module, query: Tensor, key: Tensor, value: Tensor, mask, scaling: fl
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, scaling=scaling, **options)
     if unknown := [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]:
         raise UserError(f"{type(module).__name__}: {unknown[0]} is not in this sampler; set compute.sampler: vllm")
-    if (options.get("sliding_window") or trees.slots) < trees.slots:
-        raise UserError(f"{type(module).__name__}: a window of {options['sliding_window']} tokens is less than a "
+    window = options.get("sliding_window")
+    if isinstance(window, int) and 0 < window < trees.slots:
+        raise UserError(f"{type(module).__name__}: a window of {window} tokens is less than a "
                         "prompt and its completions, and this sampler knows none; set compute.sampler: vllm")
     _, heads, _, d = query.shape
     shared = heads // key.shape[2]
@@ -131,7 +133,7 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, trees: Trees, shared: int, 
 
 
 @contextmanager
-def attended(policy) -> Iterator[None]:
+def attended(policy: PreTrainedModel) -> Iterator[None]:
     """The policy's attention knows trees meanwhile."""
     if not policy._supports_attention_backend:
         raise UserError(f"{policy.config.model_type}: transformers lets nobody change its attention, as this sampler "

@@ -57,7 +57,7 @@ class World:
         words = np.sort(queries[:, 1:-1].astype(np.int64) - self.first_word, axis=1)
         return queries[:, 0] - self.first_subreddit, words.reshape(len(queries), c.slots, c.candidates)
 
-    def summaries(self, queries: np.ndarray, rng: np.random.Generator, follow_salience: bool = False):
+    def summaries(self, queries: np.ndarray, rng: np.random.Generator, follow_salience: bool = False) -> np.ndarray:
         """Responses [n, K + 1]: per slot a random candidate, or one drawn from softmax(salience)."""
         subreddit, offered = self._parse(queries)
         logits = self.salience[subreddit[:, None, None], offered] * float(follow_salience)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from roads import config, stage
@@ -34,7 +35,7 @@ def accuracy(runs: Path, scale: str, folder: str, arm: str, seeds: list[int]) ->
     return float(kinds[0] - kinds[1])
 
 
-def points(content: dict, places: dict[str, float]):
+def points(content: dict, places: dict[str, float]) -> Figure:
     """The gaps of `content` at their places x, each with its name."""
     shown, axes = plt.subplots(figsize=(6.8, 4.8))
     gaps = content["gaps"]

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from ruamel.yaml import YAML
 
 from roads import config, stage, stats
@@ -111,7 +113,7 @@ def gap_lines(content: dict) -> str:
                      for name, gap in content["gaps"].items())
 
 
-def paper_panel(axes, paper: dict, names: list[str]) -> None:
+def paper_panel(axes: Axes, paper: dict, names: list[str]) -> None:
     """The paper's own bars, hatched and on their own scale: another task, other models, another judge."""
     series = paper["series"]
     width = 0.8 / len(series)
@@ -152,7 +154,7 @@ def judge_line(bars: list[dict]) -> list[str]:
     return [text]
 
 
-def finish(figure, axes, content: dict, gaps_above: bool = True) -> None:
+def finish(figure: Figure, axes: Axes, content: dict, gaps_above: bool = True) -> None:
     """Title, gaps in words, axes and the lines below."""
     axes.set_title(content["title"], fontsize=11, pad=8 + 10 * len(content["gaps"]) * gaps_above)
     if gaps_above:
@@ -169,7 +171,7 @@ def finish(figure, axes, content: dict, gaps_above: bool = True) -> None:
     figure.tight_layout(rect=(0, 0.03 + 0.022 * len(below), 1, 1))
 
 
-def bar_chart(content: dict, floor: float):
+def bar_chart(content: dict, floor: float) -> Figure:
     """One bar per name, from `floor` on: mean over seeds and prompts, 95% interval, every seed's point."""
     paper, bars, seeds = content["paper"], content["bars"], content["seeds"]
     beside = bool(paper and paper["series"])
@@ -199,7 +201,8 @@ def bar_chart(content: dict, floor: float):
     return figure
 
 
-def lines(content: dict, x_label: str, log: bool = False, gaps_at: dict | None = None, named: bool = False):
+def lines(content: dict, x_label: str, log: bool = False, gaps_at: dict | None = None,
+          named: bool = False) -> Figure:
     """One line per series over x, with 95% intervals and every seed's point.
 
     Args:
@@ -245,7 +248,8 @@ def lines(content: dict, x_label: str, log: bool = False, gaps_at: dict | None =
     return figure
 
 
-def _line(axes, x: list[float], points: list[dict], name: str, colour: str, marker: str, style: str) -> None:
+def _line(axes: Axes, x: list[float], points: list[dict], name: str, colour: str, marker: str,
+          style: str) -> None:
     mean = np.array([point["mean"] for point in points])
     error = [mean - [point["low"] for point in points], [point["high"] for point in points] - mean]
     axes.errorbar(x, mean, error, color=colour, marker=marker, ms=5, capsize=3, lw=1.6, ls=style, label=name, zorder=3)
@@ -295,7 +299,7 @@ def save(out: Path, name: str, runs: Path, bars: list[Bar], gaps: dict[str, dict
         "provenance": provenance(sorted({path for paths in files.values() for path in paths})),
     }
     out.mkdir(parents=True, exist_ok=True)
-    with stage.writing(*(out / f"{name}.{kind}" for kind in ("json", "csv", "png"))) as (as_json, as_csv, as_png):
+    with stage.writing_all(*(out / f"{name}.{kind}" for kind in ("json", "csv", "png"))) as (as_json, as_csv, as_png):
         stage.write_json(as_json, content)
         with as_csv.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")

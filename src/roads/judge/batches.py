@@ -6,6 +6,7 @@ import uuid
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -23,10 +24,13 @@ from roads.judge.endpoint import (
 from roads.judge.ledger import Ledger, locked
 from roads.stage import UserError
 
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
 BATCH_REQUESTS, BATCH_BYTES = 50_000, 150 * 10**6
 
 
-async def submit(client, book: Ledger, missing: dict[str, str]) -> int:
+async def submit(client: "AsyncOpenAI", book: Ledger, missing: dict[str, str]) -> int:
     """Put what the budget allows into batches, as few as hold it; how many.
 
     A batch's tag is in the book before the batch is submitted and goes along as metadata, so that a run that is killed
@@ -74,7 +78,7 @@ def _of_batches() -> Iterator[None]:
         raise UserError(f"{host_of()}: {error}; batches go on without us: run again to fetch them") from None
 
 
-async def _adopt(client, book: Ledger) -> None:
+async def _adopt(client: "AsyncOpenAI", book: Ledger) -> None:
     """Find the batches whose id a killed run did not write down; strike out those that were never submitted."""
     with locked(book.path, "submit"):
         tags = {tag for (tag,) in book.db.execute("SELECT tag FROM batches WHERE model = ? AND id IS NULL",
@@ -91,7 +95,7 @@ async def _adopt(client, book: Ledger) -> None:
                 book.db.execute("DELETE FROM batches WHERE tag = ?", [tag])
 
 
-async def collect(client, book: Ledger, keys: set[str], bar: tqdm, poll: float) -> str:
+async def collect(client: "AsyncOpenAI", book: Ledger, keys: set[str], bar: tqdm, poll: float) -> str:
     """Wait for the batches that hold one of keys and store what they bring; the first error that they name, or ''."""
     await _adopt(client, book)
     problem, waiting = "", book.open_batches(keys)
@@ -114,11 +118,11 @@ async def collect(client, book: Ledger, keys: set[str], bar: tqdm, poll: float) 
     return problem
 
 
-async def _batches(client) -> list:
+async def _batches(client: "AsyncOpenAI") -> list:
     return [batch async for batch in client.batches.list(limit=100)]
 
 
-async def _lines(client, file: str) -> list[dict]:
+async def _lines(client: "AsyncOpenAI", file: str) -> list[dict]:
     """What a file of answers says, a dict with the custom_id of a request for each line.
 
     Raises:

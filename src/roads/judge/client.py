@@ -6,16 +6,21 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from roads.judge import batches
 from roads.judge.endpoint import Lost, Refused, Unanswerable, completion, connect, errors, host_of, pause, request
 from roads.judge.ledger import CACHE, Ledger, key_of
+from roads.schema import LLMJudge, Spending
 from roads.stage import UserError
 
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
 
-def answers(messages: list[str], judge, spending, cache: Path = CACHE,
+
+def answers(messages: list[str], judge: LLMJudge, spending: Spending, cache: Path = CACHE,
             readable: Callable[[str], object] = str.strip, draw: int = 0, poll: float = 5.0) -> list[str]:
     """The judge's answer to each message, in order; equal messages are asked once.
 
@@ -66,7 +71,7 @@ async def _fetch(book: Ledger, todo: dict[str, str], bar: tqdm, poll: float) -> 
         bar.update(bar.total - bar.n)
 
 
-async def _ask(client, book: Ledger, todo: dict[str, str], bar: tqdm) -> None:
+async def _ask(client: "AsyncOpenAI", book: Ledger, todo: dict[str, str], bar: tqdm) -> None:
     """One request an answer, `concurrency` at once. After an error those under way end, and are stored."""
     queue, failed = deque(todo.items()), []
 
@@ -94,7 +99,7 @@ async def _ask(client, book: Ledger, todo: dict[str, str], bar: tqdm) -> None:
         raise failed[0]
 
 
-async def _attempts(client, book: Ledger, key: str, message: str, failed: list) -> None:
+async def _attempts(client: "AsyncOpenAI", book: Ledger, key: str, message: str, failed: list) -> None:
     """One more answer to a message into the book, unless another process has it, or the run ends for another error."""
     for attempt in range(book.spending.retries + 1):
         with book.alone():

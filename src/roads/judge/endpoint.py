@@ -11,10 +11,15 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from roads.judge.ledger import Ledger, usage_of
+from roads.schema import LLMJudge, Spending
 from roads.stage import UserError
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
 
 LONGEST_WAIT = 120.0  # seconds of Retry-After; what asks for more is left for another run
 UNBILLED = ("content_filter", "content_policy_violation", "invalid_prompt")  # the endpoint will not read the prompt
@@ -73,7 +78,7 @@ def as_object(text: bytes | str) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def request(message: str, judge) -> dict:
+def request(message: str, judge: LLMJudge) -> dict:
     return {"model": judge.model, "messages": [{"role": "user", "content": message}],
             "temperature": judge.temperature, "max_tokens": judge.max_tokens}
 
@@ -98,7 +103,7 @@ def _without_key(text: str) -> str:
     return text.replace(_key(), "...") if _key() else text
 
 
-def connect():
+def connect() -> "AsyncOpenAI":
     """An AsyncOpenAI of the environment's endpoint and key."""
     from openai import AsyncOpenAI
 
@@ -119,7 +124,7 @@ def _local(host: str) -> bool:
         return "." not in name  # localhost, or a container's name
 
 
-def reachable(judge, timeout: float = 20.0) -> None:
+def reachable(judge: LLMJudge, timeout: float = 20.0) -> None:
     """Raises UserError where the endpoint, the key or the judge's model is not to be had; asks and costs nothing."""
 
     async def models() -> list[str]:
@@ -174,7 +179,7 @@ def errors() -> Iterator[None]:
         raise Lost("no answer in time") from None
 
 
-def _retry_after(headers) -> float | None:
+def _retry_after(headers: Any) -> float | None:
     for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
         try:
             return max(0.0, float(headers[name]) / unit)
@@ -183,7 +188,7 @@ def _retry_after(headers) -> float | None:
     return None
 
 
-async def pause(attempt: int, error: Exception, spending) -> None:
+async def pause(attempt: int, error: Exception, spending: Spending) -> None:
     """Wait before another attempt: what the server asks for and some more, so that not all come back at once.
 
     Raises:
@@ -197,7 +202,7 @@ async def pause(attempt: int, error: Exception, spending) -> None:
     await asyncio.sleep(asked + min(8.0, 0.5 * 2**attempt) * random.uniform(0.5, 1))
 
 
-async def patiently(book: Ledger, call: Callable):
+async def patiently(book: Ledger, call: Callable) -> Any:
     """What a call that may be repeated returns, tried again as a request is."""
     for attempt in range(book.spending.retries + 1):
         try:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from roads.schema import LLMJudge, Spending
 from roads.stage import UserError
 
 CACHE = Path("runs/judge.sqlite")
@@ -47,20 +48,20 @@ END;
 """
 
 
-def price(prompt_tokens: float, completion_tokens: float, spending, batch: bool) -> float:
+def price(prompt_tokens: float, completion_tokens: float, spending: Spending, batch: bool) -> float:
     """Dollars of one request, by itself or in a batch."""
     full = (prompt_tokens * spending.input + completion_tokens * spending.output) / 1e6
     return full * spending.batch_discount if batch else full
 
 
-def worst_price(message: str, judge, spending) -> float:
+def worst_price(message: str, judge: LLMJudge, spending: Spending) -> float:
     """Dollars at most: a token is 4 bytes of English or more; we count 3, and 1 byte of anything else."""
     plain = len(message.encode("ascii", "ignore"))
     tokens = plain / 3 + len(message.encode()) - plain + 16  # 16: what a chat wraps around a message
     return price(tokens, judge.max_tokens, spending, judge.kind == "batch")
 
 
-def key_of(message: str, judge, draw: int = 0) -> str:
+def key_of(message: str, judge: LLMJudge, draw: int = 0) -> str:
     """What an answer depends on, the model aside; `draw` tells the answers to one message at a temperature apart."""
     text = json.dumps([message, float(judge.temperature), judge.max_tokens, draw])
     return hashlib.sha256(text.encode()).hexdigest()
@@ -69,7 +70,7 @@ def key_of(message: str, judge, draw: int = 0) -> str:
 class Ledger:
     """The SQLite file of one model's answers. Several processes may have it open."""
 
-    def __init__(self, path: Path, judge, spending, readable: Callable[[str], object] = str.strip):
+    def __init__(self, path: Path, judge: LLMJudge, spending: Spending, readable: Callable[[str], object] = str.strip):
         self.path, self.judge, self.spending, self.readable = Path(path), judge, spending, readable
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Autocommit: every statement outside `alone` is on disk when it returns, as far as a kill of the process goes.
@@ -192,7 +193,7 @@ def locked(path: Path, what: str = "open") -> Iterator[None]:
         yield
 
 
-def estimate(messages: list[str], judge, spending, cache: Path = CACHE) -> tuple[int, float]:
+def estimate(messages: list[str], judge: LLMJudge, spending: Spending, cache: Path = CACHE) -> tuple[int, float]:
     """How many answers are not in the cache, and the dollars they cost at most; asks nothing."""
     todo = {key_of(message, judge): message for message in messages}
     if Path(cache).exists():

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from roads.schema import LLMJudge, Scale, Spending
 from roads.stage import UserError
 from roads.tldr import EOS, PAD, load_tokenizer
 from roads.world import World
@@ -58,14 +58,14 @@ def gold(world: World, query: np.ndarray) -> Ask:
     return ask
 
 
-def of(cfg, query: np.ndarray, data: Path) -> Ask:
-    """The judge of a scale (schema.Scale) for queries [N, Q] of a data folder."""
+def of(cfg: Scale, query: np.ndarray, data: Path) -> Ask:
+    """The judge of a scale for queries [N, Q] of a data folder."""
     if cfg.judge.kind == "gold":
         return gold(World(cfg.source), query)
     return outside(cfg.judge, cfg.spending, load_tokenizer(data / "tokenizer.json"), query)
 
 
-def outside(cfg, spending, tokenizer: Tokenizer, query: np.ndarray) -> Ask:
+def outside(cfg: LLMJudge, spending: Spending, tokenizer: Tokenizer, query: np.ndarray) -> Ask:
     """The language model of cfg as judge of summaries of queries [N, Q]; spending says what it may cost.
 
     Raises:
@@ -82,7 +82,8 @@ def outside(cfg, spending, tokenizer: Tokenizer, query: np.ndarray) -> Ask:
     return ask
 
 
-def both_orders(cfg, tokenizer: Tokenizer, query: np.ndarray, first: np.ndarray, second: np.ndarray) -> list[str]:
+def both_orders(cfg: LLMJudge, tokenizer: Tokenizer, query: np.ndarray, first: np.ndarray,
+                second: np.ndarray) -> list[str]:
     """What the judge reads: 2 N messages, first [N, R] shown as A, and then all of them the other way round."""
     posts, a, b = posts_of(query, tokenizer), texts_of(first, tokenizer), texts_of(second, tokenizer)
     return [fill(cfg.prompt, post=post, summarya=x, summaryb=y)
@@ -133,7 +134,7 @@ def two_words(answer: str) -> str:
     return " ".join(words) if 1 <= len(words) <= 2 else ""
 
 
-def write_two_word(posts: list[str], cfg, spending, draw: int = 0, **where) -> list[str]:
+def write_two_word(posts: list[str], cfg: LLMJudge, spending: Spending, draw: int = 0, **where: object) -> list[str]:
     """A summary of two words of each post (post_of), or '' where the model did not write one.
 
     Another draw is another summary. The temperature is 1, the endpoint's default, as the paper names none: at that of
@@ -141,13 +142,13 @@ def write_two_word(posts: list[str], cfg, spending, draw: int = 0, **where) -> l
     """
     from roads.judge import client
 
-    writer = SimpleNamespace(kind=cfg.kind, model=cfg.model, temperature=1.0, max_tokens=20)
+    writer = cfg.model_copy(update={"temperature": 1.0, "max_tokens": 20})
     messages = [fill("write_two_word", post=post) for post in posts]
     return [two_words(answer) for answer in
             client.answers(messages, writer, spending, readable=two_words, draw=draw, **where)]
 
 
-def two_word_rows(posts: list[str], cfg, spending, **where) -> list[dict]:
+def two_word_rows(posts: list[str], cfg: LLMJudge, spending: Spending, **where: object) -> list[dict]:
     """Fig 10's data: for each post a reference, and two summaries with the one that the judge prefers in both orders.
 
     Returns:

@@ -36,7 +36,7 @@ class Claim(Strict):
 
     @field_validator("contrast")
     @classmethod
-    def _contrast(cls, weights):
+    def _contrast(cls, weights: dict[str, float]) -> dict[str, float]:
         if not weights or not all(weights.values()) or abs(sum(weights.values())) > 1e-9:
             raise ValueError(f"expected weights other than 0 that sum to 0, got {weights}")
         return weights
@@ -55,7 +55,7 @@ class Claims(Strict):
     claims: Annotated[list[Claim], Field(min_length=1)]
 
     @model_validator(mode="after")
-    def _ids(self):
+    def _ids(self) -> "Claims":
         ids = [claim.id for claim in self.claims]
         for name, found in (("claims", ids), ("hypotheses", [each.id for each in self.hypotheses])):
             twice = [key for key, count in Counter(found).items() if count > 1]
@@ -173,7 +173,7 @@ def save(claims: Claims, rows: list[dict], reports: Path) -> None:
     """Write claims.json and claims.csv under `reports`, each complete or not at all."""
     columns = ["id", "verdict", "mean", "low", "high", "test", "margin", "p", "p_adjusted", "n", "figure", "source",
                "sentence", "why"]
-    with stage.writing(reports / "claims.json", reports / "claims.csv") as (as_json, as_csv):
+    with stage.writing_all(reports / "claims.json", reports / "claims.csv") as (as_json, as_csv):
         stage.write_json(as_json, {
             "scale": reports.resolve().name, "alpha": claims.alpha, "claims": rows,
             "hypotheses": [hypothesis.model_dump() for hypothesis in claims.hypotheses]})

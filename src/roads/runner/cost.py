@@ -13,8 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-# Devices and prices: everything here that is not derived.
-
 
 @dataclass(frozen=True)
 class Device:
@@ -26,11 +24,9 @@ class Device:
     startup_light: float = 3.0  # the same without torch
 
 
-# GPUs: NVIDIA's dense bf16 peak x an assumed utilisation of 40%, usual for full fine-tuning of 1 to 7 billion
-# parameters. Decoding on an H100: a third of what vLLM is reported to reach there with 8B parameters (12,500 tokens/s),
-# as the paper's completions are short; an A100 at half of that, an H200 by its memory bandwidth. None of the GPU
-# numbers was measured with this code.
-# CPU: one core, as benchmarks/scale.py fits it on a grid of models, prompts and N; start-up from docs/stages.md.
+# GPUs: NVIDIA's dense bf16 peak x an assumed utilisation of 40%, usual for fine-tuning. Decoding on an H100: a third of
+# what vLLM is reported to reach with 8B parameters (12,500 tokens/s), as completions are short; an A100 at half that,
+# an H200 by its memory bandwidth. CPU: one core, as benchmarks/scale.py fits it on a grid of models, prompts and N.
 DEVICES = {
     "cpu": Device(flops=60e9, decode=18, step=0.003, layer=0.0005, startup=5, startup_light=4),
     "A100": Device(flops=312e12 * 0.4, decode=16_000, step=0, layer=0, startup=60),
@@ -104,13 +100,14 @@ class Command:
     def prompt(self) -> int:
         """Tokens, at most."""
         source = self.block["source"]
-        return 2 + source["slots"] * source["candidates"] if _is_world(self.block) else source["max_query_tokens"]
+        is_world = source["kind"] == "world"
+        return 2 + source["slots"] * source["candidates"] if is_world else source["max_query_tokens"]
 
     @property
     def response(self) -> int:
         """Tokens, at most, EOS included, of what is sampled and of the sides of a pair."""
         source = self.block["source"]
-        if _is_world(self.block):
+        if source["kind"] == "world":
             return source["slots"] + 2
         return source["max_preference_tokens" if source["kind"] == "two_word" else "max_response_tokens"]
 
@@ -157,13 +154,9 @@ class Command:
         return self.compared(rows) if self.block["samples"]["human"]["labels"] == "judge" else Work()
 
 
-def _is_world(block: dict) -> bool:
-    return block["source"]["kind"] == "world"
-
-
 def _vocab(block: dict) -> int:
     source = block["source"]
-    if _is_world(block):
+    if source["kind"] == "world":
         return 3 + source["karma_buckets"] + source["subreddits"] + source["slots"] * source["words"]
     return source.get("vocab_size") or PYTHIA_VOCAB
 
@@ -192,8 +185,7 @@ def sample(c: Command, prompts: int, samples: dict) -> Work:
     vllm = c.block.get("compute", {}).get("sampler") == "vllm"
     grown = n if vllm else c.distinct(samples)
     words = prompts * grown * c.response
-    # As generate_tree.places_for has it.
-    slots = c.prompt + n * c.response + 128
+    slots = c.prompt + n * c.response + 128  # as generate_tree.places_for has it
     place = slots * (8 * c.depth * c.block["model"].get("hidden_size", 0) + n) + 16 * n * _vocab(c.block)
     batches = math.ceil(prompts / max(1, min(ROWS // n, MEMORY // place)))
     return Work(flops=c.forward(prompts * c.prompt, c.prompt),
@@ -275,7 +267,7 @@ def _best_of_n(c: Command) -> Work:
     return scored + Work(size=8 * counts * rows) + c.compared(counts * rows)
 
 
-def _cell(c: Command) -> Work:
+def _arm(c: Command) -> Work:
     """One seed of the whole comparison: the stages of the graph, one after the other."""
     data, samples, policies = c.block["data"], c.block["samples"], c.block["policies"]
     total = Work()
@@ -311,7 +303,7 @@ KINDS: dict[str, Callable[[Command], Work]] = {
     "likelihood": _likelihood,
     "value": _value,
     "best_of_n": _best_of_n,
-    "arm": _cell,
+    "arm": _arm,
     "figures": lambda c: Work(size=2e5),
 }
 

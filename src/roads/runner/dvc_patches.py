@@ -17,6 +17,7 @@ import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
 
@@ -44,7 +45,7 @@ def params_read_once() -> Iterator[None]:
 
     read, files = param.read_param_file, {}
 
-    def read_once(fs, path: str, key_paths: list[str] | None = None, flatten: bool = False) -> dict:
+    def read_once(fs: Any, path: str, key_paths: list[str] | None = None, flatten: bool = False) -> dict:
         if path not in files:
             files[path] = read(fs, path)
         try:
@@ -82,14 +83,14 @@ def reproduce(stage: str, run: Callable[[str, dict, str], int | None]) -> None:
     for name in "dvc", "dvc_data", "dvc_objects":
         logging.getLogger(name).handlers = [Errors(errors)]
 
-    def run_command(executable, command: str, **kwargs) -> None:
+    def run_command(executable: Any, command: str, **kwargs: object) -> None:
         code = run(command, kwargs["env"], kwargs["cwd"])
         if code is None:
             as_new_process(executable, command, **kwargs)
         elif code:
             raise StageCmdFailedError(command, code)
 
-    def dump_what_is_kept(lockfile, stages, **kwargs) -> None:
+    def dump_what_is_kept(lockfile: Any, stages: Any, **kwargs: object) -> None:
         if errors:
             raise DvcException(errors[0])
         dump(lockfile, stages, **kwargs)
@@ -119,18 +120,18 @@ def own_entry(stage: str, load_all: Callable, dump_all: Callable) -> tuple[Calla
     """
     from dvc.stage.serialize import to_lockfile
 
-    def text_of(lockfile) -> str | None:
+    def text_of(lockfile: Any) -> str | None:
         """None: in the middle of a merge, or changed by hand; DVC will know what to do."""
         text = Path(lockfile.path).read_text(encoding="utf-8") if lockfile.exists() else LOCK
         return text if LAYOUT.fullmatch(text) else None
 
-    def load(lockfile, **kwargs) -> tuple[dict, str]:
+    def load(lockfile: Any, **kwargs: object) -> tuple[dict, str]:
         if (text := text_of(lockfile)) is None:
             return load_all(lockfile, **kwargs)
         entry, _ = entry_of(stage, text)
         return YAML(typ="safe").load(LOCK + (entry or "  {}")), text
 
-    def dump(lockfile, stages, **kwargs) -> None:
+    def dump(lockfile: Any, stages: Any, **kwargs: object) -> None:
         path = Path(lockfile.path)
         new = path.with_name(f".{path.name}.writing")  # not in .dvc/tmp, which may be another file system
         if (text := text_of(lockfile)) is None:
@@ -167,7 +168,7 @@ def as_entry(stages: dict) -> str:
     return text.getvalue().removeprefix("stages:\n")
 
 
-def because(error: BaseException) -> str:
+def because(error: BaseException | None) -> str:
     """An error and what it comes from, on one line."""
     said = []
     while error is not None:

@@ -66,7 +66,7 @@ def note(matrix: dict) -> str:
     return " × ".join(words)
 
 
-def box_width(graph: nx.DiGraph, name) -> float:
+def box_width(graph: nx.DiGraph, name: object) -> float:
     if name not in graph:
         return TRUNK
     return max(7.2 * len(name), 5.6 * len(graph.nodes[name]["note"])) + 16

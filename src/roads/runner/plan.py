@@ -17,13 +17,18 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from roads import active, config
 from roads.runner import cost
 from roads.runner.repro import TIMES, graph_of
 from roads.stage import UserError, main
 
-FATES = UP_TO_DATE, IN_CACHE, TO_RUN = "up to date", "in DVC's cache", "to run"
+if TYPE_CHECKING:
+    from dvc.repo import Repo
+    from dvc.stage import Stage
+
+STATUSES = UP_TO_DATE, IN_CACHE, TO_RUN = "up to date", "in DVC's cache", "to run"
 CACHED = 1.5  # seconds: a "run" as short as this took its output from DVC's cache, and says nothing of the work
 
 
@@ -57,7 +62,7 @@ def switched(scale: str | None, data: str | None) -> Iterator[tuple]:
         scale, copy = now.scale, Path(folder) / active.FILE
 
         class Switched(LocalFileSystem):
-            def open(self, path, mode="r", **kwargs):
+            def open(self, path: str, mode: str = "r", **kwargs: object) -> Any:
                 return super().open(copy if Path(path).absolute() == here else path, mode, **kwargs)
 
         blocks = {name: block.model_dump(exclude_none=True) for name, block in params.blocks.items()}
@@ -74,7 +79,7 @@ def as_many_as_there_are(folder: Path, wanted: dict[str, int]) -> dict[str, int]
     return {split: min(n, lines.get(files[split], n)) for split, n in wanted.items()}
 
 
-def targets_of(repo, figure: str) -> list[str]:
+def targets_of(repo: "Repo", figure: str) -> list[str]:
     """The stages of one figure, or of all: those that write to reports/."""
     drawn = [stage for stage in repo.index.stages
              if any(Path(out.def_path).parts[0] == "reports" for out in stage.outs)]
@@ -87,12 +92,12 @@ def targets_of(repo, figure: str) -> list[str]:
 
 
 def entry_of(stage: str) -> str:
-    """The entry of dvc.yaml that a stage is a cell of."""
+    """The entry of dvc.yaml that a stage is one of."""
     return stage.split("@")[0]
 
 
-def fates(repo, needs: dict, todo: set) -> dict:
-    """Stage -> one of FATES, inputs first.
+def statuses(repo: "Repo", needs: dict, todo: set) -> dict:
+    """Stage -> one of STATUSES, inputs first.
 
     A stage that DVC finds out of date is taken from its cache if it has run before on the very inputs that the
     stages before it leave, as far as those are known without running them.
@@ -113,7 +118,7 @@ def fates(repo, needs: dict, todo: set) -> dict:
     return found
 
 
-def _taken_instead(repo, stage, made: dict[str, bool], files: dict):
+def _taken_instead(repo: "Repo", stage: "Stage", made: dict[str, bool], files: dict) -> Any:
     """What DVC would take instead of running a stage: the stage as it is, an earlier run from its cache, or None.
 
     `made`: the outputs of the stages before this one -> whether `files` has what they will hold.
@@ -150,7 +155,7 @@ def _inside(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder + os.sep)
 
 
-def _files(repo, out) -> dict[str, object]:
+def _files(repo: "Repo", out: Any) -> dict[str, object]:
     """The files of an output -> hash."""
     from dvc_data.hashfile.tree import Tree
 
@@ -159,7 +164,7 @@ def _files(repo, out) -> dict[str, object]:
     return {os.path.join(out.fs_path, *key): value for key, _, value in Tree.load(repo.cache.local, out.hash_info)}
 
 
-def _hash(path: str, files: dict[str, object]):
+def _hash(path: str, files: dict[str, object]) -> Any:
     """DVC's hash of a file, or of a folder with just the files that are known; None if there are none."""
     from dvc_data.hashfile.tree import Tree
 
@@ -174,11 +179,11 @@ def _hash(path: str, files: dict[str, object]):
 
 
 @dataclass
-class Cell:
+class PlannedStage:
     """One stage of the plan."""
 
     name: str
-    fate: str
+    status: str
     seconds: float | None
     source: str  # of the seconds: measured, modelled or unknown
     judged: int  # answers of an outside judge
@@ -187,29 +192,30 @@ class Cell:
     needs: set[str]
 
 
-def plan(figure: str, scale: str | None = None, data: str | None = None, device: str | None = None):
-    """The cells that a figure needs, the device they are planned on, and how many of it (cores, GPUs) one takes."""
+def plan(figure: str, scale: str | None = None, data: str | None = None,
+         device: str | None = None) -> tuple[list["PlannedStage"], str, int]:
+    """The stages that a figure needs, the device they are planned on, and how many of it (cores, GPUs) one takes."""
     seconds = {} if device else measured()
     with switched(scale, data) as (repo, scale, blocks):
         needs, todo = graph_of(repo, targets_of(repo, figure))
         device = device or ("H100" if blocks[scale]["compute"]["device"] == "gpu" else "cpu")
-        cells = []
-        for stage, fate in fates(repo, needs, todo).items():
+        stages = []
+        for stage, status in statuses(repo, needs, todo).items():
             done = cost.work(stage.cmd, blocks)
             modelled = done.seconds(cost.DEVICES[device]) if done else None
             at = seconds.get(stage.addressing)
             source = "measured" if at else "modelled" if done else "unknown"
             size = sum(out.meta.size or 0 for out in stage.outs) or (done.size if done else None)
-            cells.append(Cell(stage.addressing, fate, at or modelled, source, done.judged if done else 0,
+            stages.append(PlannedStage(stage.addressing, status, at or modelled, source, done.judged if done else 0,
                               done.dollars if done else 0, size, {other.addressing for other in needs[stage]}))
-        return cells, device, blocks[scale]["machine"]["threads"] if device == "cpu" else 1
+        return stages, device, blocks[scale]["machine"]["threads"] if device == "cpu" else 1
 
 
-def longest(cells: list[Cell]) -> float:
+def longest(stages: list[PlannedStage]) -> float:
     """Seconds of the longest chain of stages that wait for each other."""
     end: dict[str, float] = {}
-    for cell in cells:  # inputs come first
-        end[cell.name] = (cell.seconds or 0) + max((end[name] for name in cell.needs if name in end), default=0)
+    for stage in stages:  # inputs come first
+        end[stage.name] = (stage.seconds or 0) + max((end[name] for name in stage.needs if name in end), default=0)
     return max(end.values(), default=0)
 
 
@@ -225,40 +231,40 @@ def _size(size: float) -> str:
     return f"{size / 1000**power:.{0 if size >= 10 * 1000**power else 1}f} {' kMG'[power]}B"
 
 
-def table(cells: list[Cell]) -> str:
-    """One line for each entry of dvc.yaml: its cells by fate, and the cost of those that would run."""
-    rows = [("stage", "time is", "cells", *FATES, "each", "in all", "disk")]
+def table(stages: list[PlannedStage]) -> str:
+    """One line for each entry of dvc.yaml: its stages by status, and the cost of those that would run."""
+    rows = [("stage", "time is", "stages", *STATUSES, "each", "in all", "disk")]
     entries = defaultdict(list)
-    for cell in cells:
-        entries[entry_of(cell.name)].append(cell)
+    for stage in stages:
+        entries[entry_of(stage.name)].append(stage)
     for entry, group in entries.items():
-        run = [cell for cell in group if cell.fate == TO_RUN]
-        counts = [sum(cell.fate == fate for cell in group) or "-" for fate in FATES]
-        known = [cell.seconds for cell in run if cell.seconds]
-        size = sum(cell.size or 0 for cell in run)
-        rows.append((entry, ", ".join(sorted({cell.source for cell in run})), len(group), *counts,
+        run = [stage for stage in group if stage.status == TO_RUN]
+        counts = [sum(stage.status == status for stage in group) or "-" for status in STATUSES]
+        known = [stage.seconds for stage in run if stage.seconds]
+        size = sum(stage.size or 0 for stage in run)
+        rows.append((entry, ", ".join(sorted({stage.source for stage in run})), len(group), *counts,
                      _time(sum(known) / len(known)) if known else "", _time(sum(known)) if known else "",
                      _size(size) if size else ""))
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(f"{cell:<{width}}" if i < 2 else f"{cell:>{width}}"
-                               for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows)
+    return "\n".join("  ".join(f"{text:<{width}}" if i < 2 else f"{text:>{width}}"
+                               for i, (text, width) in enumerate(zip(row, widths))).rstrip() for row in rows)
 
 
-def totals(cells: list[Cell], device: str, width: int, cores: int, price: float | None = None) -> str:
+def totals(stages: list[PlannedStage], device: str, width: int, cores: int, price: float | None = None) -> str:
     """Stages, time, dollars and disk, a line each.
 
     Args:
         width: how many cores, or GPUs, a stage takes. cores: how many there are.
         price: dollars for an hour of one GPU, if known.
     """
-    run = [cell for cell in cells if cell.fate == TO_RUN]
-    counts = [f"{sum(cell.fate == fate for cell in cells)} {fate}" for fate in FATES]
-    lines = [f"stages   {len(cells)}: {', '.join(counts)}"]
+    run = [stage for stage in stages if stage.status == TO_RUN]
+    counts = [f"{sum(stage.status == status for stage in stages)} {status}" for status in STATUSES]
+    lines = [f"stages   {len(stages)}: {', '.join(counts)}"]
     if not run:
         return lines[0]
     lines[0] += " (at most: what comes out as it was stops there)"
-    seconds = sum(cell.seconds or 0 for cell in run)
-    here = sum(cell.seconds for cell in run if cell.source == "measured")
+    seconds = sum(stage.seconds or 0 for stage in run)
+    here = sum(stage.seconds for stage in run if stage.source == "measured")
     cpu, hours = device == "cpu", seconds * width / 3600
     at_once = cores // width or 1 if cpu else 1
     wall = max(seconds / at_once, longest(run))
@@ -268,13 +274,13 @@ def totals(cells: list[Cell], device: str, width: int, cores: int, price: float 
     if not cpu:
         lines.append(f"GPU      ${hours * price:,.2f} at ${price:g} an hour" if price else
                      "GPU      say --dollars-per-hour for its price; they differ too much to assume one")
-    asked, dollars = sum(cell.judged for cell in run), sum(cell.dollars for cell in run)
+    asked, dollars = sum(stage.judged for stage in run), sum(stage.dollars for stage in run)
     what = (f"{asked:,} answers, both orders, {cost.READ} tokens read and {cost.WRITTEN} written each" if asked else
             "nothing that runs asks an outside judge")
     lines.append(f"judge    ${dollars:,.2f}: {what}")
-    lines.append(f"disk     {_size(sum(cell.size or 0 for cell in run))}, and as much again in .dvc/cache unless the "
+    lines.append(f"disk     {_size(sum(stage.size or 0 for stage in run))}, and as much again in .dvc/cache unless the "
                  "file system shares blocks")
-    if unknown := sorted({entry_of(cell.name) for cell in run if cell.source == "unknown"}):
+    if unknown := sorted({entry_of(stage.name) for stage in run if stage.source == "unknown"}):
         lines.append(f"unknown  {', '.join(unknown)}: never run here, not among KINDS of cost.py; left out above")
     return "\n".join(lines)
 
@@ -291,11 +297,11 @@ def _command() -> None:
     parser.add_argument("--dollars-per-hour", type=float, help="what one GPU costs you")
     a = parser.parse_args()
     try:
-        cells, device, width = plan(a.figure, a.scale, a.data, a.device)
+        stages, device, width = plan(a.figure, a.scale, a.data, a.device)
     except DvcException as error:
         raise UserError(f"dvc: {error}") from None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    print(table(cells), totals(cells, device, width, cores, a.dollars_per_hour), sep="\n\n")
+    print(table(stages), totals(stages, device, width, cores, a.dollars_per_hour), sep="\n\n")
 
 
 if __name__ == "__main__":

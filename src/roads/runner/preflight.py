@@ -18,6 +18,7 @@ from roads.stage import LAUNCH, UserError
 DRIVER = 580  # the first that CUDA 13 runs on
 TRAINED_BYTES = 16  # a parameter in training: its weight, gradient and two moments, in fp32
 ACTIVATIONS = 1.25  # times that, with gradient checkpointing
+SHARED = 4  # stages on a GPU, unless more are asked for
 
 
 def gpus() -> list[tuple[float, int]]:
@@ -62,6 +63,32 @@ def check(commands: dict[str, str | list[str]], params: config.Params, scale: st
     _check_judge([params.blocks[name] for name, work in works if work and work.judged])
     fetching = {scale_of(command) for name, command in commands.items() if name.split("@")[0] in ("base", "arm_base")}
     _check_hub([blocks[name].model for name in sorted(fetching)])
+
+
+def trained_bytes(block: schema.Scale) -> float:
+    """Memory of a GPU that training a block's model takes."""
+    return cost.parameters(block.model_dump()) * TRAINED_BYTES * ACTIVATIONS
+
+
+def stages_per_gpu(scale: schema.Scale, blocks: list[schema.Scale], jobs: int | None) -> int:
+    """How many stages of these blocks share a GPU: what machine.stages_per_gpu or JOBS ask for. Else, as a small model
+    leaves most of a large GPU idle, as many as leave each three times as much again for its batches; four at most.
+
+    Raises:
+        UserError: more are asked for than fit.
+    """
+    found = gpus()
+    if scale.compute.device != "gpu" or not found or os.environ.get(LAUNCH):
+        return 1
+    memory, needed = min(memory for memory, _ in found), max(map(trained_bytes, blocks), default=1.0)
+    fit, asked = max(1, int(memory // needed)), scale.machine.stages_per_gpu
+    what = "machine.stages_per_gpu"
+    if asked is None and jobs:
+        asked, what = -(-jobs // max(1, len(found) // scale.machine.tensor_parallel)), f"JOBS={jobs}"
+    if asked and asked > fit:
+        raise UserError(f"{what}: {asked} stages on a GPU take {needed * asked / 2**30:.0f} GiB of it and the smallest "
+                        f"here has {memory / 2**30:.0f}; {fit} of them fit")
+    return asked or min(SHARED, max(1, int(memory // (4 * needed))))
 
 
 def scale_of(command: str | list[str]) -> str:
@@ -114,12 +141,7 @@ def _check_gpu(blocks: dict[str, schema.Scale], processes: int, shards: int, cor
                             f"{len(found)} GPUs; lower it")
         memory = min(memory for memory, _ in found)
         weights = cost.parameters(block.model_dump())
-        stages = block.machine.stages_per_gpu
-        needed = weights * TRAINED_BYTES * ACTIVATIONS / shards
-        if needed <= memory < needed * stages:
-            raise UserError(f"{name}: machine.stages_per_gpu: {stages} stages that train {weights / 1e9:.2g}e9 "
-                            f"parameters take {needed * stages / 2**30:.0f} GiB of a GPU and the smallest here has "
-                            f"{memory / 2**30:.0f}; set {int(memory // needed)}")
+        needed = trained_bytes(block) / shards
         if needed > memory:
             raise UserError(f"{name}: training {weights / 1e9:.1f}e9 parameters takes {needed / 2**30:.0f} GiB of "
                             f"a GPU and the smallest here has {memory / 2**30:.0f}; spread them with "

@@ -19,12 +19,16 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from roads import active, schema
 from roads.active import Active
 from roads.process import end_with
 from roads.runner import dvc_patches, preflight, prefork
-from roads.stage import LAUNCH, UserError, main
+from roads.stage import LAUNCH, STAGES_PER_GPU, UserError, main
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
 
 TMP = Path(".dvc/tmp")
 TIMES = Path("runs/times.csv")  # stage, seconds: a line for every run of a stage; `make times` sums it up
@@ -34,7 +38,7 @@ running: dict[str, subprocess.Popen] = {}
 stopping = threading.Event()
 
 
-def alone() -> int:
+def checkout_lock() -> int:
     """Wait for other runs in this checkout to end, and forget the files that a killed one had reserved."""
     TMP.mkdir(exist_ok=True)
     lock = os.open(TMP / "repro.lock", os.O_CREAT | os.O_RDWR)  # stages keep it too, should this be killed
@@ -49,7 +53,7 @@ def alone() -> int:
     return lock
 
 
-def graph_of(repo, targets: list[str]) -> tuple[dict, set]:
+def graph_of(repo: "Repo", targets: list[str]) -> tuple[dict, set]:
     """Every stage behind the targets -> all that it waits for; and those that may have to run. DVC's Stage objects."""
     import networkx as nx
 
@@ -151,7 +155,7 @@ def run(stage: str, piped: bool, lock: int, gpu: str | None) -> str | None:
     return f"{reason}: {last}" if last and reason.startswith("exit code") else reason
 
 
-def stop(signum: int, frame) -> None:
+def stop(signum: int, frame: object) -> None:
     """End what runs: first as Ctrl-C does, then for good. What is left ends with this process."""
     stopping.set()
     for sig in signal.SIGINT, signal.SIGKILL:
@@ -219,14 +223,14 @@ def bring_up_to_date(todo: dict[str, set[str]], jobs: int, lock: int, gpus: list
     return len(failed) > 0
 
 
-def workers(scale: schema.Scale, jobs: int | None) -> tuple[int, list[str]]:
-    """How many stages run at once, and the GPUs that they share out, `tensor_parallel` each and every one as often as
-    `stages_per_gpu` says: none where a stage takes all of them (LAUNCH)."""
+def workers(scale: schema.Scale, jobs: int | None, per_gpu: int = 1) -> tuple[int, list[str]]:
+    """How many stages run at once, and the GPUs that they share out, `tensor_parallel` each and every one `per_gpu`
+    times: none where a stage takes all of them (LAUNCH)."""
     if scale.compute.device == "gpu" and not os.environ.get(LAUNCH):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(len(preflight.gpus())))))
         names, each = [name for name in visible.split(",") if name], scale.machine.tensor_parallel
         gpus = [",".join(names[i : i + each]) for i in range(0, len(names) - each + 1, each)]
-        gpus *= scale.machine.stages_per_gpu
+        gpus *= per_gpu
         return min(jobs or len(gpus), len(gpus)), gpus
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return jobs or (1 if scale.compute.device == "gpu" else cores), []
@@ -253,7 +257,7 @@ def command() -> int:
             signal.signal(sig, stop)
     if args.make:
         stop_with(args.make)
-    lock = alone()
+    lock = checkout_lock()
     try:
         todo, commands = out_of_date(targets)
     except DvcException as error:
@@ -263,14 +267,18 @@ def command() -> int:
         print("Up to date:", *targets or ["every stage"])
         return 0
     preflight.check(commands, params, now.scale)
-    jobs, gpus = workers(params.scales[now.scale], args.jobs)
+    cfg, names = params.scales[now.scale], {preflight.scale_of(command) for command in commands.values()}
+    blocks = [params.blocks[name] for name in sorted(names) if name in params.blocks]
+    per_gpu = preflight.stages_per_gpu(cfg, blocks, args.jobs)
+    os.environ[STAGES_PER_GPU] = str(per_gpu)
+    jobs, gpus = workers(cfg, args.jobs, per_gpu)
     print(f"{len(todo)} stages to bring up to date, {jobs} at once", flush=True)
-    with imported():
+    with prefork_server():
         return bring_up_to_date(todo, jobs, lock, gpus)
 
 
 @contextlib.contextmanager
-def imported() -> Iterator[None]:
+def prefork_server() -> Iterator[None]:
     """A process from which stages are forked (prefork.py), where they are not launched on several GPUs."""
     if os.environ.get(LAUNCH) or sys.platform != "linux":
         yield

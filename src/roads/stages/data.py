@@ -23,10 +23,12 @@ import hashlib
 import json
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from roads import active, config, hub, schema, stage, tldr
@@ -258,7 +260,8 @@ def from_posts(source: Path, cfg: schema.Scale) -> tuple[object, dict[str, dict[
     return tokenizer, splits, ids | ({"found": found} if found else {})
 
 
-def two_word(query: np.ndarray, split: str, tokenizer, cfg: schema.Scale, responses) -> dict[str, np.ndarray]:
+def two_word(query: np.ndarray, split: str, tokenizer: Tokenizer, cfg: schema.Scale,
+             responses: Callable[[list[str]], np.ndarray]) -> dict[str, np.ndarray]:
     """Fig 10: the arrays of a split of queries [n, Q] whose two-word summaries the judge writes, and labels.
 
     A prompt without what the split needs (no summary written, or a pair that the judge cannot tell apart) is left out.
@@ -290,11 +293,7 @@ def data(source: Path | None, out: Path, cfg: schema.Scale) -> None:
     blocks = ["model"] * (cfg.model.kind != "new") + ["judge"] * (cfg.source.kind == "two_word")
     with stage.output(out, schema.used(cfg, "data", "source", *blocks), [source] if source else []) as folder:
         tokenizer, splits, found = (*from_world(cfg), {}) if cfg.synthetic else from_posts(source, cfg)
-        tokenizer.save(str(folder / "tokenizer.json"))
-        stage.write_json(folder / "tokenizer_config.json", {
-            "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"],
-            "clean_up_tokenization_spaces": False, "eos_token": tokenizer.id_to_token(tldr.EOS),
-            "pad_token": tokenizer.id_to_token(tldr.PAD)})
+        tldr.save_tokenizer(tokenizer, folder)
         prompts = {name: {key: splits[name][key] for key in ("query", "response")} for name in ("valid", "test")}
         splits["test_human"], splits["test_rouge"] = splits.pop("test"), prompts["valid"]
         splits["test_best_of_n"] = {name: part[: cfg.data.best_of_n] for name, part in prompts["test"].items()}

@@ -31,7 +31,7 @@ def sample(policy: Path, prompts: Path, out: Path, cfg: schema.Scale, samples: s
         stage.write_json(folder / "metrics.json", {
             "training": stage.training(policy), "prompts": len(query),
             "n": settings.n, "mean_tokens": float(lengths.mean()),
-            "closed_by_force": float((lengths == length).mean())})
+            "truncated": float((lengths == length).mean())})
 
 
 def _command() -> None:

@@ -146,7 +146,7 @@ def dpo_reference_outside(seed: int) -> float:
 
 # Theorem 2.4
 
-def spin_apart(p: s.Problem, **changes) -> float:
+def spin_apart(p: s.Problem, **changes: object) -> float:
     g_sft, g_spin = s.spin_gradients(p, **changes)
     return float((g_sft - g_spin).norm() / g_sft.norm())
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from scipy.stats import t as student
 
 from roads import stage
@@ -36,7 +38,7 @@ def digits(x: float, count: int = 6) -> float:
     return float(f"{x:.{count}g}")
 
 
-def save(out: Path, name: str, figure, rows: list[dict], content: dict) -> None:
+def save(out: Path, name: str, figure: Figure, rows: list[dict], content: dict) -> None:
     """Write name.{csv,json} under `out`, and name.png where there is a figure; `rows` are the .csv and in the .json."""
     stage.write_json(out / f"{name}.json", content | {"rows": rows})
     with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
@@ -165,11 +167,10 @@ def finite_pairs(out: Path, rows: list[dict], content: dict) -> None:
     save(out, "finite_pairs", figure, rows, content)
 
 
-def curve(ax, rows: list[dict], x: str, **where) -> None:
+def curve(ax: Axes, rows: list[dict], x: str, **where: object) -> None:
     """Mean and interval of every estimator against column x of the rows in which the columns `where` hold."""
-    where = where.items()
     for name, (colour, marker, line) in LOOKS.items():
-        chosen = [row for row in rows if row["estimator"] == name and where <= row.items()]
+        chosen = [row for row in rows if row["estimator"] == name and where.items() <= row.items()]
         chosen.sort(key=lambda row: row[x])
         at, mean, low, high = (np.array([row[key] for row in chosen]) for key in (x, "mean", "low", "high"))
         ax.fill_between(at, np.maximum(low, mean / 30), high, color=colour, alpha=0.18, lw=0)

@@ -87,7 +87,7 @@ def grid(rows: list[dict], row_key: str, column_key: str) -> str:
 def report(checked: list[dict], dropped: list[dict], pairs: list[dict], rows: list[dict], gains: list[dict],
            limits: list[dict], distance: dict[str, float]) -> str:
     """The Markdown report."""
-    def only(kept: list[dict], **where) -> list[dict]:
+    def only(kept: list[dict], **where: object) -> list[dict]:
         return [row for row in kept if where.items() <= row.items()]
 
     trees = ", ".join(f"{x} x {a} x {h}" for x, a, h in statements.SHAPES)
@@ -186,7 +186,7 @@ What this says of H6:
 
 def findings(rows: list[dict], gains: list[dict], limits: list[dict]) -> str:
     """H6's predictions, one by one, with the numbers that decide them."""
-    def one(kept: list[dict], **where) -> dict:
+    def one(kept: list[dict], **where: object) -> dict:
         (row,) = (row for row in kept if where.items() <= row.items())
         return row
 
