@@ -315,7 +315,7 @@ def test_the_judge_is_paid_by_the_answer():
     assert scored.judged == 1200 and scored.dollars / 2 == pytest.approx(1.1, rel=0.01)  # as others paid for one order
     batch = work(WINRATE, judge=PYTHIA["judge"] | {"kind": "batch"})
     assert batch.dollars == pytest.approx(scored.dollars / 2) and batch.judged == 1200
-    cells = [plan.Cell("scores@paper", TO_RUN, 60.0, "modelled", scored.judged, scored.dollars, 1e9, set())]
+    cells = [plan.PlannedStage("scores@paper", TO_RUN, 60.0, "modelled", scored.judged, scored.dollars, 1e9, set())]
     said = plan.totals(cells, "H100", 1, cores=16, price=2.0)
     assert "judge    $2.20: 1,200 answers" in said and "GPU      $0.03 at $2 an hour" in said
     for judge in ({"kind": "gold"}, None):
