@@ -1,11 +1,13 @@
 """`make bench`: every comparison but TRL's on a tiny model, cost against scale, and the sections that they write."""
 
 import json
+import re
 import statistics
+import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ENV, ROOT
 
 from roads.stage import UserError
 
@@ -13,7 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench  # noqa: E402
 import scale  # noqa: E402
 
-from roads.runner import cost  # noqa: E402
+from roads.runner import cost, devices  # noqa: E402
 
 DATA = ROOT / "data/tldr_sample"
 TINY = bench.Settings(hidden_size=32, layers=2, heads=2, vocab_size=1100, bpe=1000, query=160, response=24, repeats=2,
@@ -135,3 +137,40 @@ def test_bad_input_is_one_line(tmp_path):
     (tmp_path / "doc.md").write_text("no section\n", encoding="utf-8")
     with pytest.raises(UserError, match="0 sections"):
         bench.rewrite(tmp_path / "doc.md", "text")
+
+
+@pytest.mark.slow
+def test_what_a_card_does_is_measured_and_planned_with(tmp_path, monkeypatch):
+    """make check-gpu, as it can be rehearsed without a GPU: every part runs, and its file is one that a plan reads."""
+    command = [sys.executable, "benchmarks/gpu/check.py", "--tiny", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=ENV, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "cpu.json").read_text(encoding="utf-8"))
+    assert not [name for name in found if name.endswith("_error")] and found["step_seconds"] > 0
+    assert found["device"]["flops"] == found["step_flops"] > 0 and found["scored_per_second"] > 0
+    monkeypatch.setattr(devices, "MEASURED", tmp_path)
+    known = devices.known()
+    assert known["CPU"].decode == found["device"]["decode"] > 0 and known["CPU"].source == "measured, cpu.json"
+    (tmp_path / "h100.json").write_text(json.dumps(found | {"card": "NVIDIA H100 PCIe"}))
+    assert devices.known()["H100"] == devices.known()["NVIDIA H100 PCIe"] != devices.ASSUMED["H100"]
+
+
+def test_without_a_gpu_there_is_nothing_to_check(tmp_path):
+    done = subprocess.run([sys.executable, "benchmarks/gpu/check.py", "--out", str(tmp_path)], cwd=ROOT, text=True,
+                          env=ENV | {"PATH": str(tmp_path)}, capture_output=True)
+    assert done.returncode == 2 and done.stderr == ("error: check-gpu: nvidia-smi shows no GPU; --tiny rehearses it on "
+                                                    "the CPU\n")
+
+
+@pytest.mark.slow
+def test_the_parts_for_a_bare_gpu_write_what_they_find(tmp_path):
+    """scripts/device.sh, as it can be rehearsed without a GPU."""
+    env = ENV | {"TINY": "1", "PYTHON": sys.executable}
+    command = ["bash", str(ROOT / "scripts/device.sh"), str(tmp_path / "out")]
+    done = subprocess.run([*command, "scores"], env=env, text=True, capture_output=True)
+    assert done.returncode == 0 and re.match(r"scores: \d+ s, exit code 0: \{", done.stdout), done.stdout + done.stderr
+    assert len((tmp_path / "out/scores.jsonl").read_text().splitlines()) > 4
+    stopped = subprocess.run([*command, "scores"], env=env | {"SECONDS_EACH": "0.2"}, text=True, capture_output=True)
+    assert stopped.returncode == 1 and "scores: 0 s, exit code 124" in stopped.stdout
+    wrong = subprocess.run([*command, "speed"], env=env, text=True, capture_output=True)
+    assert wrong.returncode == 2 and wrong.stderr == "error: speed: expected one of: tests check sampler step scores\n"

@@ -279,7 +279,7 @@ def work(command: str, **changes) -> cost.Work:
 def test_a_pythia_is_hours_of_a_gpu():
     """DPO of 1.4B parameters on 92,858 pairs: 4.8e17 FLOPs of training and 1.6e17 of the reference, at 4e14/s."""
     dpo = hours(DPO)
-    assert dpo == pytest.approx(8 * 1.4e9 * 92858 * 618 / 3.956e14 / 3600 + 60 / 3600)
+    assert dpo == pytest.approx(8 * 1.4e9 * 92858 * 618 / 3.96e14 / 3600 + 60 / 3600)
     assert hours(f"{DPO} --times 2") == pytest.approx(dpo * 14 / 8, rel=0.02)
     assert hours(f"{DPO} --local") == pytest.approx(dpo * 6 / 8, rel=0.02)
     assert hours(DPO, "A100") > 3 * dpo
@@ -310,6 +310,25 @@ def test_a_cell_is_the_sum_of_its_stages():
     assert cell.judged == 2 * 5 * 600 and cell.size == 8 * 5 * 600
 
 
+def test_completions_are_drawn_once_and_counted_once():
+    """By whoever runs first: what the SFT policy draws of a split is the graph's, every seed's and every arm's."""
+    drawn = set()
+    data = PYTHIA["samples"] | {"human": {"n": 2, "temperature": 1.0, "labels": "annotators"}}
+    blocks = {"paper": PYTHIA | {"samples": data}}
+
+    def tokens(command: str) -> float:
+        return cost.work(f"python -m roads.stages.{command} --scale paper", blocks, drawn).decoded
+
+    graph = [tokens(f"sample runs/sft runs/data/{split}.npz O --samples {kind} --seed 0")
+             for split, kind in (("preferences", "human"), ("valid", "human"), ("online", "online"))]
+    assert all(graph) and not tokens("sample runs/sft runs/data/online.npz P --samples online --seed 0")  # another task
+    assert tokens("sample runs/dpo/s0 runs/data/online.npz O --samples online --seed 0") > 0  # another policy
+    first, second = (tokens(f"arm runs/data runs/sft O --seed {seed}") for seed in (0, 1))
+    alone = cost.work("python -m roads.stages.arm runs/data runs/sft O --scale paper --seed 0", blocks).decoded
+    sft = 1.4e9 * 600 * 53  # completions of the SFT policy for its winrate, which the first seed draws
+    assert first == pytest.approx(alone - sum(graph)) and second == pytest.approx(first - sft)
+
+
 def test_the_judge_is_paid_by_the_answer():
     scored = work(WINRATE)
     assert scored.judged == 1200 and scored.dollars / 2 == pytest.approx(1.1, rel=0.01)  # as others paid for one order
@@ -317,6 +336,7 @@ def test_the_judge_is_paid_by_the_answer():
     assert batch.dollars == pytest.approx(scored.dollars / 2) and batch.judged == 1200
     cells = [plan.PlannedStage("scores@paper", TO_RUN, 60.0, "modelled", scored.judged, scored.dollars, 1e9, set())]
     said = plan.totals(cells, "H100", 1, cores=16, price=2.0)
+    assert "1 at once (H100: measured, nvidia-h100-80gb-hbm3.json)" in said
     assert "judge    $2.20: 1,200 answers" in said and "GPU      $0.03 at $2 an hour" in said
     for judge in ({"kind": "gold"}, None):
         assert work(WINRATE, judge=judge).judged == 0

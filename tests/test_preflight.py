@@ -25,7 +25,7 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     def with_gpus(*gpus):
-        rows = "\n".join(f"{memory}, {driver}" for memory, driver in gpus)
+        rows = "\n".join(f"NVIDIA of the test, {memory}, {driver}" for memory, driver in gpus)
         script = tmp_path / "nvidia-smi"
         script.write_text(f"#!/bin/sh\ncat <<END\n{rows}\nEND\n" if gpus else "#!/bin/sh\necho 'No devices'; exit 9\n")
         script.chmod(0o755)

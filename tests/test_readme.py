@@ -19,7 +19,7 @@ FIGURES = list(YAML(typ="safe").load((ROOT / "figures.yaml").read_text(encoding=
 # CI runs these from a clean checkout. The search and the benchmarks take too long, and clean would end the tests.
 CI = {"make fig11", "make test", "make theory"}
 ELSEWHERE = CI | {"make search", "make bench", "make clean", "make image", "make test-fast", "make test-gpu",
-                  "make test-vllm"}
+                  "make check-gpu", "make test-vllm"}
 TESTED = {"make figures": "test_rehearsal.py runs this at scale rehearsal",
           "make figures SCALE=rehearsal": "test_rehearsal.py runs this",
           "make fig11 SCALE=real-tiny": "test_real.py runs this where the packages are",

@@ -10,32 +10,11 @@ import json
 import math
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+from roads.runner.devices import DEVICES, Device  # noqa: F401
 
-@dataclass(frozen=True)
-class Device:
-    flops: float  # FLOP/s of training and forward passes: peak x utilisation
-    decode: float  # sampled tokens/s with 1e9 parameters, all completions together; in inverse proportion to them
-    step: float  # seconds on top of that for every optimiser step
-    layer: float  # seconds on top for every layer that a batch goes through: a sampled token is a pass through all
-    startup: float  # seconds: Python, DVC, torch, the model
-    startup_light: float = 3.0  # the same without torch
-
-
-# GPUs: NVIDIA's dense bf16 peak x an assumed utilisation of 40%, usual for fine-tuning. Decoding on an H100: a third of
-# what vLLM is reported to reach with 8B parameters (12,500 tokens/s), as completions are short; an A100 at half that,
-# an H200 by its memory bandwidth. CPU: one core, as benchmarks/scale.py fits it on a grid of models, prompts and N.
-DEVICES = {
-    "cpu": Device(flops=60e9, decode=18, step=0.003, layer=0.0005, startup=5, startup_light=4),
-    "A100": Device(flops=312e12 * 0.4, decode=16_000, step=0, layer=0, startup=60),
-    "H100": Device(flops=989e12 * 0.4, decode=33_000, step=0, layer=0, startup=60),
-    "H200": Device(flops=989e12 * 0.4, decode=46_000, step=0, layer=0, startup=60),
-}
-FITTED = Path(__file__).parents[2] / "benchmarks/scale.json"  # on whatever machine ran it last
-if FITTED.exists():
-    DEVICES["cpu"] = replace(DEVICES["cpu"], **json.loads(FITTED.read_text(encoding="utf-8"))["fit"])
 ROWS, MEMORY, BATCH = 1600, 2**29, 2**13  # generate.py's, and the tokens that are scored at once
 COLD, SHARED = 0.1, 0.25  # n samples at this temperature share so many prefixes that only this part of them is run
 # The judge: 600 tokens read and 33 written an answer make, at $2.50 and $10 per million, the $1.1 that 600 pairs in one
@@ -76,9 +55,10 @@ class Command:
     places: list[str]
     options: dict[str, str]
     block: dict
+    drawn: set = field(default_factory=set)  # completions that an earlier stage has drawn: they are kept (generate.py)
 
     @classmethod
-    def parse(cls, command: str, blocks: dict[str, dict]) -> "Command":
+    def parse(cls, command: str, blocks: dict[str, dict], drawn: set) -> "Command":
         words = shlex.split(command)
         start = words.index("-m") + 1
         places, options = [], {}
@@ -90,7 +70,7 @@ class Command:
             else:
                 places.append(word)
         module = words[start].removeprefix("roads.").removeprefix("stages.")
-        return cls(module, places, options, blocks[options["scale"]])
+        return cls(module, places, options, blocks[options["scale"]], drawn)
 
     @property
     def parameters(self) -> float:
@@ -178,10 +158,14 @@ def train(c: Command, rows: int, recipe: dict, sides: int = 1, words: int = 0, r
                 steps=-(-rows // recipe["batch_size"]) * recipe["epochs"], size=FLOAT * c.parameters)
 
 
-def sample(c: Command, prompts: int, samples: dict) -> Work:
+def sample(c: Command, prompts: int, samples: dict, policy: str = "", split: str = "") -> Work:
     """The prompt is run once; a token attends to it and to the tree of its completions. vLLM decodes equal prefixes
-    too, and attends to one completion."""
-    n = samples["n"]
+    too, and attends to one completion. What a policy has drawn for a split is not drawn again."""
+    n, size = samples["n"], INT * prompts * (c.prompt + samples["n"] * c.response)
+    key = policy, split, prompts, json.dumps(samples, sort_keys=True)
+    if policy and key in c.drawn:
+        return Work(size=size)
+    c.drawn.add(key)
     vllm = c.block.get("compute", {}).get("sampler") == "vllm"
     grown = n if vllm else c.distinct(samples)
     words = prompts * grown * c.response
@@ -190,7 +174,7 @@ def sample(c: Command, prompts: int, samples: dict) -> Work:
     batches = math.ceil(prompts / max(1, min(ROWS // n, MEMORY // place)))
     return Work(flops=c.forward(prompts * c.prompt, c.prompt),
                 decoded=c.forward(words, c.prompt + int((1 if vllm else grown) * c.response) // 2, words) / 2,
-                layers=batches * c.response * c.depth, size=INT * prompts * (c.prompt + n * c.response))
+                layers=batches * c.response * c.depth, size=size)
 
 
 def score(c: Command, prompts: int, n: float, policies: int = 0) -> Work:
@@ -223,7 +207,7 @@ def _sample(c: Command) -> Work:
     settings = c.block["samples"][c.options["samples"]]
     if settings.get("labels") == "rows":  # the pairs come with the data
         return pairs(c, c.rows(c.places[1]))
-    return sample(c, c.rows(c.places[1]), settings)
+    return sample(c, c.rows(c.places[1]), settings, *c.places[:2])
 
 
 def _dpo(c: Command, rows: int, name: str = "dpo", times: int = 1) -> Work:
@@ -270,22 +254,25 @@ def _best_of_n(c: Command) -> Work:
 def _arm(c: Command) -> Work:
     """One seed of the whole comparison: the stages of the graph, one after the other."""
     data, samples, policies = c.block["data"], c.block["samples"], c.block["policies"]
-    total = Work()
-    for rows in (data["preferences"], data["valid"]):
+    (where, sft, *_), total = c.places, Work()
+    for split in ("preferences", "valid"):
         if samples["human"]["labels"] != "rows":
-            total += sample(c, rows, samples["human"]) + c.labelled(rows)
+            total += sample(c, data[split], samples["human"], sft, f"{where}/{split}.npz") + c.labelled(data[split])
     if {"online", "online_sft"} & set(policies):
         total += train(c, data["preferences"], c.block["reward"], sides=2) + score(c, data["valid"], 2)
     for policy in policies:
         if policy in ("dpo", "dpo_2x"):
             total += _dpo(c, data["preferences"], times=2 if policy == "dpo_2x" else 1)
         else:
-            total += sample(c, data["online"], samples["online"]) + _dpo(c, data["online"])
+            start = sft if policy == "online_sft" else ""
+            total += sample(c, data["online"], samples["online"], start, f"{where}/online.npz")
+            total += _dpo(c, data["online"])
             total += score(c, data["online"], c.distinct(samples["online"]))
         total += _kl(c, data["best_of_n"])
     total += score(c, data["valid"], 2, policies=2) if "dpo" in policies else Work()
-    for _ in ("sft", *policies):
-        total += sample(c, data["test"], samples["evaluate"]) + c.compared(data["test"])
+    for policy in (sft, *("" for _ in policies)):
+        total += sample(c, data["test"], samples["evaluate"], policy, f"{where}/test_human.npz")
+        total += c.compared(data["test"])
     return replace(total, size=8 * data["test"] * (1 + len(policies)))  # the models are thrown away
 
 
@@ -308,12 +295,13 @@ KINDS: dict[str, Callable[[Command], Work]] = {
 }
 
 
-def work(commands: str | list[str], blocks: dict[str, dict]) -> Work | None:
-    """What a stage does, given its command or commands and every block of params.yaml; None: the model cannot say."""
-    total = Work()
+def work(commands: str | list[str], blocks: dict[str, dict], drawn: set | None = None) -> Work | None:
+    """What a stage does, given its command or commands and every block of params.yaml; None: the model cannot say.
+    `drawn` goes from stage to stage: completions that one has drawn are there for the next."""
+    total, drawn = Work(), set() if drawn is None else drawn
     for command in [commands] if isinstance(commands, str) else commands:
         try:
-            c = Command.parse(command, blocks)
+            c = Command.parse(command, blocks, drawn)
             total += KINDS.get(c.module, KINDS.get(c.module.split(".")[0]))(c)
         except (KeyError, IndexError, TypeError, ValueError):  # a module, option or block that is not known here
             return None

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from roads import active, config
-from roads.runner import cost
+from roads.runner import cost, preflight
+from roads.runner.devices import DEVICES
 from roads.runner.repro import TIMES, graph_of
 from roads.stage import UserError, main
 
@@ -198,17 +199,23 @@ def plan(figure: str, scale: str | None = None, data: str | None = None,
     seconds = {} if device else measured()
     with switched(scale, data) as (repo, scale, blocks):
         needs, todo = graph_of(repo, targets_of(repo, figure))
-        device = device or ("H100" if blocks[scale]["compute"]["device"] == "gpu" else "cpu")
-        stages = []
+        device = device or (card_here() if blocks[scale]["compute"]["device"] == "gpu" else "cpu")
+        stages, drawn = [], set()
         for stage, status in statuses(repo, needs, todo).items():
-            done = cost.work(stage.cmd, blocks)
-            modelled = done.seconds(cost.DEVICES[device]) if done else None
+            done = cost.work(stage.cmd, blocks, drawn if status == TO_RUN else None)
+            modelled = done.seconds(DEVICES[device]) if done else None
             at = seconds.get(stage.addressing)
             source = "measured" if at else "modelled" if done else "unknown"
             size = sum(out.meta.size or 0 for out in stage.outs) or (done.size if done else None)
             stages.append(PlannedStage(stage.addressing, status, at or modelled, source, done.judged if done else 0,
                               done.dollars if done else 0, size, {other.addressing for other in needs[stage]}))
+        # A card's rates are of all of it: stages that share one (preflight.share) do not add up.
         return stages, device, blocks[scale]["machine"]["threads"] if device == "cpu" else 1
+
+
+def card_here() -> str:
+    """The GPU of this machine, if it was measured (`make check-gpu`), or else an H100."""
+    return next((name for name, *_ in preflight.cards() if name in DEVICES), "H100")
 
 
 def longest(stages: list[PlannedStage]) -> float:
@@ -246,8 +253,7 @@ def table(stages: list[PlannedStage]) -> str:
                      _time(sum(known) / len(known)) if known else "", _time(sum(known)) if known else "",
                      _size(size) if size else ""))
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(f"{text:<{width}}" if i < 2 else f"{text:>{width}}"
-                               for i, (text, width) in enumerate(zip(row, widths))).rstrip() for row in rows)
+    return "\n".join("  ".join(map("{:{}{}}".format, map(str, row), "<<>>>>>>>", widths)).rstrip() for row in rows)
 
 
 def totals(stages: list[PlannedStage], device: str, width: int, cores: int, price: float | None = None) -> str:
@@ -272,6 +278,7 @@ def totals(stages: list[PlannedStage], device: str, width: int, cores: int, pric
     lines.append(f"time     {hours:.2f} {unit}, {share:.0%} of them measured here and the rest modelled; "
                  f"about {_time(wall)}, {at_once} at once")
     if not cpu:
+        lines[-1] += f" ({device}: {DEVICES[device].source})"
         lines.append(f"GPU      ${hours * price:,.2f} at ${price:g} an hour" if price else
                      "GPU      say --dollars-per-hour for its price; they differ too much to assume one")
     asked, dollars = sum(stage.judged for stage in run), sum(stage.dollars for stage in run)
@@ -293,7 +300,7 @@ def _command() -> None:
     parser.add_argument("--figure", default="all", help="3, fig3, an extra figure's name, or all (the default)")
     parser.add_argument("--scale", help="a block of params.yaml (default: the active one)")
     parser.add_argument("--data", help="folder of posts, for a scale that reads one")
-    parser.add_argument("--device", choices=list(cost.DEVICES), help="default: H100 where a scale needs a GPU, or cpu")
+    parser.add_argument("--device", choices=list(DEVICES), help="default: the GPU here, or H100; or cpu")
     parser.add_argument("--dollars-per-hour", type=float, help="what one GPU costs you")
     a = parser.parse_args()
     try:

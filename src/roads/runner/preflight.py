@@ -23,13 +23,18 @@ SHARED = 4  # stages on a GPU, unless more are asked for
 
 def gpus() -> list[tuple[float, int]]:
     """Memory in bytes and driver of every GPU that this process may use."""
-    command = ["nvidia-smi", "--query-gpu=memory.total,driver_version", "--format=csv,noheader,nounits"]
+    return [(memory, driver) for _, memory, driver in cards()]
+
+
+def cards() -> list[tuple[str, float, int]]:
+    """Name, memory in bytes and driver of every GPU that this process may use."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return []
     rows = [line.split(",") for line in done.stdout.splitlines()] if done.returncode == 0 else []
-    found = [(float(memory) * 2**20, int(driver.split(".")[0])) for memory, driver in rows]
+    found = [(name.strip(), float(memory) * 2**20, int(driver.split(".")[0])) for name, memory, driver in rows]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return found if visible is None else found[: len([name for name in visible.split(",") if name.strip()])]
 
@@ -65,14 +70,19 @@ def check(commands: dict[str, str | list[str]], params: config.Params, scale: st
     _check_hub([blocks[name].model for name in sorted(fetching)])
 
 
-def trained_bytes(block: schema.Scale) -> float:
+def trained_bytes(block: dict) -> float:
     """Memory of a GPU that training a block's model takes."""
-    return cost.parameters(block.model_dump()) * TRAINED_BYTES * ACTIVATIONS
+    return cost.parameters(block) * TRAINED_BYTES * ACTIVATIONS
+
+
+def share(memory: float, needed: float) -> int:
+    """How many stages a GPU takes by itself: a small model leaves most of a large one idle, and each is left three
+    times as much again for its batches; four at most."""
+    return min(SHARED, max(1, int(memory // (4 * needed))))
 
 
 def stages_per_gpu(scale: schema.Scale, blocks: list[schema.Scale], jobs: int | None) -> int:
-    """How many stages of these blocks share a GPU: what machine.stages_per_gpu or JOBS ask for. Else, as a small model
-    leaves most of a large GPU idle, as many as leave each three times as much again for its batches; four at most.
+    """How many stages of these blocks share a GPU: what machine.stages_per_gpu or JOBS ask for, or else `share`.
 
     Raises:
         UserError: more are asked for than fit.
@@ -80,7 +90,8 @@ def stages_per_gpu(scale: schema.Scale, blocks: list[schema.Scale], jobs: int | 
     found = gpus()
     if scale.compute.device != "gpu" or not found or os.environ.get(LAUNCH):
         return 1
-    memory, needed = min(memory for memory, _ in found), max(map(trained_bytes, blocks), default=1.0)
+    memory = min(memory for memory, _ in found)
+    needed = max((trained_bytes(block.model_dump()) for block in blocks), default=1.0)
     fit, asked = max(1, int(memory // needed)), scale.machine.stages_per_gpu
     what = "machine.stages_per_gpu"
     if asked is None and jobs:
@@ -88,7 +99,7 @@ def stages_per_gpu(scale: schema.Scale, blocks: list[schema.Scale], jobs: int | 
     if asked and asked > fit:
         raise UserError(f"{what}: {asked} stages on a GPU take {needed * asked / 2**30:.0f} GiB of it and the smallest "
                         f"here has {memory / 2**30:.0f}; {fit} of them fit")
-    return asked or min(SHARED, max(1, int(memory // (4 * needed))))
+    return asked or share(memory, needed)
 
 
 def scale_of(command: str | list[str]) -> str:
@@ -141,7 +152,7 @@ def _check_gpu(blocks: dict[str, schema.Scale], processes: int, shards: int, cor
                             f"{len(found)} GPUs; lower it")
         memory = min(memory for memory, _ in found)
         weights = cost.parameters(block.model_dump())
-        needed = trained_bytes(block) / shards
+        needed = trained_bytes(block.model_dump()) / shards
         if needed > memory:
             raise UserError(f"{name}: training {weights / 1e9:.1f}e9 parameters takes {needed / 2**30:.0f} GiB of "
                             f"a GPU and the smallest here has {memory / 2**30:.0f}; spread them with "
