@@ -41,8 +41,13 @@ def pytest_xdist_make_scheduler(config, log):
     return ByFile(config, log)
 
 
+# What takes minutes begins first, each on a worker of its own; the rest fills up.
+LONG = ["test_rehearsal.py", "test_pipeline.py", "test_readme.py", "test_repro.py", "test_train.py"]
+
+
 def pytest_collection_modifyitems(items):
     """Tests that want the checkout with tiny's figures are slow: it takes minutes to make (`make test-fast`)."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     for item in items:
         if "checkout" in getattr(item, "fixturenames", ()):
             item.add_marker("slow")

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
-from roads import model, schema
+from roads import config, model, schema, stage
 from roads.judge import protocol
+from roads.stage import UserError
 from roads.stages import best_of_n, dpo, rank, value
-from roads.tldr import EOS
+from roads.tldr import EOS, PAD
 from roads.world import World
 
 
@@ -22,6 +24,17 @@ from roads.world import World
     ("**Comparison:** B.\n**Preferred:** \"B\"", "B"),
     ("Preferred: **A**", "A"),
     ("I prefer A", ""),
+    *((said, "A") for said in (
+        "preferred: a", "PREFERRED: A", "Preferred : A", "- Preferred: A", "## Preferred: A", "**Preferred**: A",
+        "__Preferred:__ A", "Preferred: [A]", "Preferred: (A)", "Preferred: `A`", "Preferred: “A”",
+        "Preferred: Summary A",
+        "Preferred: **Summary A**", "Preferred Summary: A", "Preferred: A, because B leaves out the end.",
+        "Preferred: A; it is shorter", "Preferred: A!", "A is shorter.\nA", "A is shorter.\n**A**", "Good.\nSummary A",
+        "Good.\n> A", "Preferred: A\nPreferred: A")),
+    *((said, "") for said in (
+        "Preferred: A tie", "Preferred: A or B", "Preferred: A/B", "Preferred: A and B equally", "Preferred: A, B",
+        "Preferred: A, or B", "Preferred: A close call", "Preferred: neither", "Preferred:", "A\nB", "A tie", "a cat",
+        "Preferred: A\nPreferred: neither", "Preferred: A & B")),
     ("Preferred: both", ""),
     ("Preferred: Appealing", ""),
     ("Preferred: A\nPreferred: B", ""),
@@ -39,6 +52,9 @@ def test_an_answer_is_read(answer, expected):
     ("Summary: one\nSummary: two", ""),
     ("Summary:", ""),
     ("A cat", ""),
+    ("**summary** : _cat sleeps_.", "cat sleeps"),
+    ("- Summary: (cat) sleeps", "cat sleeps"),
+    ("Summary: **", ""),
 ])  # fmt: skip
 def test_a_two_word_summary_is_read(answer, expected):
     assert protocol.two_words(answer) == expected
@@ -140,3 +156,35 @@ def test_the_value_of_eq_2_by_hand(tmp_path, policy, rows, tiny):
 def test_best_of_n_takes_the_first_of_the_best_among_the_first_n():
     rewards = np.array([[0.0, 2.0, 1.0, 2.0], [3.0, 1.0, 5.0, 9.0]])
     assert [best_of_n.best_of(rewards, n).tolist() for n in (1, 2, 3, 4)] == [[0, 0], [1, 0], [1, 2], [1, 3]]
+
+
+def test_a_judge_that_cannot_be_read_stops_the_stage():
+    ours, theirs = np.full((10, 3), 5), np.full((10, 3), 6)
+
+    def asks(read: int):
+        return lambda first, second: ["Preferred: A"] * read + ["It depends."] * (10 - read)
+
+    found = protocol.compare(asks(8), ours, theirs)  # 4 of 20: they count as ties, and are told
+    assert found["failed"].sum() == 2
+    with pytest.raises(UserError, match=r"^the judge: 6 of 20 answers cannot be read; expected a line `Preferred: A` "
+                                        r"or `Preferred: B`, got for example 'It depends.', 'It depends.', "):
+        protocol.compare(asks(7), ours, theirs)
+
+
+def test_sides_that_are_one_after_cutting_and_empty_ones_make_no_pair(tmp_path):
+    """Of rows that come with pairs: they are dropped and counted, as labelled ties are."""
+    cfg = config.load_scale("rehearsal", ROOT / "params.yaml")
+    sides = np.array([[[5, 6, EOS], [5, 7, EOS]], [[5, 6, EOS], [5, 6, EOS]], [[EOS, PAD, PAD], [8, EOS, PAD]],
+                      [[8, EOS, PAD], [EOS, PAD, PAD]], [[9, EOS, PAD], [5, EOS, PAD]]])
+    (tmp_path / "drawn").mkdir()
+    np.savez(tmp_path / "drawn/completions.npz", query=np.arange(10).reshape(5, 2) + 2, completions=sides)
+    rank.rank(tmp_path / "drawn", tmp_path / "pairs", cfg, "human")
+    pairs = np.load(tmp_path / "pairs/pairs.npz")
+    assert pairs["query"].tolist() == [[2, 3], [10, 11]]
+    assert pairs["chosen"].tolist() == [[5, 6, EOS], [9, EOS, PAD]]
+    found = stage.read_json(tmp_path / "pairs/metrics.json")
+    assert (found["pairs"], found["dropped_as_ties"]) == (2, 3)
+    np.savez(tmp_path / "drawn/completions.npz", query=np.array([[2, 3]]), completions=sides[1:2])
+    with pytest.raises(UserError, match="no prompt has two sides that differ; raise source.max_preference_tokens"):
+        rank.rank(tmp_path / "drawn", tmp_path / "none", cfg, "human")
+    assert not (tmp_path / "none").exists()

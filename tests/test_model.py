@@ -1,9 +1,13 @@
 """Policy and reward model: padding never changes a number, and the reward is read at EOS."""
 
+import re
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from roads import candidates, generate, generate_tree, model
+from roads.stage import UserError
 from roads.stages.rank import reward_scores
 from roads.tldr import EOS, PAD
 
@@ -48,6 +52,28 @@ def test_save_and_load(tmp_path, policy, reward_model, rows):
     again = model.load_policy(tmp_path / "policy").eval()
     assert torch.equal(model.response_logps(again, *rows), model.response_logps(policy, *rows))
     assert torch.equal(model.RewardModel.load(tmp_path / "rm").eval()(*rows), reward_model(*rows))
+
+
+@pytest.mark.parametrize("fault, message", [
+    ("missing", r"not a whole checkpoint of GPTNeoX\w+: tensor \S*layers\.1\.mlp\.dense_4h_to_h\.weight is missing"),
+    ("renamed", r"tensor \S*layers\.1\.mlp\.dense_4h_to_h\.weight is missing"),
+    ("nan", r"tensor \S*layers\.1\.mlp\.dense_4h_to_h\.weight has weights that are no finite numbers"),
+])
+@pytest.mark.parametrize("kind", ["policy", "reward"])
+def test_a_checkpoint_that_is_not_whole_is_refused(tmp_path, policy, reward_model, fault, message, kind):
+    """Instead of random weights with a warning, or rewards that are NaN."""
+    (policy if kind == "policy" else reward_model).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layers.1.mlp.dense_4h_to_h.weight"))
+    tensor = weights.pop(name)
+    if fault == "renamed":
+        weights[name.replace("dense", "danse")] = tensor
+    if fault == "nan":
+        tensor[0, 0] = torch.nan
+        weights[name] = tensor
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"^{re.escape(str(tmp_path))}: .*{message}$"):
+        model.load_policy(tmp_path) if kind == "policy" else model.RewardModel.load(tmp_path)
 
 
 def test_candidate_scores_equal_one_forward_each(tmp_path, reward_model, rows):

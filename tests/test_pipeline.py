@@ -188,6 +188,7 @@ ONE_BY_ONE = """
 import json, sys, time
 from pathlib import Path
 import networkx
+from dvc.dependency import ParamsDependency
 from dvc.repo import Repo
 from roads.runner import dvc_patches
 
@@ -199,7 +200,8 @@ with Repo() as repo, repo.lock:
     for text in json.load(open("edited.json")):
         params.write_text(text, encoding="utf-8")
         with dvc_patches.params_read_once():
-            found.append(sorted(stage.addressing for stage in wanted if stage.status()))
+            found.append(sorted(stage.addressing for stage in wanted if any(
+                dep.status() for dep in stage.deps if isinstance(dep, ParamsDependency))))
 print(json.dumps(found))
 """
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -113,6 +114,28 @@ def test_query_cut_equals_the_naive_rule_on_odd_text(rows, tokenizer, newline):
                 task.query_ids(row, tokenizer)
         else:
             assert task.query_ids(row, tokenizer) == expected
+
+
+SPACELESS = ["abcdefgh", "aaaaaaaa", "0123456789", "_-", "日本語のテキスト", "x\ny", "🙂", "http://a.b/c?d=", "\t",
+             "-" * 64, "é"]
+
+
+@pytest.mark.parametrize("piece", SPACELESS)
+def test_query_cut_equals_the_naive_rule_on_posts_without_spaces(tokenizer, piece):
+    rng = random.Random(piece)
+    for length in (300, 1200):
+        post = "".join(rng.choice([piece, piece[::-1], piece.upper()]) for _ in range(length // len(piece) + 1))
+        for limit in (60, 97):
+            task, row = Task(max_query_tokens=limit), replace(ROW, post=post)
+            assert task.query_ids(row, tokenizer) == naive_query_ids(task, row, tokenizer), (length, limit)
+
+
+@pytest.mark.parametrize("post", ["x" * 20_000, "ab" * 250_000, "a\nb" * 10_000], ids=["20 kB", "half a MB", "lines"])
+def test_a_post_without_spaces_is_cut_at_once(pythia, post):
+    """20,000 characters took four minutes."""
+    begin = time.perf_counter()
+    assert len(Task().query_ids(replace(ROW, post=post), pythia)) <= 512
+    assert time.perf_counter() - begin < (5 if len(post) > 10**5 else 1)  # tokenising it once takes most of that
 
 
 def test_a_query_too_long_without_its_post(tokenizer):

@@ -209,6 +209,20 @@ def test_the_loop_is_a_plain_one(monkeypatch, tmp_path):
         assert torch.equal(weight, theirs.state_dict()[name]), name
 
 
+def test_a_loss_that_is_no_number_says_what_to_lower(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    net, loss, told = problem("reward", 23)
+    steps = []
+
+    def diverges(i):
+        steps.append(i)
+        value, values = loss(i)
+        return value * (float("nan") if len(steps) == 3 else 1), values
+
+    with pytest.raises(stage.UserError, match="^reward s0: the loss is nan at step 2; lower the learning rate"):
+        train.fit(net, diverges, 23, schema.Train(**RECIPE), seed=0, key="none", label="reward s0", **told)
+
+
 def test_what_curves_say_of_two_pairs():
     found = preferences.told_apart(torch.tensor([1.0, 0.5]), torch.tensor([0.0, 1.5]))
     assert {name: float(value) for name, value in found.items()} == {

@@ -47,15 +47,31 @@ def load_policy(path: Path, compute: schema.Compute = PLAIN) -> PreTrainedModel:
 
     Attention is sdpa: scoring and sampling need masks of their own. `for_training` says when it is flash.
     """
-    policy = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+    policy = _whole(AutoModelForCausalLM, path, torch.float32)
     return _placed(policy, compute)
 
 
 def load_to_sample(path: Path, compute: schema.Compute) -> PreTrainedModel:
     """The policy in a folder, with weights in compute's precision: nothing is cast while it draws."""
     dtype = torch.bfloat16 if compute.precision == "bf16" else torch.float32
-    policy = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
-    return policy.to(device(compute)).eval()
+    return _whole(AutoModelForCausalLM, path, dtype).to(device(compute)).eval()
+
+
+def _whole(kind: type, path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model in a folder.
+
+    Raises:
+        UserError: its checkpoint lacks a tensor, which would be random then, or a weight of it is no number.
+    """
+    net, found = kind.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+    for problem, names in (("is missing", found["missing_keys"]), ("has another shape", found["mismatched_keys"])):
+        if names:
+            name = sorted(map(str, names))[0]
+            raise stage.UserError(f"{path}: not a whole checkpoint of {type(net).__name__}: tensor {name} {problem}")
+    for name, weight in net.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise stage.UserError(f"{path}: tensor {name} has weights that are no finite numbers")
+    return net
 
 
 def _placed(policy: PreTrainedModel, compute: schema.Compute) -> PreTrainedModel:
@@ -130,7 +146,7 @@ class RewardModel(nn.Module):
     @classmethod
     def load(cls, path: Path, compute: schema.Compute = PLAIN) -> "RewardModel":
         """What `save_pretrained` wrote; precision and device as `load_policy` has them."""
-        model = cls(AutoModel.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa"))
+        model = cls(_whole(AutoModel, path, torch.float32))
         model.head.load_state_dict(load_file(Path(path) / "head.safetensors"))
         model.to(device(compute))
         if compute.precision == "bf16":

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from roads.stage import UserError, write_json
 
 EOS, PAD = 0, 1
+BEYOND = 8  # tokens that a cut within a word changes, at most
 SPECIAL = ["<|endoftext|>", "<|padding|>"]  # the tokens of EOS and PAD
 END = "\n\nTL;DR:"
 TWO_WORD_END = "\n\nTwo-Word TL;DR:"  # Fig 10
@@ -140,14 +141,17 @@ class Task:
         # Where no token spans the end of a word and the white space after it, whatever follows a word,
         # the tokens up to its end stay. A post that keeps the word of token `max_query_tokens` is
         # thus too long, because `end` comes on top: pass over such posts without tokenising them.
-        too_long = len(post)
-        if _splits_after_words(tokenizer):
-            word_end = _WORD_END.search(text, encoding.offsets[self.max_query_tokens - 1][1] - 1)
-            too_long = word_end.start() + 1 - len(head) if word_end else len(post)
+        full = encoding.offsets[self.max_query_tokens - 1][1]  # where the tokens that there is room for end
+        # Some tokens more than there is room for are too many, whatever a cut does to those before it.
+        beyond = encoding.offsets[min(len(encoding), self.max_query_tokens + BEYOND) - 1][1]
+        too_long = min(len(post), beyond - len(head))
+        if _splits_after_words(tokenizer) and (word_end := _WORD_END.search(text, full - 1)):
+            too_long = min(too_long, word_end.start() + 1 - len(head))
         while len(encoding) > self.max_query_tokens:
             if not post:
                 raise UserError(f"row {row.id!r}: over {self.max_query_tokens} query tokens without the post")
-            post = post[: post.rfind("\n")]  # -1 where there is none: drops the last character
+            newline = post.rfind("\n")
+            post = post[:newline] if newline >= 0 else post[: min(len(post), max(too_long, 1)) - 1]
             if len(post) < too_long or not post:
                 encoding = tokenizer.encode(head + post + self.end, add_special_tokens=False)
         return _of_text(encoding.ids)

@@ -185,7 +185,7 @@ def fit(net: nn.Module, loss_fn: Callable[[Tensor], tuple[Tensor, dict[str, Tens
         packed: whether `loss_fn` runs rows without padding.
     Raises:
         UserError: not one row fits the memory or, with sharded weights, not the share.
-        FloatingPointError: a loss that is no number.
+        UserError: a loss that is no number.
     """
     rank, _ = rank_and_world_size()
     net.train()
@@ -229,7 +229,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def check_finite(loss: float, label: str, step: int) -> None:
     if not math.isfinite(loss):
-        raise FloatingPointError(f"{label}: loss is {loss} at step {step}; lower the learning rate")
+        raise UserError(f"{label}: the loss is {loss} at step {step}; lower the learning rate in params.yaml")
 
 
 def clip(net: nn.Module, norm: float = 1.0) -> float:

@@ -21,17 +21,46 @@ from roads.stage import UserError
 from roads.tldr import EOS, PAD, load_tokenizer
 from roads.world import World
 
-PREFERRED = re.compile(r"^[\s*]*Preferred:[\s*\"'<]*([AB])\b", re.MULTILINE)  # with or without Markdown's asterisks
-SUMMARY = re.compile(r"^[\s*]*Summary:[\s*\"'<]*([^\n>\"*]*[^\s>\"*.'])", re.MULTILINE)
+# A line that says which summary is preferred, or nothing but its letter, with what models put around it: Markdown,
+# quotes, brackets, a dash, "Summary". Where more than a stop follows the letter ("A tie", "A/B") there is no verdict.
+DECORATION = r"[\s*_`#>\"'“”‘’«»<\[\](){}.-]*"
+VERDICT = rf"{DECORATION}(?:(?i:summary|option|response)\b{DECORATION})?([AB]){DECORATION}"
+PREFERRED = re.compile(rf"^{DECORATION}preferred(?: summary)?{DECORATION}[:：=](.*)$", re.MULTILINE | re.IGNORECASE)
+SAID = re.compile(rf"{VERDICT}(?:$|[,;:!?–—](?!\W*(?:(?:and|or)\W+)?[AB]\b).*$)", re.IGNORECASE)
+BARE = re.compile(rf"^{VERDICT}$", re.MULTILINE)
+SUMMARY = re.compile(rf"^{DECORATION}summary{DECORATION}[:：](.*)$", re.MULTILINE | re.IGNORECASE)
+PREFERENCE = "a line `Preferred: A` or `Preferred: B`"
+UNREAD = 0.2  # of the answers at most: beyond it a number would be the parser's, not the judge's
 QUERY = re.compile(r"SUBREDDIT: r/.*?\n\nTITLE: (.*?)\n\nPOST: (.*?)(?:\n\n(?:Two-Word )?TL;DR:)?", re.DOTALL)
 DRAWS = 6  # two summaries of a post that are the same after so many draws make no pair
 Ask = Callable[[np.ndarray, np.ndarray], list[str]]
 
 
 def parse(answer: str) -> str:
-    """A or B, or '' for an answer that says neither, or both."""
-    found = set(PREFERRED.findall(answer))
+    """A or B, or '' for an answer that says neither, or both.
+
+    >>> [parse(answer) for answer in ("**Preferred**: [Summary B]", "Preferred: A tie", "so\\n(A)", "Preferred: A/B")]
+    ['B', '', 'A', '']
+    """
+    lines = PREFERRED.findall(answer)
+    read = [SAID.fullmatch(line.strip()) for line in lines] if lines else list(BARE.finditer(answer))
+    found = {verdict[1].upper() if verdict else "" for verdict in read}
     return found.pop() if len(found) == 1 else ""
+
+
+def readable(answers: list[str], read: Callable[[str], str], expected: str) -> list[str]:
+    """What is read of answers.
+
+    Raises:
+        UserError: of ten answers or more, over a fifth cannot be read.
+    """
+    found = [read(answer) for answer in answers]
+    unread = [answer for answer, text in zip(answers, found, strict=True) if not text]
+    if len(answers) >= 10 and len(unread) > UNREAD * len(answers):
+        shown = ", ".join(repr(answer[-80:]) for answer in unread[:3])
+        raise UserError(f"the judge: {len(unread)} of {len(answers)} answers cannot be read; expected {expected}, got "
+                        f"for example {shown}; take another model, or another prompt of judge/prompts")
+    return found
 
 
 def compare(ask: Ask, ours: np.ndarray, theirs: np.ndarray) -> dict[str, np.ndarray]:
@@ -41,8 +70,8 @@ def compare(ask: Ask, ours: np.ndarray, theirs: np.ndarray) -> dict[str, np.ndar
         score [N]: 1 if ours won in both orders, 0 if theirs did, .5 for a tie; consistent [N]: both orders agreed;
         failed [N]: an answer could not be read, which counts as a tie and is reported.
     """
-    shown_first = np.array([parse(answer) for answer in ask(ours, theirs)])
-    shown_second = np.array([parse(answer) for answer in ask(theirs, ours)])
+    answers = [*ask(ours, theirs), *ask(theirs, ours)]
+    shown_first, shown_second = np.array(readable(answers, parse, PREFERENCE)).reshape(2, -1)
     failed = (shown_first == "") | (shown_second == "")
     consistent = (shown_first != shown_second) & ~failed  # A, then B, is the same summary
     return {"score": np.where(consistent, shown_first == "A", 0.5), "consistent": consistent, "failed": failed}
@@ -130,7 +159,8 @@ def texts_of(responses: np.ndarray, tokenizer: Tokenizer) -> list[str]:
 def two_words(answer: str) -> str:
     """The summary of one or two words in an answer to prompts/write_two_word.txt, or '' if there is none."""
     found = SUMMARY.findall(answer)
-    words = found[0].split() if len(found) == 1 else []
+    words = [word.strip("*_`\"'“”‘’<>[](){}.,") for word in found[0].split()] if len(found) == 1 else []
+    words = [word for word in words if word]
     return " ".join(words) if 1 <= len(words) <= 2 else ""
 
 
@@ -142,10 +172,10 @@ def write_two_word(posts: list[str], cfg: LLMJudge, spending: Spending, draw: in
     """
     from roads.judge import client
 
-    writer = cfg.model_copy(update={"temperature": 1.0, "max_tokens": 20})
+    writer = LLMJudge(kind=cfg.kind, model=cfg.model, prompt=cfg.prompt, temperature=1.0, max_tokens=20)
     messages = [fill("write_two_word", post=post) for post in posts]
-    return [two_words(answer) for answer in
-            client.answers(messages, writer, spending, readable=two_words, draw=draw, **where)]
+    answers = client.answers(messages, writer, spending, readable=two_words, draw=draw, **where)
+    return readable(answers, two_words, "a line `Summary: ` and one or two words")
 
 
 def two_word_rows(posts: list[str], cfg: LLMJudge, spending: Spending, **where: object) -> list[dict]:
@@ -166,7 +196,7 @@ def two_word_rows(posts: list[str], cfg: LLMJudge, spending: Spending, **where: 
     shown = [i for i, pair in enumerate(pairs) if len(pair) == 2]
     messages = [fill(cfg.prompt, post=posts[i], summarya=a, summaryb=b)
                 for order in (slice(None), slice(None, None, -1)) for i in shown for a, b in [pairs[i][order]]]
-    said = [parse(answer) for answer in client.answers(messages, cfg, spending, readable=parse, **where)]
+    said = readable(client.answers(messages, cfg, spending, readable=parse, **where), parse, PREFERENCE)
     rows = [{"reference": pair[0] if pair else "", "chosen": None, "rejected": None} for pair in pairs]
     for i, *both in zip(shown, said, said[len(shown):]):
         if set(both) == {"A", "B"}:  # the same summary, in both orders

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from roads import config, schema, stage
+from roads.tldr import PAD
 
 
 def best_and_worst(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -80,16 +81,21 @@ def rank(completions: Path, out: Path, cfg: schema.Scale, by: str, *, data: Path
 
             torch.set_num_threads(cfg.machine.threads)
             scores = reward_scores(query, sampled, model, cfg.compute)
-        best, worst, told = best_and_worst(scores)
-        if not told.any():
-            raise stage.UserError(f"{completions}: all completions of every prompt tie; raise the temperature")
+        best, worst, decided = best_and_worst(scores)
         every = np.arange(len(query))
-        np.savez(folder / "pairs.npz", query=query[told], chosen=sampled[every, best][told],
-                 rejected=sampled[every, worst][told])
+        chosen, rejected = sampled[every, best], sampled[every, worst]
+        decided &= (chosen != rejected).any(1)  # cut to their length, two sides may be one
+        is_row = by == "human" and cfg.samples.human.labels == "rows"
+        if is_row:  # of a policy's own, one that ends at once is told apart like any other
+            decided &= (np.minimum((chosen != PAD).sum(1), (rejected != PAD).sum(1)) > 1)
+        if not decided.any():
+            fix = "raise source.max_preference_tokens" if is_row else "raise the temperature"
+            raise stage.UserError(f"{completions}: no prompt has two sides that differ; {fix}")
+        np.savez(folder / "pairs.npz", query=query[decided], chosen=chosen[decided], rejected=rejected[decided])
         stage.write_json(folder / "metrics.json", {
-            "pairs": int(told.sum()), "dropped_as_ties": int((~told).sum()),
-            "mean_score": {"all": float(scores.mean()), "chosen": float(scores.max(1)[told].mean()),
-                           "rejected": float(scores.min(1)[told].mean())}})
+            "pairs": int(decided.sum()), "dropped_as_ties": int((~decided).sum()),
+            "mean_score": {"all": float(scores.mean()), "chosen": float(scores.max(1)[decided].mean()),
+                           "rejected": float(scores.min(1)[decided].mean())}})
 
 
 def _command() -> None:
