@@ -14,7 +14,7 @@ import torch
 from conftest import ENV, ROOT, clone, run
 from ruamel.yaml import YAML
 
-from roads import config, hub, model, tldr
+from roads import config, hub, model, posts, tldr
 from roads.stage import UserError
 from roads.stages import base, data
 
@@ -50,8 +50,8 @@ def test_no_post_is_in_two_files():
 
 def test_numbers_are_chosen_on_posts_of_their_own():
     source = BLOCKS["real"].source
-    report, _ = data.in_folder(POSTS, source)
-    chosen_on, _ = data.in_folder(POSTS, source.model_copy(update={"held_out": "development"}))
+    report, _ = posts.in_folder(POSTS, source)
+    chosen_on, _ = posts.in_folder(POSTS, source.model_copy(update={"held_out": "development"}))
     assert [len(report[name]) for name in ("train", "valid", "test")] == [4204, 1000, 1000]
     assert [len(chosen_on[name]) for name in ("train", "valid", "test")] == [4204, 300, 300]
     held_out = [{row.id for name in ("valid", "test") for row in posts[name]} for posts in (report, chosen_on)]
