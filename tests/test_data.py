@@ -495,3 +495,22 @@ def test_a_cell_takes_no_more_pairs_than_people_made(tmp_path):
     assert found["online"]["query"][:, 0].tolist() == [0, 1, 2, 3, 4, 0] and "chosen" not in found["online"]
     np.savez(tmp_path / "preferences.npz", **rows(5, "query", "response"))  # labelled later: every prompt will do
     assert arm.splits(tmp_path, cfg)["preferences"]["query"][:, 0].tolist() == [0, 1, 2, 3, 4, 0, 1]
+
+
+@pytest.mark.parametrize("summary, refused", [("кот спит", True), ("猫はねる", True), ("a cat sleeps", False)])
+def test_summaries_that_rouge_cannot_see_are_counted_and_most_of_them_refused(tmp_path, summary, refused):
+    sample = ROOT / "data/tldr_sample"
+    shutil.copytree(sample, tmp_path / "posts")
+    rows = [json.loads(line) for line in (sample / "valid.jsonl").read_text(encoding="utf-8").splitlines()]
+    (tmp_path / "posts/valid.jsonl").write_text("".join(
+        json.dumps(row | {"summary": summary if i % 3 else "кот"}, ensure_ascii=False) + "\n"
+        for i, row in enumerate(rows)), encoding="utf-8")
+    cfg = scale("real-cpu")
+    if refused:
+        with pytest.raises(stage.UserError, match=rf"posts: {len(rows)} of {len(rows)} references lose most of their"):
+            data.data(tmp_path / "posts", tmp_path / "out", cfg)
+        assert not (tmp_path / "out").exists()
+    else:
+        data.data(tmp_path / "posts", tmp_path / "out", cfg)
+        found = stage.read_json(tmp_path / "out/metrics.json")["found"]
+        assert found == {"references_lost_to_rouge": -(-len(rows) // 3)}

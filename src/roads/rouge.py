@@ -33,6 +33,19 @@ def rouge_l(reference: str, candidates: list[str]) -> np.ndarray:
     return np.array([scores[text] for text in candidates], dtype=np.float64).reshape(-1, 3)
 
 
+def unseen(texts: list[str]) -> int:
+    """How many texts lose most of their letters to rouge-score, which keeps a to z and 0 to 9.
+
+    >>> unseen(["the cat", "кот", "кот on TV in Riga", "?"])
+    2
+    """
+    def is_seen(text: str) -> bool:
+        letters = [letter for letter in text.lower() if letter.isalnum()]
+        return 2 * sum(letter.isascii() for letter in letters) > len(letters)
+
+    return sum(not is_seen(text) for text in texts)
+
+
 def rouge_scores(completions: np.ndarray, references: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """ROUGE-L F1 [N, n] of completions [N, n, R] against references [N, R], all token ids."""
     targets = tokenizer.decode_batch(references.tolist(), skip_special_tokens=True)

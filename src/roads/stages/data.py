@@ -28,7 +28,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from roads import active, config, hub, schema, stage, tldr
+from roads import active, config, hub, rouge, schema, stage, tldr
 from roads.posts import download, in_folder
 from roads.world import World
 
@@ -140,6 +140,11 @@ def from_posts(source: Path, cfg: schema.Scale) -> tuple[object, dict[str, dict[
         raise stage.UserError(f"{source}/comparisons_train.jsonl: not found; samples.human.labels: rows needs it, and "
                               "comparisons_valid.jsonl")
     rows = choose(cfg, source, posts, {} if is_two_word else pairs)
+    lost, n = rouge.unseen([row.summary for row in rows["valid"]]), len(rows["valid"])
+    if 2 * lost > n:
+        raise stage.UserError(f"{source}: {lost} of {n} references lose most of their letters to ROUGE, which keeps a-z"
+                              " and 0-9 (Fig 11); expected summaries in Latin letters")
+    found |= {"references_lost_to_rouge": lost}
     tokenizer, ids = tokenizer_for(cfg, source, posts["train"])
     task = tldr.Task(lengths.max_query_tokens, lengths.max_response_tokens)
     side = replace(task, max_response_tokens=lengths.max_preference_tokens)
@@ -172,7 +177,7 @@ def from_posts(source: Path, cfg: schema.Scale) -> tuple[object, dict[str, dict[
                      for row in posts["train"][: cfg.data.base]]
         tokens = tldr.pad(documents, lengths.max_query_tokens + lengths.max_response_tokens, "right")
         splits["base"] = {"tokens": tokens, "weights": (tokens != tldr.PAD).astype(np.float32)}
-    return tokenizer, splits, ids | ({"found": found} if found else {})
+    return tokenizer, splits, ids | {"found": found}
 
 
 def two_word(query: np.ndarray, split: str, tokenizer: Tokenizer, cfg: schema.Scale,
