@@ -2,6 +2,7 @@
 expected and the nearest key."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -108,6 +109,11 @@ def test_a_new_arm_is_one_line_in_one_place(params):
     ("  compute: {device: cpu", "  policies: [dpo]\n  compute: {device: cpu", "mini.policies: unknown key; an arm has"),
     ("\nmini:", "\ntasks:", "tasks: a key of active.yaml cannot name a scale"),
     ("\nmini:", "\nstudies: {}\nmini:", "studies: a params.yaml of before; what is active is in active.yaml now"),
+    ("seed: 0, subreddits", "seed: 1000000000000000000000000000000, subreddits",
+     "mini.source.seed: input should be less than 4294967296"),
+    ("hidden_size: 64", "hidden_size: 200000000", "mini.model.hidden_size: input should be less than"),
+    ("hidden_size: 64", "hidden_size: 66", "mini.model.heads: expected heads of an even width"),
+    ("batch_size: 128", "batch_size: 100000000000000000000000", "mini.base.batch_size: input should be less than"),
     ("candidates: 2", "candidates: 13", "mini.source.candidates: expected 2 to words=12, got 13"),
     ("heads: 2", "heads: 3", "mini.model.heads: expected a divisor of hidden_size=64, got 3"),
     ("schedule: linear", "schedule: liner", "mini.local.schedule: input should be 'linear' or 'cosine', got 'liner'"),
@@ -231,6 +237,14 @@ def test_no_other_name_is_a_scale(name, params):
                           env={"PYTHONPATH": str(ROOT / "src")})
     assert done.returncode == 2 and done.stderr.startswith(f"error: params.yaml: no block named {name!r}; ")
     assert done.stdout == "" and done.stderr.count("\n") == 1 and len(list(params().parent.iterdir())) == 3
+
+
+def test_what_is_no_file_is_one_line_at_once(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")  # nobody writes to it: a reader would wait for ever
+    for name in ("folder", "fifo"):
+        with pytest.raises(UserError, match=f"{name}: expected a file"):
+            config.load(tmp_path / name)
 
 
 def test_no_file_and_no_mapping(tmp_path):

@@ -103,3 +103,10 @@ def test_what_packed_rows_cannot_do_is_left_to_the_padded_path():
     net = llama()
     net.config.sliding_window = 64
     assert not packed.supports(net)
+
+
+def test_a_prepared_model_refuses_rows_that_are_not_packed(policy, rows):
+    """Without a mask every token would see those after it: a language model would learn to copy."""
+    policy.base_model.set_attn_implementation(packed.ATTENTION)
+    with pytest.raises(ValueError, match="without their mask"):
+        policy(rows[0])

@@ -188,3 +188,10 @@ def test_a_model_that_is_nowhere_is_one_line(machine, params, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="EleutherAI/pythia-1.4b-deduped"):
         preflight.check(stages("paper", "base", "base"), params, "mini")
+
+
+def test_a_launch_that_names_no_number_of_processes_is_one_line(monkeypatch, tmp_path):
+    (tmp_path / "mine.yaml").write_text("distributed_type: MULTI_GPU\n")
+    monkeypatch.setenv(LAUNCH, str(tmp_path / "mine.yaml"))
+    with pytest.raises(UserError, match="mine.yaml: num_processes: expected how many processes train together"):
+        preflight.launched()

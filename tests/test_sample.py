@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import ENV, ROOT
 
-from roads import generate, model, schema
+from roads import config, generate, model, schema
+from roads.stage import UserError
 
 RUN = """
 import sys, torch
@@ -92,3 +93,11 @@ def test_other_settings_weights_or_code_share_no_batch(tmp_path, policy, monkeyp
     monkeypatch.setattr(generate, "generate_tree", types.SimpleNamespace(__file__=tmp_path / "other.py"))
     keys.append(generate._key(tmp_path, query, 5, 1.0))
     assert len(set(keys)) == 5
+
+
+def test_samples_that_a_scale_lacks_are_one_line(tmp_path):
+    from roads.stages import sample
+
+    real = config.load_scale("real-cpu", ROOT / "params.yaml")
+    with pytest.raises(UserError, match="^samples.best_of_n: the scale has none in params.yaml$"):
+        sample.sample(tmp_path, tmp_path, tmp_path / "out", real, "best_of_n", 0)

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from roads.stage import UserError
-from roads.tldr import EOS, PAD, Row, Task, load_tokenizer, pad, read_rows, train_bpe
+from roads.tldr import EOS, PAD, Row, Task, comparison_of, load_tokenizer, pad, read_rows, train_bpe
 
 ROOT = Path(__file__).parents[1]
 PYTHIA = ROOT.parent / "shared/data/neox_tokenizer.json"
@@ -189,8 +189,6 @@ def changed(**values):
     "bad, message",
     [
         (b"{", "not JSON"),
-        (b"", "not JSON"),
-        (b"   ", "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b"[1]", "expected an object with the fields id, subreddit, title, post, summary"),
         (b'{"id": "x"}', "no field 'subreddit'"),
@@ -284,3 +282,22 @@ def test_load_tokenizer_drops_truncation_and_padding(tmp_path, small):
     cutting.enable_padding(length=9)
     cutting.save(str(path))
     assert load_tokenizer(path).encode(text).ids == small.encode(text).ids
+
+
+def test_a_byte_order_mark_and_blank_lines_are_read_over(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD + b"\n\n   \n" + GOOD + b"\n")
+    assert read_rows(tmp_path / "rows.jsonl") == [ROW, ROW]
+    (tmp_path / "rows.jsonl").write_bytes(b"\n" + GOOD + b"\n{")
+    with pytest.raises(UserError, match=r"rows\.jsonl:3: not JSON"):
+        read_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("choice, chosen", [(0, "one"), (1, "two"), (1.0, "two"), (True, None), (2, None), ("1", None)])
+def test_a_choice_is_0_or_1(choice, chosen):
+    info = {"id": "t3_1", "subreddit": "Cooking", "title": "T", "post": "P"}
+    row = {"info": info, "summaries": [{"text": "one"}, {"text": "two"}], "choice": choice}
+    if chosen is None:
+        with pytest.raises(UserError, match="^here: expected an object info, two summaries and a choice of 0 or 1$"):
+            comparison_of(row, "here")
+    else:
+        assert comparison_of(row, "here").summary == chosen

@@ -243,6 +243,19 @@ def test_a_launch_without_its_file_is_one_line(monkeypatch, capsys):
     assert line.count("\n") == 1 and "9-gpu.yaml: not found" in line and "configs/accelerate/8-gpu-fsdp.yaml" in line
 
 
+def test_a_file_that_is_none_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for work, said in ((lambda: (tmp_path / "file/more").read_text(), "file/more: not a directory"),
+                       (tmp_path.read_text, f"{tmp_path.name}: is a directory"),
+                       ((tmp_path / "none").read_text, "none: no such file or directory")):
+        with pytest.raises(SystemExit, match="2"):
+            stage.main(work)
+        line = capsys.readouterr().err
+        assert line.startswith("error: ") and line.endswith(f"{said}\n") and line.count("\n") == 1
+    with pytest.raises(OSError, match="no file at all"):  # a fault of ours keeps its traceback
+        stage.main(lambda: (_ for _ in ()).throw(OSError("no file at all")))
+
+
 def test_one_process_alone_writes_the_output(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     with stage.output(tmp_path / "out", {}) as folder:

@@ -106,9 +106,11 @@ def _autocast(module: nn.Module) -> None:
     module.forward = in_bf16
 
 
-def for_training(net: "PreTrainedModel | RewardModel", cfg: schema.Scale) -> None:
+def for_training(net: "PreTrainedModel | RewardModel", cfg: schema.Scale, *, pack: bool = True) -> None:
     """Set what training alone has: flash attention or, on a GPU, packed rows; activations that are computed again.
 
+    Args:
+        pack: False where the loss calls the model itself. A packed model runs under a mask of packed rows alone.
     Raises:
         UserError: compute.attention is flash and the package flash_attn is not there.
     """
@@ -118,8 +120,9 @@ def for_training(net: "PreTrainedModel | RewardModel", cfg: schema.Scale) -> Non
             raise stage.UserError("compute.attention: flash needs the package flash_attn (the image has it);"
                                   " install it or set sdpa")
         trunk.set_attn_implementation("flash_attention_2")
-    elif trunk.device.type == "cuda" and os.environ.get("ACCELERATE_USE_FSDP") != "true" and packed.supports(trunk):
-        packed.prepare(trunk)
+    elif pack and trunk.device.type == "cuda" and os.environ.get("ACCELERATE_USE_FSDP") != "true":
+        if packed.supports(trunk):
+            packed.prepare(trunk)
     if cfg.machine.gradient_checkpointing:
         trunk.gradient_checkpointing_enable({"use_reentrant": False})
 

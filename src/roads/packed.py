@@ -104,7 +104,13 @@ def block_mask(end: Tensor) -> BlockMask:
 
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None,
             **_: object) -> tuple[Tensor, None]:
-    """Attention of transformers' models under `block_mask`; under `dense_mask` where FlexAttention has no gradient."""
+    """Attention of transformers' models under `block_mask`; under `dense_mask` where FlexAttention has no gradient.
+
+    Raises:
+        ValueError: neither mask; without one every token would see those after it.
+    """
+    if not isinstance(mask, BlockMask) and (mask is None or mask.dim() != 4):
+        raise ValueError("a model that is prepared for packed rows ran without their mask; use packed.run")
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary position may have left them in fp32
     shared = query.shape[1] // key.shape[1]
     if shared & (shared - 1):  # FlexAttention shares keys among 2, 4, 8 ... heads

@@ -10,8 +10,10 @@ from roads.strict import Strict
 
 POLICIES = ("dpo", "dpo_2x", "online_sft", "online")
 Policy = Literal["dpo", "dpo_2x", "online_sft", "online"]
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Width = Annotated[int, Field(ge=1, le=2**16)]
+Batch = Annotated[int, Field(ge=1, le=10**6)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -85,15 +87,18 @@ class FromScratch(Strict):
     """A GPT-NeoX of random weights, which stage base trains."""
 
     kind: Literal["new"]
-    hidden_size: Count
-    layers: Count
-    heads: Count
-    max_positions: Count
+    hidden_size: Width
+    layers: Annotated[int, Field(ge=1, le=1000)]
+    heads: Width
+    max_positions: Annotated[int, Field(ge=1, le=2**20)]
 
     @model_validator(mode="after")
     def _heads(self) -> "FromScratch":
         if self.hidden_size % self.heads:
             raise ValueError(f"heads: expected a divisor of hidden_size={self.hidden_size}, got {self.heads}")
+        if self.hidden_size // self.heads % 2:
+            raise ValueError(f"heads: expected heads of an even width (rotary positions turn pairs), got "
+                             f"{self.hidden_size} / {self.heads} = {self.hidden_size // self.heads}")
         return self
 
 
@@ -167,7 +172,7 @@ class Train(Strict):
 
     lr: Positive
     schedule: Literal["linear", "cosine"]
-    batch_size: Count  # rows, or pairs
+    batch_size: Batch  # rows, or pairs
     epochs: Count
 
 

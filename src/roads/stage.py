@@ -166,8 +166,11 @@ def main(command: Callable[[], int | None], launch: bool = False) -> None:
         message = str(error)
     except Exception as error:
         # ENOSPC; safetensors and tokenizers raise errors of their own that say it in words.
-        if os.strerror(errno.ENOSPC) not in str(error) and getattr(error, "errno", None) != errno.EDQUOT:
+        if os.strerror(errno.ENOSPC) in str(error) or getattr(error, "errno", None) == errno.EDQUOT:
+            message = f"no space left ({error}): free some disk and run the same command again"
+        elif isinstance(error, OSError) and error.filename:  # a folder in a file's place, one that may not be read
+            message = f"{error.filename}: {str(error.strerror).lower()}"
+        else:
             raise
-        message = f"no space left ({error}): free some disk and run the same command again"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

@@ -28,6 +28,8 @@ def read(path: Path, expected: str) -> dict:
     Raises:
         UserError: no such file, not YAML, or no mapping.
     """
+    if Path(path).exists() and not Path(path).is_file():  # a FIFO would be waited for
+        raise UserError(f"{path}: expected a file")
     try:
         found = YAML(typ="safe").load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -78,9 +78,10 @@ def comparison_of(value: dict, where: str) -> Comparison:
     if "summaries" in value:
         info, sides, choice = (value.get(name) for name in ("info", "summaries", "choice"))
         two = isinstance(sides, list) and len(sides) == 2 and all(isinstance(side, dict) for side in sides)
-        if not (two and isinstance(info, dict) and choice in (0, 1)):
+        if not (two and isinstance(info, dict) and choice in (0, 1) and not isinstance(choice, bool)):
             raise UserError(f"{where}: expected an object info, two summaries and a choice of 0 or 1")
-        value = info | {"chosen": sides[choice].get("text"), "rejected": sides[1 - choice].get("text")}
+        first = int(choice)  # 1.0, as some tools write it
+        value = info | {"chosen": sides[first].get("text"), "rejected": sides[1 - first].get("text")}
     return Comparison(*_texts(value, where, SIDES))
 
 
@@ -91,10 +92,13 @@ def objects(path: Path, names: list[str] = FIELDS) -> Iterator[tuple[dict, str]]
         lines = (lzma.decompress(text) if Path(path).suffix == ".xz" else text).rstrip().split(b"\n")
     except (OSError, lzma.LZMAError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', error)}; expected a jsonl file of TL;DR rows") from None
-    if lines == [b""]:
+    lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+    if not any(line.strip() for line in lines):
         raise UserError(f"{path}: empty; expected one TL;DR row per line")
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
+        if not line.strip():
+            continue
         try:
             value = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:

@@ -209,8 +209,9 @@ def fit(net: nn.Module, loss_fn: Callable[[Tensor], tuple[Tensor, dict[str, Tens
         lr = learning_rate(len(log), len(plan), recipe)
         set_learning_rate(optimizer, lr)
         means = gradients.accumulate(rows)
-        check_finite(means["loss"], label, len(log))
+        check_finite("the loss", means["loss"], label, len(log))
         norm = clip(net)
+        check_finite("the gradient", norm, label, len(log))
         optimizer.step()
         gradients.zero()
         log.append({"lr": lr, "loss": means.pop("loss"), "grad_norm": norm, **means})
@@ -227,9 +228,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def check_finite(loss: float, label: str, step: int) -> None:
-    if not math.isfinite(loss):
-        raise UserError(f"{label}: the loss is {loss} at step {step}; lower the learning rate in params.yaml")
+def check_finite(what: str, value: float, label: str, step: int) -> None:
+    if not math.isfinite(value):
+        raise UserError(f"{label}: {what} is {value} at step {step}; lower the learning rate in params.yaml")
 
 
 def clip(net: nn.Module, norm: float = 1.0) -> float:
@@ -271,6 +272,7 @@ class Job:
     lengths: Tensor  # [n], tokens
     weights: Tensor | None = None  # [n], what each row counts in the mean; None: all the same
     shards: int = 1  # `batches`
+    pack: bool = True  # whether the loss takes rows packed, on a GPU: those of model.py do
     also: dict | None = None  # for metrics.json
 
 
@@ -287,7 +289,7 @@ def run(out: Path, make: Callable[[], Job], recipe: schema.Train, cfg: schema.Sc
     key = stage.fingerprint(used, reads, name)
     with stage.output(out, used, reads) as folder:
         job = make()
-        model.for_training(job.net, cfg)
+        model.for_training(job.net, cfg, pack=job.pack)
         log = fit(job.net, job.loss, job.n, recipe, seed=seed, key=key, label=f"{name} s{seed}", shards=job.shards,
                   weights=job.weights, lengths=job.lengths, micro_batch=cfg.machine.micro_batch,
                   packed=model.is_packed(job.net))

@@ -48,8 +48,10 @@ def launched() -> tuple[int, int]:
         known = ", ".join(sorted(file.stem for file in Path(path).parent.glob("*.yaml")))
         raise UserError(f"{path}: not found; LAUNCH is one of: {known}")
     plan = YAML(typ="safe").load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(plan, dict) or not isinstance(plan.get("num_processes"), int):
+        raise UserError(f"{path}: num_processes: expected how many processes train together")
     processes = plan["num_processes"]
-    return processes // plan.get("num_machines", 1), processes if plan["distributed_type"] == "FSDP" else 1
+    return processes // plan.get("num_machines", 1), processes if plan.get("distributed_type") == "FSDP" else 1
 
 
 def check(commands: dict[str, str | list[str]], params: config.Params, scale: str) -> None:

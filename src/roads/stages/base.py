@@ -39,7 +39,8 @@ def base(data: Path, out: Path, cfg: schema.Scale) -> None:
         def loss(i: torch.Tensor) -> tuple[torch.Tensor, dict]:
             return language_model_loss(policy, tokens[i], weights[i]), {}
 
-        return train.Job(policy, loss, len(tokens), lengths=train.tokens(tokens), weights=weights[:, 1:].sum(1))
+        return train.Job(policy, loss, len(tokens), lengths=train.tokens(tokens), weights=weights[:, 1:].sum(1),
+                         pack=False)  # language_model_loss calls the model itself
 
     train.run(out, job, cfg.base, cfg, used=schema.used(cfg, "model", "base"), reads=[data], seed=0, name="base")
 

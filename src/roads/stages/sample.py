@@ -18,6 +18,8 @@ def sample(policy: Path, prompts: Path, out: Path, cfg: schema.Scale, samples: s
     """Sample every prompt of a split with the settings `samples.<name>` of params.yaml."""
     torch.set_num_threads(cfg.machine.threads)
     settings = getattr(cfg.samples, samples)
+    if settings is None:
+        raise stage.UserError(f"samples.{samples}: the scale has none in params.yaml")
     used = {"samples": {samples: settings.model_dump()}, "seed": seed}
     with stage.output(out, used, [policy, prompts]) as folder:
         rows = np.load(prompts)
