@@ -94,6 +94,10 @@ def load_scale(name: str, path: Path = PARAMS) -> Scale:
     return _expand(path, raw[scale], scale, *known[name], figures)
 
 
+def is_name(name: object) -> bool:
+    return isinstance(name, str) and NAME.fullmatch(name) is not None
+
+
 def no_block(path: Path, name: str, scales: list[str]) -> str:
     """What to say of a scale that is not there, or was called something else in versions before."""
     hint = nearest(name, scales)
@@ -118,7 +122,7 @@ def _read(path: Path) -> dict:
     for name, block in raw.items():
         if name == "seeds":
             continue
-        if not NAME.fullmatch(str(name)):
+        if not is_name(name):
             raise UserError(f"{path}: {name!r}: expected a block name of letters, digits, _ and -, a letter first")
         if not isinstance(block, dict):
             raise UserError(f"{path}: {name}: unknown key{nearest(name, ['seeds'])}")
@@ -135,7 +139,7 @@ def load_figures(path: Path = FIGURES) -> dict[str, Figure]:
     """
     figures = {}
     for name, row in strict.read(path, "a row for every figure").items():
-        if not NAME.fullmatch(str(name)):
+        if not is_name(name):
             raise UserError(f"{path}: {name!r}: expected a name of letters, digits, _ and -, a letter first")
         figures[name] = figure = strict.check(Figure, row, str(path), name)
         if not (MODULES / f"{figure.module}.py").exists():
@@ -181,7 +185,7 @@ def _arms(path: Path, name: str, scale: Scale, figures: dict[str, Figure]) -> It
             known = [it for it in figures if figures[it].sft]
             raise UserError(f"{path}: {name}.arms.{figure}: no figure with arms{nearest(figure, known)}")
         for arm in arms:
-            if not NAME.fullmatch(str(arm)):
+            if not is_name(arm):
                 raise UserError(f"{path}: {name}.arms.{figure}: {arm!r}: expected a name of letters, digits, _ and -, "
                                 "a letter first")
             yield figure, arm, f"{name}.{figure}.{arm}"

@@ -37,7 +37,8 @@ def read(path: Path, expected: str) -> dict:
     except (YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{where}: not YAML: {getattr(error, 'problem', error)}") from None
+        reason = " ".join(str(getattr(error, "problem", error)).split())
+        raise UserError(f"{where}: not YAML: {reason}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: expected a mapping with {expected}")
     return found
@@ -63,8 +64,9 @@ def nearest(key: str, known: Iterable[str]) -> str:
     >>> nearest("bata", ["lr", "beta"])
     "; did you mean 'beta'?"
     """
-    close = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; expected one of: {', '.join(known)}"
+    names = list(map(str, known))
+    close = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; expected one of: {', '.join(names)}"
 
 
 def explain(error: Any, model: type[BaseModel], key: str = "", value: Any = None) -> str:

@@ -8,14 +8,17 @@ Of whatever tokenizer, EOS is token 0 and padding token 1 from here on: see `ren
 """
 
 import hashlib
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from roads import config, hub, model, schema, stage, tldr, train
+from roads import candidates, config, hub, model, schema, stage, tldr, train
 from roads.tldr import EOS, PAD
+
+TOLERANCE = 0.01  # nats of a whole response, in fp32
 
 
 def language_model_loss(policy: PreTrainedModel, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -69,6 +72,53 @@ def renumber(policy: PreTrainedModel, eos_id: int, pad_id: int, vocab_size: int)
     policy.generation_config = GenerationConfig(**ids)  # its own may ask for other sampling than ours
 
 
+def without_dropout(config: PretrainedConfig) -> None:
+    """GPT-2 and others drop a tenth of their activations in training: every run would give other bits."""
+    for name, value in config.get_text_config().to_dict().items():
+        if ("dropout" in name or "pdrop" in name) and isinstance(value, float) and value:
+            setattr(config.get_text_config(), name, 0.0)
+
+
+@torch.no_grad()
+def check_against_itself(policy: PreTrainedModel, cfg: schema.Scale, where: str) -> None:
+    """Whether what we compute with a model is what it computes itself: on rows as long as the scale has them, one of
+    them padded, log-probs of our three ways. (The sampler looks for itself, when it begins: trees.py.)
+
+    Raises:
+        UserError: too few positions, or other numbers: a softcap, a scale or a window that our ways leave out.
+    """
+    length, width = cfg.source.max_query_tokens, cfg.source.max_response_tokens
+    room = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if length + width > room:
+        raise stage.UserError(f"{where}: {room} positions, and the scale's queries and responses take {length + width};"
+                              " lower source.max_query_tokens")
+    generator, size = torch.Generator().manual_seed(0), policy.get_input_embeddings().weight.shape[0]
+    query = torch.randint(2, size, (2, length), generator=generator)
+    response = torch.randint(2, size, (2, 2, width), generator=generator)
+    query[1, : length // 3], response[1, 0, width // 2 :] = PAD, PAD
+
+    def logits(row: torch.Tensor) -> torch.Tensor:
+        return policy(row[row != PAD][None].to(policy.device)).logits[0].float().cpu()
+
+    def own(prompt: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+        words = answer[answer != PAD]
+        scores = torch.log_softmax(logits(torch.cat([prompt, answer]))[-len(words) - 1 : -1], 1)
+        return scores.gather(1, words[:, None]).sum()
+
+    expected = torch.stack([torch.stack([own(q, answer) for answer in answers]) for q, answers in zip(query, response)])
+    try:
+        ways = {"response_logps": torch.stack([model.response_logps(policy, query, response[:, i]) for i in (0, 1)], 1),
+                "pair_logps": torch.stack(list(model.pair_logps(policy, query, response[:, 0], response[:, 1])), 1),
+                "candidates.logps": candidates.logps(policy, query, response)}
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise stage.UserError(f"{where}: {type(policy).__name__} does not run here ({error})") from None
+    far = {name: float((found.cpu() - expected).abs().max()) for name, found in ways.items()}
+    worst = max(far, key=far.__getitem__)
+    if not far[worst] <= TOLERANCE:
+        raise stage.UserError(f"{where}: {worst} of {type(policy).__name__} is {far[worst]:.2g} nats from transformers'"
+                              " own forward: a softcap, a scale or a window is left out here; take another model")
+
+
 def reachable(wanted: schema.Pretrained | schema.Packaged) -> None:
     """Raises UserError where a pretrained model, its revision or its package is not available."""
     if wanted.kind == "packaged":
@@ -107,6 +157,8 @@ def fetch(data: Path, out: Path, cfg: schema.Scale) -> None:
         if getattr(policy, "hf_quantizer", None):  # it is dequantised, and saved as any other model
             policy.hf_quantizer.remove_quantization_config(policy)
         renumber(policy, tokens["eos_id"], tokens["pad_id"], tokens["vocab_size"])
+        without_dropout(policy.config)
+        check_against_itself(policy.eval().to(model.device(cfg.compute)), cfg, where)
         policy.save_pretrained(folder)
         model.copy_tokenizer(data, folder)
         stage.write_json(folder / "metrics.json", version | {"parameters": policy.num_parameters()})
