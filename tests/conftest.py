@@ -38,6 +38,7 @@ def pytest_xdist_make_scheduler(config, log):
             file = super()._split_scope(nodeid)
             return "checkout" if file.endswith(("test_pipeline.py", "test_readme.py")) else file
 
+    config.option.loadscopereorder = False  # as they are collected: what takes long first, not what has most tests
     return ByFile(config, log)
 
 
