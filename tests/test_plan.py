@@ -217,6 +217,14 @@ def test_a_lock_with_more_than_stages_in_it_is_written_by_dvc(project):
     assert lock() == {**YAML(typ="safe").load(whole), "datasets": []}
 
 
+def test_an_arm_in_the_lock_keeps_it_one_that_is_read_by_entry(project):
+    """Its name has a dot; DVC alone reads and writes all of the lock, which takes seconds for every stage."""
+    name = "arm_sft@mini-horizon.k4"
+    arm = "  {}:\n    cmd: true\n    outs:\n    - path: runs/mini.horizon.k4/sft\n".format(name)
+    assert dvc_patches.LAYOUT.fullmatch(dvc_patches.LOCK + arm)
+    assert dvc_patches.entry_of(name, dvc_patches.LOCK + arm) == (arm, len(dvc_patches.LOCK))
+
+
 def test_every_entry_of_the_committed_lock_is_found():
     text = (ROOT / "dvc.lock").read_text(encoding="utf-8")
     assert text.startswith(dvc_patches.LOCK) and dvc_patches.LAYOUT.fullmatch(text)

@@ -123,9 +123,9 @@ SPACELESS = ["abcdefgh", "aaaaaaaa", "0123456789", "_-", "日本語のテキス�
 @pytest.mark.parametrize("piece", SPACELESS)
 def test_query_cut_equals_the_naive_rule_on_posts_without_spaces(tokenizer, piece):
     rng = random.Random(piece)
-    for length in (300, 1200):
+    for length in (300, 500):
         post = "".join(rng.choice([piece, piece[::-1], piece.upper()]) for _ in range(length // len(piece) + 1))
-        for limit in (60, 97):
+        for limit in (60,):
             task, row = Task(max_query_tokens=limit), replace(ROW, post=post)
             assert task.query_ids(row, tokenizer) == naive_query_ids(task, row, tokenizer), (length, limit)
 

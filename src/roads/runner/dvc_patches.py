@@ -25,7 +25,7 @@ from roads.stage import UserError
 
 VERSION = "3.67."
 LOCK = "schema: '2.0'\nstages:\n"
-LAYOUT = re.compile(LOCK + r"(?:  [\w@-]+:\n(?:    .*\n)+)*")  # as DVC writes dvc.lock, with nothing but stages in it
+LAYOUT = re.compile(LOCK + r"(?:  [\w@.-]+:\n(?:    .*\n)+)*")  # as DVC writes dvc.lock, with nothing but stages in it
 
 
 def check_version() -> None:
