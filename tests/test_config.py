@@ -30,6 +30,14 @@ def params(tmp_path):
     return write
 
 
+def refused(read, path, named, message):
+    """The files are refused in one line that begins with the name of one of them."""
+    with pytest.raises(UserError) as error:
+        read(path)
+    text = str(error.value)
+    assert text.startswith(str(named)) and message in text and "\n" not in text
+
+
 def test_the_files_in_the_repository_are_good(params):
     loaded, now = config.load(params()), active.load(params())
     assert now.scale == "mini" and {"mini", "tiny", "real-cpu"} < set(loaded.scales)
@@ -136,10 +144,7 @@ def test_a_new_arm_is_one_line_in_one_place(params):
 ])  # fmt: skip
 def test_a_mistake_is_named(params, old, new, message):
     path = params(old, new)
-    with pytest.raises(UserError) as error:
-        config.load(path)
-    text = str(error.value)
-    assert text.startswith(f"{path}") and message in text and "\n" not in text
+    refused(config.load, path, path, message)
 
 
 @pytest.mark.parametrize("old, new, message", [
@@ -156,10 +161,7 @@ def test_a_mistake_is_named(params, old, new, message):
 ])  # fmt: skip
 def test_an_active_yaml_that_does_not_follow_is_named(params, old, new, message):
     path = params(old, new, "active.yaml")
-    with pytest.raises(UserError) as error:
-        active.load(path)
-    text = str(error.value)
-    assert text.startswith(str(path.with_name("active.yaml"))) and message in text and "\n" not in text
+    refused(active.load, path, path.with_name("active.yaml"), message)
     active.write("mini", None, path)
     assert path.with_name("active.yaml").read_text(encoding="utf-8") == TEXT["active.yaml"]
 
@@ -173,10 +175,7 @@ def test_an_active_yaml_that_does_not_follow_is_named(params, old, new, message)
 ])  # fmt: skip
 def test_a_mistake_in_the_table_of_figures_is_named(params, old, new, message):
     path = params(old, new, "figures.yaml")
-    with pytest.raises(UserError) as error:
-        config.load(path)
-    text = str(error.value)
-    assert text.startswith(str(path.with_name("figures.yaml"))) and message in text and "\n" not in text
+    refused(config.load, path, path.with_name("figures.yaml"), message)
 
 
 def test_a_figure_may_have_seeds_of_its_own(params):

@@ -13,8 +13,9 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from roads import config, stage, strict
+from roads.schema import Active
 from roads.stage import UserError, main
-from roads.strict import Strict, nearest
+from roads.strict import nearest
 
 FILE = Path("active.yaml")
 HEAD = "# What runs, as names, from params.yaml and figures.yaml: `make … SCALE= DATA=` writes it.\n"
@@ -23,24 +24,6 @@ HEAD = "# What runs, as names, from params.yaml and figures.yaml: `make … SCAL
 # repository, or what to download. A world is made from nothing. The arms of a scale read the same.
 DATA_FROM = {"posts": "data/tldr", "jsonl": "data/tldr_sample", "openai": "data/openai.json",
              "two_word": "data/openai.json"}
-
-
-class Active(Strict):
-    """active.yaml: the scale, and the lists of dvc.yaml that follow from it."""
-
-    scale: str
-    data_from: str | None  # null for a world
-    tasks: list[config.Task]  # whose preferences there are
-    figures: dict[str, list[str]]  # figure -> the scale, where it has it
-    arms: dict[str, list[str]]  # figure -> its arms
-    figure_seeds: dict[str, list[str]]  # figure -> the seeds that it shows
-    run_seeds: dict[str, list[str]]  # graph: of the scale's own runs; figure -> of its arms', which others show too
-    from_world: list[str]  # the scale, where its data are a world's
-    from_posts: list[str]  # or posts'
-    arms_from_world: list[str]  # arms with an SFT checkpoint of their own, as figure.arm, whose data are a world's
-    arms_from_posts: list[str]
-    arms_with_sft: list[str]  # the two together
-    sizes: list[str]  # full names of the scale and of the arms of Fig 9, whose reward models it crosses
 
 
 def follow(scale: str, data_from: str | None, params: config.Params) -> Active:
@@ -72,13 +55,14 @@ def follow(scale: str, data_from: str | None, params: config.Params) -> Active:
         sizes=[scale, *(f"{scale}.fig9.{arm}" for arm in arms.get("fig9", []))])
 
 
-def load(path: Path = config.PARAMS) -> Active:
-    """Read and check active.yaml beside params.yaml: that it follows from the other two files.
+def load(path: Path = config.PARAMS, params: config.Params | None = None) -> Active:
+    """Read and check active.yaml beside params.yaml: that it follows from the other two files (`params`, where they are
+    read already).
 
     Raises:
         UserError: it does not; `make` writes it.
     """
-    params, place = config.load(path), Path(path).with_name(FILE.name)
+    params, place = params or config.load(path), Path(path).with_name(FILE.name)
     active = strict.check(Active, strict.read(place, "what is active"), str(place))
     if active.scale not in params.scales:
         raise UserError(f"{place}: scale: no block named {active.scale!r}{nearest(active.scale, params.scales)}")

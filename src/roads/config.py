@@ -12,17 +12,13 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from roads import strict
-from roads.schema import Policy, Scale, Seed
+from roads.schema import Active, Policy, Scale, Seed, Task
 from roads.stage import UserError, main
 from roads.strict import Strict, nearest
 
 PARAMS, FIGURES = Path("params.yaml"), Path("figures.yaml")
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")  # it becomes part of commands, of folders and of DVC's keys
 MODULES = Path(__file__).with_name("figures")
-# Keys of active.yaml, which DVC reads beside the scales.
-RESERVED = {"scale", "data_from", "tasks", "figures", "arms", "figure_seeds", "run_seeds", "from_world", "from_posts",
-            "arms_from_world", "arms_from_posts", "arms_with_sft", "sizes"}
-Task = Literal["human", "rouge"]
 SEEDS = TypeAdapter(Annotated[list[Seed], Field(min_length=1)], config=ConfigDict(strict=True))
 
 class Figure(Strict):
@@ -72,7 +68,7 @@ def load(path: Path = PARAMS) -> Params:
             continue
         scales[name] = _scale(path, name, block)
         for figure, arm, key in _arms(path, name, scales[name], figures):
-            arms[key] = _expand(path, raw[name], name, figure, arm, figures)
+            arms[key] = _expand(path, raw[name], scales[name], figure, arm, key, figures)
             if figures[figure].sft == "shared" and arms[key].made_from() != scales[name].made_from():
                 raise UserError(f"{path}: {name}.arms.{figure}.{arm}: differs from {name} in what SFT is made from; "
                                 "expected the same source, model, base, sft and data")
@@ -88,10 +84,11 @@ def load_scale(name: str, path: Path = PARAMS) -> Scale:
     if not rest:
         return _scale(path, name, raw[name])
     figures = load_figures(Path(path).with_name(FIGURES.name))
-    known = {key: (figure, arm) for figure, arm, key in _arms(path, scale, _scale(path, scale, raw[scale]), figures)}
+    whole = _scale(path, scale, raw[scale])
+    known = {key: (figure, arm) for figure, arm, key in _arms(path, scale, whole, figures)}
     if name not in known:
         raise UserError(f"{path}: {scale}.arms: no arm named {rest!r}{nearest(name, known)}")
-    return _expand(path, raw[scale], scale, *known[name], figures)
+    return _expand(path, raw[scale], whole, *known[name], name, figures)
 
 
 def is_name(name: object) -> bool:
@@ -126,7 +123,7 @@ def _read(path: Path) -> dict:
             raise UserError(f"{path}: {name!r}: expected a block name of letters, digits, _ and -, a letter first")
         if not isinstance(block, dict):
             raise UserError(f"{path}: {name}: unknown key{nearest(name, ['seeds'])}")
-        if name in RESERVED:
+        if name in Active.model_fields:  # DVC reads both files' keys beside each other
             raise UserError(f"{path}: {name}: a key of active.yaml cannot name a scale")
     return raw
 
@@ -191,13 +188,13 @@ def _arms(path: Path, name: str, scale: Scale, figures: dict[str, Figure]) -> It
             yield figure, arm, f"{name}.{figure}.{arm}"
 
 
-def _expand(path: Path, block: dict, scale: str, figure: str, arm: str, figures: dict[str, Figure]) -> Scale:
-    """The block of an arm: its scale's, with what the arm changes."""
-    key, changes = f"{scale}.arms.{figure}.{arm}", block["arms"][figure][arm]
-    merged = merge({name: value for name, value in block.items() if name != "arms"}, changes)
-    expanded = strict.check(Scale, {"policies": figures[figure].policies, **merged}, str(path), key)
-    if expanded == strict.check(Scale, {"policies": expanded.policies, **block, "arms": {}}, str(path), scale) and (
-            expanded.policies == figures[figure].policies or not changes):
+def _expand(path: Path, block: dict, scale: Scale, figure: str, arm: str, name: str,
+            figures: dict[str, Figure]) -> Scale:
+    """The block of an arm, whose full name is given: its scale's, with what the arm changes."""
+    key, policies = name.replace(".", ".arms.", 1), figures[figure].policies
+    merged = merge({part: value for part, value in block.items() if part != "arms"}, block["arms"][figure][arm])
+    expanded = strict.check(Scale, {"policies": policies, **merged}, str(path), key)
+    if expanded.model_dump() == scale.model_dump() | {"policies": policies, "arms": {}}:
         raise UserError(f"{path}: {key}: changes nothing")
     return expanded
 

@@ -21,12 +21,6 @@ def load(folder: Path) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.from_numpy(rows[name]) for name in ("query", "chosen", "rejected"))
 
 
-def ties(folder: Path) -> dict[str, int]:
-    """How many pairs were dropped as ties when a folder of pairs was made, for metrics.json."""
-    metrics = stage.read_json(folder / "metrics.json") if (folder / "metrics.json").exists() else {}
-    return {name: metrics[name] for name in ("dropped_as_ties",) if name in metrics}
-
-
 def told_apart(chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, Tensor]:
     """What a training's curves say of rewards [B] of both sides: means, and how often the chosen one's is higher."""
     margins = chosen_rewards - rejected_rewards

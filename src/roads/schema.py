@@ -1,5 +1,5 @@
-"""What a block of params.yaml may say: a scale, or an arm of one, as frozen models. Unknown keys, wrong types and
-impossible values are errors (strict.py).
+"""What a block of params.yaml may say, a scale or an arm of one, and active.yaml, as frozen models. Unknown keys, wrong
+types and impossible values are errors (strict.py).
 """
 
 from typing import Annotated, Any, Literal
@@ -10,6 +10,7 @@ from roads.strict import Strict
 
 POLICIES = ("dpo", "dpo_2x", "online_sft", "online")
 Policy = Literal["dpo", "dpo_2x", "online_sft", "online"]
+Task = Literal["human", "rouge"]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Width = Annotated[int, Field(ge=1, le=2**16)]
 Batch = Annotated[int, Field(ge=1, le=10**6)]
@@ -279,3 +280,21 @@ class Scale(Strict):
 def used(scale: Scale, *blocks: str) -> dict:
     """The named blocks as plain values: what a stage writes to its params.json, and what DVC tracks for it."""
     return {block: scale.model_dump()[block] for block in blocks}
+
+
+class Active(Strict):
+    """active.yaml: the scale, and the lists of dvc.yaml that follow from it."""
+
+    scale: str
+    data_from: str | None  # null for a world
+    tasks: list[Task]  # whose preferences there are
+    figures: dict[str, list[str]]  # figure -> the scale, where it has it
+    arms: dict[str, list[str]]  # figure -> its arms
+    figure_seeds: dict[str, list[str]]  # figure -> the seeds that it shows
+    run_seeds: dict[str, list[str]]  # graph: of the scale's own runs; figure -> of its arms', which others show too
+    from_world: list[str]  # the scale, where its data are a world's
+    from_posts: list[str]  # or posts'
+    arms_from_world: list[str]  # arms with an SFT checkpoint of their own, as figure.arm, whose data are a world's
+    arms_from_posts: list[str]
+    arms_with_sft: list[str]  # the two together
+    sizes: list[str]  # full names of the scale and of the arms of Fig 9, whose reward models it crosses

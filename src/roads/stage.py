@@ -37,10 +37,15 @@ def read_json(path: Path) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+def metrics_of(folder: Path, *names: str) -> dict:
+    """What there is of some metrics of a stage's folder."""
+    metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").exists() else {}
+    return {name: metrics[name] for name in names if name in metrics}
+
+
 def training(folder: Path) -> dict[str, int]:
     """Of a trained model's metrics: steps of the optimiser that were taken, rows, pairs dropped as ties."""
-    metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").exists() else {}
-    return {name: metrics[name] for name in ("steps", "rows", "dropped_as_ties") if name in metrics}
+    return metrics_of(folder, "steps", "rows", "dropped_as_ties")
 
 
 @contextmanager

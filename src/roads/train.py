@@ -277,16 +277,16 @@ class Job:
 
 
 def run(out: Path, make: Callable[[], Job], recipe: schema.Train, cfg: schema.Scale, *, used: dict, reads: list[Path],
-        seed: int, name: str) -> None:
+        seed: int, name: str, read: str | None = None) -> None:
     """What every training stage does: fit the model that `make` makes, and write it with its tokenizer, metrics.json
     and curves.csv, a line a step.
 
     Args:
         used: the parameters that the result follows from. reads: the folders; the tokenizer is that of the last one.
-        name: of the progress bar.
+        name: of the progress bar. read: the fingerprint of `reads`, where it is known.
     """
     torch.set_num_threads(cfg.machine.threads)
-    key = stage.fingerprint(used, reads, name)
+    key = stage.fingerprint(used, [], read or stage.fingerprint({}, reads), name)
     with stage.output(out, used, reads) as folder:
         job = make()
         model.for_training(job.net, cfg, pack=job.pack)

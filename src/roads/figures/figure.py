@@ -60,22 +60,24 @@ def read(name: str, runs: Path, bars: list[Bar],
     return {bar.name: np.stack([np.load(path)[bar.key] for path in files[bar.name]]) for bar in bars}, files
 
 
-def judged(paths: list[Path], key: str) -> dict[str, float]:
-    """Position consistency, parse failures and lengths of a bar's winrates, mean over seeds; what there is of them."""
+def metrics_of(paths: list[Path], key: str) -> list[dict]:
+    """The metrics of a bar for each seed: those of its key where a stage has several, with the training's."""
     found = [stage.read_json(path.with_name("metrics.json")) for path in paths]
-    found = [metrics[key] if isinstance(metrics.get(key), dict) else metrics for metrics in found]
+    return [{"training": whole.get("training", {}), **whole[key]} if isinstance(whole.get(key), dict) else whole
+            for whole in found]
+
+
+def judged(found: list[dict]) -> dict[str, float]:
+    """Position consistency, parse failures and lengths of a bar's winrates, mean over seeds; what there is of them."""
     names = ("position_consistency", "parse_failures", "ties", "mean_tokens", "mean_tokens_reference")
     return {name: float(np.mean([metrics[name] for metrics in found])) for name in names if name in found[0]}
 
 
-def trained(paths: list[Path], key: str) -> dict[str, list]:
+def trained(found: list[dict]) -> dict[str, list]:
     """What a bar's models were trained on, for each seed: steps taken, rows, pairs dropped as ties; and how far they
     are from the SFT policy where that was measured (kl, nats)."""
-    found = [stage.read_json(path.with_name("metrics.json")) for path in paths]
-    own = [metrics[key] if isinstance(metrics.get(key), dict) else metrics for metrics in found]
-    kl = [{"kl": metrics["kl"]} if "kl" in metrics else {} for metrics in own]
-    entries = [{**whole.get("training", {}), **metrics.get("training", {}), **distance}
-               for metrics, whole, distance in zip(own, found, kl, strict=True)]
+    entries = [{**metrics.get("training", {}), **({"kl": metrics["kl"]} if "kl" in metrics else {})}
+               for metrics in found]
     return {name: [entry[name] for entry in entries] for name in entries[0] if all(name in it for it in entries)}
 
 
@@ -272,9 +274,10 @@ def save(out: Path, name: str, runs: Path, bars: list[Bar], gaps: dict[str, dict
     params = config.load()
     seeds, title = params.seeds_of(name), params.figures[name].title
     scores, files = read(name, runs, bars, seeds)
+    metrics = {bar.name: metrics_of(files[bar.name], bar.key) for bar in bars}
     table = [{"bar": bar.name, "series": bar.series or bar.name, "x": bar.x, **stats.estimate(scores[bar.name]),
               "n": scores[bar.name].shape[1], "scores": [path.as_posix() for path in files[bar.name]], "key": bar.key,
-              "judge": judged(files[bar.name], bar.key), "trained": trained(files[bar.name], bar.key)}
+              "judge": judged(metrics[bar.name]), "trained": trained(metrics[bar.name])}
              for bar in bars]
 
     def contrasts(values: dict[str, np.ndarray]) -> dict:

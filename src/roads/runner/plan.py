@@ -57,7 +57,7 @@ def switched(scale: str | None, data: str | None) -> Iterator[tuple]:
                 shutil.copyfile(name, Path(folder) / name)
         try:
             params = active.write(scale, data, Path(folder) / config.PARAMS)
-            now = active.load(Path(folder) / config.PARAMS)
+            now = active.load(Path(folder) / config.PARAMS, params)
         except UserError as error:
             raise UserError(str(error).replace(f"{folder}{os.sep}", "")) from None
         scale, copy = now.scale, Path(folder) / active.FILE

@@ -250,7 +250,7 @@ def command() -> int:
         return single_item(args.single_item, args.runner and socket.socket(fileno=args.runner))
 
     params = active.write()  # a bad params.yaml stops everything before anything runs
-    now = active.load()
+    now = active.load(params=params)
     targets = resolve(args.targets, now)
     for sig in STOPS:
         if signal.getsignal(sig) != signal.SIG_IGN:  # as nohup has it, or a shell in the background

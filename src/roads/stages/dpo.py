@@ -37,6 +37,7 @@ def dpo(pairs: Path, reference: Path, out: Path, cfg: schema.Scale, seed: int, *
     recipe = cfg.local if local else cfg.dpo
     recipe = recipe.model_copy(update={"epochs": times * recipe.epochs})
     temperature = cfg.samples.online.logits_divided_by if online else 1.0
+    read = stage.fingerprint({}, [pairs, reference])  # gigabytes at the paper's scale: once for both keys
 
     def job() -> train.Job:
         query, chosen, rejected = preferences.load(pairs)
@@ -44,8 +45,8 @@ def dpo(pairs: Path, reference: Path, out: Path, cfg: schema.Scale, seed: int, *
         if local:
             reference_logps = torch.zeros(len(query), 2, device=policy.device)
         else:  # once for all epochs, and for every seed of the same pairs
-            key = stage.fingerprint(schema.used(cfg, "compute"), [pairs, reference], temperature,
-                                    stage.code(candidates, model), torch.__version__)
+            key = stage.fingerprint(schema.used(cfg, "compute"), [], read, temperature, stage.code(candidates, model),
+                                    torch.__version__)
             reference_logps = preferences.reference_logps(policy, query, torch.stack([chosen, rejected], 1),
                                                           temperature, key).to(policy.device)
 
@@ -57,10 +58,10 @@ def dpo(pairs: Path, reference: Path, out: Path, cfg: schema.Scale, seed: int, *
             return dpo_loss(*logps, *references, recipe.beta).mean(), told
 
         return train.Job(policy, loss, len(query), lengths=train.tokens(query, chosen, rejected), shards=recipe.shards,
-                         also=preferences.ties(pairs))
+                         also=stage.metrics_of(pairs, "dropped_as_ties"))
 
     used = {"local" if local else "dpo": recipe.model_dump(), "temperature": temperature, "seed": seed}
-    train.run(out, job, recipe, cfg, used=used, reads=[pairs, reference], seed=seed,
+    train.run(out, job, recipe, cfg, used=used, reads=[pairs, reference], read=read, seed=seed,
               name="local" if local else "online" if online else "dpo")
 
 

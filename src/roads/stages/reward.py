@@ -28,7 +28,7 @@ def reward(pairs: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int) -> N
             return reward_loss(ours, theirs).mean(), preferences.told_apart(ours, theirs)
 
         lengths = train.tokens(query, chosen, rejected)
-        return train.Job(rm, loss, len(query), lengths, also=preferences.ties(pairs))
+        return train.Job(rm, loss, len(query), lengths, also=stage.metrics_of(pairs, "dropped_as_ties"))
 
     used = schema.used(cfg, "reward") | {"seed": seed}
     train.run(out, job, cfg.reward, cfg, used=used, reads=[pairs, sft], seed=seed, name="reward")
