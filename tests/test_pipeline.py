@@ -310,7 +310,7 @@ def test_repro_runs_just_that(scratchpad):
 
 
 # Of parameters, folders, files, answers: no number is made there.
-CARRIERS = {"config", "schema", "strict", "active", "stage", "hub", "client", "endpoint", "batches", "ledger",
+CARRIERS = {"config", "schema", "strict", "active", "stage", "kept", "hub", "client", "endpoint", "batches", "ledger",
             "process"}
 
 

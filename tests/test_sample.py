@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ENV, ROOT
 
-from roads import config, generate, model, schema
+from roads import config, generate, kept, model, schema
 from roads.stage import UserError
 
 RUN = """
@@ -37,7 +37,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, monkeypatch, tiny):
     whole = generate.completions(tmp_path / "policy", query, 12, schema.Sampling(n=4, temperature=1.0), 5, tiny)
     scratch = tmp_path / "runs/.scratch"
     assert not list(scratch.iterdir())
-    shutil.rmtree(generate.STORE)
+    shutil.rmtree(kept.FOLDER)
 
     command = [sys.executable, "-c", RUN, ROOT]
     env = ENV | {"PYTHONPATH": str(ROOT / "src")}
@@ -67,12 +67,12 @@ def test_what_was_drawn_once_is_not_drawn_again(tmp_path, monkeypatch, tiny, pol
     assert first > 0 and len(passes) == first and torch.equal(*twice)
     assert "sample s5: drawn before" in capsys.readouterr().err
     generate.completions(Path("copy"), query, 6, schema.Sampling(n=3, temperature=0.9), 5, tiny)
-    assert len(passes) > first and len(list(generate.STORE.iterdir())) == 2
+    assert len(passes) > first and len(list(kept.FOLDER.iterdir())) == 2
 
-    monkeypatch.setattr(generate, "KEPT", 2 * next(generate.STORE.iterdir()).stat().st_size)
+    monkeypatch.setattr(kept, "ROOM", 2 * next(kept.FOLDER.iterdir()).stat().st_size)
     generate.completions(Path("copy"), query, 6, schema.Sampling(n=3, temperature=1.0), 5, tiny)  # used last
     generate.completions(Path("copy"), query, 6, schema.Sampling(n=3, temperature=0.8), 5, tiny)
-    assert len(list(generate.STORE.iterdir())) == 2
+    assert len(list(kept.FOLDER.iterdir())) == 2
     before = len(passes)
     generate.completions(Path("copy"), query, 6, schema.Sampling(n=3, temperature=1.0), 5, tiny)
     assert len(passes) == before

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from roads import candidates, distributed, generate, model, preferences, schema, stage, train
+from roads import candidates, distributed, generate, kept, model, preferences, schema, stage, train
 from roads.stages import dpo, rank, reward, sample, sft
 from roads.tldr import EOS, PAD
 
@@ -457,7 +457,7 @@ def test_any_causal_language_model_goes_through_the_stages(tiny, inputs, archite
 def test_seeds_share_the_reference(tiny, inputs, monkeypatch, policy):
     policy.save_pretrained("sft")
     dpo.dpo(Path("pairs"), Path("sft"), Path("computed"), tiny, 1)
-    assert len(list(Path("runs/.reference").iterdir())) == 1
+    assert len(list(kept.FOLDER.glob("reference-*.npy"))) == 1
     monkeypatch.setattr(candidates, "in_batches", lambda *_, **__: pytest.fail("computed again"))
     dpo.dpo(Path("pairs"), Path("sft"), Path("known"), tiny, 1)
     for name in ("model.safetensors", "metrics.json"):
@@ -473,13 +473,13 @@ def test_seeds_share_the_reference(tiny, inputs, monkeypatch, policy):
                     online=change == "temperature")
 
 
-def test_few_references_are_kept(inputs, monkeypatch, policy):
-    monkeypatch.setattr(preferences, "KEPT", 2)
+def test_the_references_used_longest_ago_are_dropped(inputs, monkeypatch, policy):
     query, _, response = preferences.load(Path("pairs"))
-    for age, key in enumerate("abc"):
+    for key in "abc":
         preferences.reference_logps(policy, query, response[:, None], 1.0, key)
-        os.utime(f"runs/.reference/{key}.npy", (age, age))
-    assert sorted(file.name for file in Path("runs/.reference").iterdir()) == ["b.npy", "c.npy"]
+        if key == "a":
+            monkeypatch.setattr(kept, "ROOM", 2 * (kept.FOLDER / "reference-a.npy").stat().st_size)
+    assert sorted(file.name for file in kept.FOLDER.iterdir()) == ["reference-b.npy", "reference-c.npy"]
 
 
 if __name__ == "__main__":

@@ -1,29 +1,24 @@
 """Completions of prompts by a policy in a folder: drawn by our sampler or by vLLM, resumable, and never drawn twice."""
 
-import contextlib
 import hashlib
 import os
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from roads import generate_tree, generate_vllm, model, schema, stage, trees
+from roads import generate_tree, generate_vllm, kept, model, schema, stage, trees
 from roads.tldr import PAD
 
 ROWS = 1600  # completions of a batch: what is drawn from one generator, and kept at once
 TOGETHER = 4096  # completions that are under way at once on a GPU; on a CPU, as many as a batch has
 MEMORY = 2**29  # bytes of a CPU's that they may take; of a GPU three quarters of what is free
-KEPT = 2**31  # bytes of completions that are kept for other stages
 SCRATCH = Path("runs/.scratch")
-STORE = Path("runs/.completions")
 
 
 def complete(policy: PreTrainedModel, query: Tensor, n: int, length: int, temperature: float,
@@ -71,18 +66,17 @@ def completions(policy: Path, query: Tensor, length: int, settings: schema.Sampl
                 cfg: schema.Scale) -> Tensor:
     """Completions [N, n, length] of every query [N, Q] by the policy in a folder, with the sampler of cfg.compute.
 
-    A prompt's are the same whatever is sampled before or after. They wait in runs/.completions for a stage that asks
-    for the same, and batches that are done in runs/.scratch for the last one: a killed run goes on where it was.
+    A prompt's are the same whatever is sampled before or after. They are kept (kept.py) for a stage that asks for
+    the same, and batches that are done in runs/.scratch for the last one: a killed run goes on where it was.
     """
     vllm = cfg.compute.sampler == "vllm"
     batches = torch.arange(len(query)).split(max(1, (generate_vllm.ROWS if vllm else ROWS) // settings.n))
     key = _key(policy, query, length, settings.n, settings.temperature, seed, cfg.compute.model_dump(), len(batches))
-    whole = STORE / f"{key}.npy"
-    if (known := _load(whole)) is not None:
+    if (known := kept.load(f"completions-{key}")) is not None:
         print(f"sample s{seed}: drawn before", file=sys.stderr)
-        return known
+        return torch.from_numpy(known)
     files = [SCRATCH / f"sample-{key}-{number}.npy" for number in range(len(batches))]
-    sampled = [_load(file) for file in files]
+    sampled = [None if part is None else torch.from_numpy(part) for part in map(kept.read, files)]
     missing = [number for number, part in enumerate(sampled) if part is None]
     if len(missing) < len(batches):
         print(f"sample s{seed}: goes on, {len(batches) - len(missing)} of {len(batches)} batches are done",
@@ -92,12 +86,11 @@ def completions(policy: Path, query: Tensor, length: int, settings: schema.Sampl
         for number, part in (_by_vllm if vllm else _by_us)(policy, query, batches, missing, length, settings, seed, cfg,
                                                            progress):
             sampled[number] = part
-            _save(files[number], part)
+            kept.write(files[number], part.numpy())
     found = torch.cat(sampled)
-    _save(whole, found)
+    kept.save(f"completions-{key}", found.numpy())
     for file in files:
         file.unlink(missing_ok=True)
-    _forget()
     return found
 
 
@@ -133,21 +126,6 @@ def _by_vllm(policy: Path, query: Tensor, batches: list[Tensor], missing: list[i
             progress.update(len(rows))
 
 
-def _forget() -> None:
-    """Drop the completions that were used longest ago, until the others are no more than KEPT."""
-    files = []
-    for file in STORE.glob("*.npy"):
-        try:  # another run may just have dropped it
-            files.append((file.stat().st_mtime_ns, file.stat().st_size, file))
-        except FileNotFoundError:
-            continue
-    size = 0
-    for _, bytes_, file in sorted(files, reverse=True):
-        size += bytes_
-        if size > KEPT:
-            file.unlink(missing_ok=True)
-
-
 def _key(policy: Path, query: Tensor, *settings: object) -> str:
     """Hash of all that completions follow from: the weights, the prompts, the settings, and the code that draws."""
     code = stage.code(generate_tree, trees, generate_vllm, model, sys.modules[__name__])
@@ -156,24 +134,3 @@ def _key(policy: Path, query: Tensor, *settings: object) -> str:
         digest.update(hashlib.file_digest(file.open("rb"), "sha256").digest())
     return digest.hexdigest()[:20]
 
-
-def _load(file: Path) -> Tensor | None:
-    try:
-        _touch(file)
-        return torch.from_numpy(np.load(file))
-    except FileNotFoundError:
-        return None
-
-
-def _save(file: Path, part: Tensor) -> None:
-    """Write a batch; it is whole or not there, also where another run is at the same one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with stage.writing(file, shared=True) as scratch:
-        np.save(scratch, part.numpy())
-    with contextlib.suppress(FileNotFoundError):  # another run may have had no room for it
-        _touch(file)
-
-
-def _touch(file: Path) -> None:
-    """Note when a file was used; the system's own note is too coarse to tell one file from the next."""
-    os.utime(file, ns=(time.time_ns(), time.time_ns()))

@@ -1,18 +1,13 @@
 """Preference pairs: rows of a prompt, the completion that was preferred, and the other one."""
 
-import math
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from roads import candidates, stage
+from roads import candidates, kept
 from roads.distributed import rank_and_world_size, sum_over
-
-REFERENCES = Path("runs/.reference")
-KEPT = 20  # reference log-probs of so many policies and sets of pairs
 
 
 def load(folder: Path) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,17 +26,13 @@ def told_apart(chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, Te
 def reference_logps(policy: nn.Module, query: Tensor, completions: Tensor, temperature: float, key: str) -> Tensor:
     """`candidates.logps` [N, n] of a stage's reference, computed once: each process takes a part of the rows.
 
-    They are kept in runs/.reference/<key>, for other seeds, more epochs and a run that was killed: the key must follow
+    They are kept (kept.py) for other seeds, more epochs and a run that was killed: the key must follow
     from the policy's weights, the rows, the temperature, `compute` and the code.
     """
     rank, world = rank_and_world_size()
-    file = REFERENCES / f"{key}.npy"
-    try:
-        known = torch.from_numpy(np.load(file))
-    except FileNotFoundError:
-        known = None
+    known = kept.load(f"reference-{key}")
     if not sum_over(torch.tensor(float(known is None), device=policy.device)):  # all of them have it, or none uses it
-        return known
+        return torch.from_numpy(known)
     found = torch.zeros(completions.shape[:2], device=policy.device)
     mine = torch.arange(len(query)).tensor_split(world)[rank]
     if len(mine):
@@ -49,17 +40,5 @@ def reference_logps(policy: nn.Module, query: Tensor, completions: Tensor, tempe
                                             label="reference").to(policy.device)
     found = sum_over(found).cpu()
     if rank == 0:
-        REFERENCES.mkdir(parents=True, exist_ok=True)
-        with stage.writing(file, shared=True) as scratch:
-            np.save(scratch, found.numpy())
-        for old in sorted(REFERENCES.glob("*.npy"), key=_age)[KEPT:]:
-            old.unlink(missing_ok=True)
+        kept.save(f"reference-{key}", found.numpy())
     return found
-
-
-def _age(file: Path) -> float:
-    """Seconds since a file was written; another run may just have dropped it."""
-    try:
-        return time.time() - file.stat().st_mtime
-    except FileNotFoundError:
-        return math.inf

@@ -15,8 +15,8 @@ from roads.config import Figure
 DVC = Path("dvc.yaml")
 LINE = "  # Written from figures.yaml by `make graph` from here on.\n"
 SOURCES = Path(__file__).parents[2]
-# They only carry: parameters, folders, files of a pinned revision, questions and answers.
-CARRIERS = {"config", "schema", "strict", "active", "stage", "process", "hub", "client", "endpoint", "batches",
+# They only carry: parameters, folders, arrays, files of a pinned revision, questions and answers.
+CARRIERS = {"config", "schema", "strict", "active", "stage", "kept", "process", "hub", "client", "endpoint", "batches",
             "ledger"}
 # What arm.py reads of a block.
 ARM_READS = ["compute", "source", "data", "reward", "dpo", "samples.human", "samples.online", "samples.evaluate",
