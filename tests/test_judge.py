@@ -1,6 +1,7 @@
 """The judge's protocol, the value of Eq. 2 by hand, and best-of-N."""
 
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -73,7 +74,7 @@ def test_a_judge_is_that_of_its_scale(tiny, tmp_path):
     query = World(tiny.source).prompts(50, rng)
     ours, theirs = (World(tiny.source).summaries(query, rng) for _ in range(2))
     ask = protocol.of(SimpleNamespace(judge=SimpleNamespace(kind="gold"), source=tiny.source), query, tmp_path)
-    assert ask(ours, theirs) == protocol.gold(World(tiny.source), query)(ours, theirs)
+    assert ask(ours, theirs) == protocol.known(partial(World(tiny.source).quality, query))(ours, theirs)
 
 
 def test_both_orders_a_tie_where_they_disagree_and_failures_counted():
@@ -92,7 +93,7 @@ def test_the_gold_judge_is_the_worlds_quality(tiny):
     query = world.prompts(300, rng)
     ours, theirs = world.summaries(query, rng), world.summaries(query, rng)
     theirs[:20] = ours[:20]
-    found = protocol.compare(protocol.gold(world, query), ours, theirs)
+    found = protocol.compare(protocol.known(partial(world.quality, query)), ours, theirs)
     a, b = world.quality(query, ours), world.quality(query, theirs)
     assert (found["score"] == np.where(a == b, 0.5, a > b)).all() and (found["consistent"] == (a != b)).all()
     assert (found["score"][:20] == 0.5).all() and not found["failed"].any()
@@ -106,7 +107,7 @@ def test_judges_labels_are_the_judges_and_annotators_are_noisy(tiny):
     def labelled(labels: str):
         human = tiny.samples.human.model_copy(update={"labels": labels})
         scale = tiny.model_copy(update={"samples": tiny.samples.model_copy(update={"human": human})})
-        return rank.human_scores(query, both, scale, None)
+        return rank.human_scores(query, both, scale, None)[0]
 
     scores = {labels: labelled(labels) for labels in ("judge", "annotators")}
     assert (labelled("rows") == [1, 0]).all()  # a row's first is the preferred one

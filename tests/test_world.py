@@ -5,7 +5,7 @@ import pytest
 from conftest import ROOT
 
 from roads import config
-from roads.stages.rank import annotate, best_and_worst
+from roads.stages.rank import best_and_worst
 from roads.world import EOS, PAD, World
 
 
@@ -52,13 +52,6 @@ def test_karma_buckets_are_equally_full_and_follow_quality():
     quiet = World(world.cfg.model_copy(update={"karma_noise": 0.0}))
     counts = np.bincount(quiet.karma(quality, rng) - quiet.first_karma)
     assert counts == pytest.approx(np.full(world.cfg.karma_buckets, 400), rel=0.2)  # sd of a count: 19, of an edge: 19
-
-
-def test_labels_are_bradley_terry():
-    quality = np.tile([[1.0, 0.0]], (40_000, 1))
-    first = annotate(quality, tau=2.0, rng=np.random.default_rng(0))
-    assert first[:, 0].mean() == pytest.approx(1 / (1 + np.exp(-0.5)), abs=0.01)
-    assert (first.sum(1) == 1).all()
 
 
 def test_best_and_worst():

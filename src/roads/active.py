@@ -13,7 +13,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from roads import config, stage, strict
-from roads.schema import Active
+from roads.config import Active
 from roads.stage import UserError, main
 from roads.strict import nearest
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from roads import strict
-from roads.schema import Active, Policy, Scale, Seed, Task
+from roads.schema import Policy, Scale, Seed, Task
 from roads.stage import UserError, main
 from roads.strict import Strict, nearest
 
@@ -20,6 +20,25 @@ PARAMS, FIGURES = Path("params.yaml"), Path("figures.yaml")
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")  # it becomes part of commands, of folders and of DVC's keys
 MODULES = Path(__file__).with_name("figures")
 SEEDS = TypeAdapter(Annotated[list[Seed], Field(min_length=1)], config=ConfigDict(strict=True))
+
+
+class Active(Strict):
+    """active.yaml: the scale, and the lists of dvc.yaml that follow from it."""
+
+    scale: str
+    data_from: str | None  # null for a world
+    tasks: list[Task]  # whose preferences there are
+    figures: dict[str, list[str]]  # figure -> the scale, where it has it
+    arms: dict[str, list[str]]  # figure -> its arms
+    figure_seeds: dict[str, list[str]]  # figure -> the seeds that it shows
+    run_seeds: dict[str, list[str]]  # graph: of the scale's own runs; figure -> of its arms', which others show too
+    from_world: list[str]  # the scale, where its data are a world's
+    from_posts: list[str]  # or posts'
+    arms_from_world: list[str]  # arms with an SFT checkpoint of their own, as figure.arm, whose data are a world's
+    arms_from_posts: list[str]
+    arms_with_sft: list[str]  # the two together
+    sizes: list[str]  # full names of the scale and of the arms of Fig 9, whose reward models it crosses
+
 
 class Figure(Strict):
     """A row of figures.yaml."""

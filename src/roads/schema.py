@@ -1,5 +1,5 @@
-"""What a block of params.yaml may say, a scale or an arm of one, and active.yaml, as frozen models. Unknown keys, wrong
-types and impossible values are errors (strict.py).
+"""What a block of params.yaml may say, a scale or an arm of one, as frozen models. Unknown keys, wrong types and
+impossible values are errors (strict.py).
 """
 
 from typing import Annotated, Any, Literal
@@ -17,6 +17,7 @@ Batch = Annotated[int, Field(ge=1, le=10**6)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class World(Strict):
@@ -146,6 +147,15 @@ class Gold(Strict):
     kind: Literal["gold"]  # the world's own judge, which knows the quality
 
 
+class Known(Strict):
+    """A judge of real posts whose quality is computed from the text (judge/quality.py)."""
+
+    kind: Literal["relevance", "calibrated", "sentiment", "rouge"]
+
+
+OUTSIDE = ("openai", "batch")  # judges that are asked over a network
+
+
 class LLMJudge(Strict):
     """A judge behind an OpenAI-compatible endpoint (client.py): OPENAI_BASE_URL and OPENAI_API_KEY say where."""
 
@@ -195,6 +205,12 @@ class PairSampling(Strict):
     n: Literal[2]
     temperature: Positive | None  # none for rows
     labels: Literal["annotators", "judge", "rows"]  # noisy Bradley-Terry ones; of winrates' judge (Fig 6); the data's
+    # Of annotators: the temperature on posts, in standard deviations of a prompt's quality (a world has its own), the
+    # weight of ln(length) and of being shown first, in logits, and the share of labels that are flipped.
+    tau: Positive | None = None
+    length_bias: Finite = 0.0
+    position_bias: Finite = 0.0
+    flipped: Annotated[float, Field(ge=0, le=0.5)] = 0.0
 
     @model_validator(mode="after")
     def _sampled(self) -> "PairSampling":
@@ -236,7 +252,7 @@ class Scale(Strict):
     local: Preference
     dpo: Preference
     samples: Samples
-    judge: Annotated[Annotated[Gold | LLMJudge, Field(discriminator="kind")] | None, BeforeValidator(_or_none)]
+    judge: Annotated[Annotated[Gold | Known | LLMJudge, Field(discriminator="kind")] | None, BeforeValidator(_or_none)]
     spending: Spending | None = None  # none where nothing is asked over a network
     # figure -> name -> what the arm changes: a block like this one with some of its keys alone.
     arms: dict[str, dict[str, dict[str, Any]]] = {}
@@ -253,11 +269,15 @@ class Scale(Strict):
         if (self.samples.human is None) != (self.judge is None):
             raise ValueError("judge: expected a block where there is samples.human, and none elsewhere")
         if self.judge and self.synthetic != (self.judge.kind == "gold"):
-            raise ValueError("judge.kind: expected gold for a world, and openai or batch for posts")
-        own = "annotators" if self.synthetic else "rows"
+            raise ValueError("judge.kind: expected gold for a world, and one of the others for posts")
+        own = "rows" if self.judge and self.judge.kind in OUTSIDE else "annotators"  # or else the judge
         if self.samples.human and self.samples.human.labels not in (own, "judge"):
             raise ValueError(f"samples.human.labels: expected {own} or judge, got {self.samples.human.labels}")
-        if isinstance(self.judge, LLMJudge) != (self.spending is not None):
+        if self.samples.human and (self.samples.human.tau is not None) != (
+                isinstance(self.judge, Known) and self.samples.human.labels == "annotators"):
+            raise ValueError("samples.human.tau: expected a number for annotators of posts, and none elsewhere (a "
+                             "world's is source.tau)")
+        if bool(self.judge and self.judge.kind in OUTSIDE) != (self.spending is not None):
             raise ValueError("spending: expected a block where the judge is asked over a network, and null elsewhere")
         if not (self.model.kind == "new") == (self.base is not None) == (self.data.base > 0):
             raise ValueError("base: expected a block and data.base > 0 for a new model, null and 0 for one pretrained")
@@ -280,21 +300,3 @@ class Scale(Strict):
 def used(scale: Scale, *blocks: str) -> dict:
     """The named blocks as plain values: what a stage writes to its params.json, and what DVC tracks for it."""
     return {block: scale.model_dump()[block] for block in blocks}
-
-
-class Active(Strict):
-    """active.yaml: the scale, and the lists of dvc.yaml that follow from it."""
-
-    scale: str
-    data_from: str | None  # null for a world
-    tasks: list[Task]  # whose preferences there are
-    figures: dict[str, list[str]]  # figure -> the scale, where it has it
-    arms: dict[str, list[str]]  # figure -> its arms
-    figure_seeds: dict[str, list[str]]  # figure -> the seeds that it shows
-    run_seeds: dict[str, list[str]]  # graph: of the scale's own runs; figure -> of its arms', which others show too
-    from_world: list[str]  # the scale, where its data are a world's
-    from_posts: list[str]  # or posts'
-    arms_from_world: list[str]  # arms with an SFT checkpoint of their own, as figure.arm, whose data are a world's
-    arms_from_posts: list[str]
-    arms_with_sft: list[str]  # the two together
-    sizes: list[str]  # full names of the scale and of the arms of Fig 9, whose reward models it crosses

@@ -12,6 +12,7 @@ import numpy as np
 from roads import config
 from roads.judge import ledger
 from roads.judge.protocol import both_orders
+from roads.schema import OUTSIDE
 from roads.stage import UserError, main
 from roads.tldr import load_tokenizer
 
@@ -29,7 +30,7 @@ def _command() -> None:
     if a.command == "status":
         return print(ledger.status())
     cfg = config.load_scale(a.scale)
-    if cfg.judge is None or cfg.judge.kind == "gold":
+    if cfg.judge is None or cfg.judge.kind not in OUTSIDE:
         raise UserError(f"{a.scale}: judge.kind: expected openai or batch; its judge is not asked over a network")
     rows, references = np.load(a.completions / "completions.npz"), np.load(a.data / "test_human.npz")["response"]
     messages = both_orders(cfg.judge, load_tokenizer(a.data / "tokenizer.json"), rows["query"],

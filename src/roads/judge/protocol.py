@@ -1,8 +1,8 @@
 """The judge's protocol: every pair is shown in both orders; a disagreement of the two is a tie.
 
 A judge is a function `ask(first, second) -> answers`: for each row the text that it says of summary A (first) and
-summary B (second), of which the line `Preferred: A` or `Preferred: B` counts (Appendix B.4). `gold` is the judge of
-the synthetic world, which knows the true quality; `outside` asks a language model, gpt-4o in the paper (client.py).
+summary B (second), of which the line `Preferred: A` or `Preferred: B` counts (Appendix B.4). `known` is a judge whose
+quality can be computed (quality.py); `outside` asks a language model, gpt-4o in the paper (client.py).
 
 For Fig 10 that model writes as well: two-word summaries, and pairs of them with the one it prefers (Appendix B.1).
 """
@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from roads.schema import LLMJudge, Scale, Spending
+from roads.judge import quality
+from roads.judge.text import posts_of, texts_of
+from roads.schema import OUTSIDE, LLMJudge, Scale, Spending
 from roads.stage import UserError
-from roads.tldr import EOS, PAD, load_tokenizer
-from roads.world import World
+from roads.tldr import load_tokenizer
 
 # A line that says which summary is preferred, or nothing but its letter, with what models put around it: Markdown,
 # quotes, brackets, a dash, "Summary". Where more than a stop follows the letter ("A tie", "A/B") there is no verdict.
@@ -31,7 +32,6 @@ BARE = re.compile(rf"^{VERDICT}$", re.MULTILINE)
 SUMMARY = re.compile(rf"^{DECORATION}summary{DECORATION}[:：](.*)$", re.MULTILINE | re.IGNORECASE)
 PREFERENCE = "a line `Preferred: A` or `Preferred: B`"
 UNREAD = 0.2  # of the answers at most: beyond it a number would be the parser's, not the judge's
-QUERY = re.compile(r"SUBREDDIT: r/.*?\n\nTITLE: (.*?)\n\nPOST: (.*?)(?:\n\n(?:Two-Word )?TL;DR:)?", re.DOTALL)
 DRAWS = 6  # two summaries of a post that are the same after so many draws make no pair
 Ask = Callable[[np.ndarray, np.ndarray], list[str]]
 
@@ -77,11 +77,12 @@ def compare(ask: Ask, ours: np.ndarray, theirs: np.ndarray) -> dict[str, np.ndar
     return {"score": np.where(consistent, shown_first == "A", 0.5), "consistent": consistent, "failed": failed}
 
 
-def gold(world: World, query: np.ndarray) -> Ask:
-    """The world's judge of summaries of queries [N, Q]: the better one, or the first shown of two equally good ones."""
+def known(quality_of: quality.Quality) -> Ask:
+    """The judge that prefers the better summary, or the first shown of two equally good ones."""
 
     def ask(first: np.ndarray, second: np.ndarray) -> list[str]:
-        better = world.quality(query, first) >= world.quality(query, second)
+        same = (first == second).all(1)  # an encoder's last digits may depend on what else it reads
+        better = same | (quality_of(first) >= quality_of(second))
         return [f"Preferred: {'A' if a else 'B'}" for a in better]
 
     return ask
@@ -89,8 +90,8 @@ def gold(world: World, query: np.ndarray) -> Ask:
 
 def of(cfg: Scale, query: np.ndarray, data: Path) -> Ask:
     """The judge of a scale for queries [N, Q] of a data folder."""
-    if cfg.judge.kind == "gold":
-        return gold(World(cfg.source), query)
+    if cfg.judge.kind not in OUTSIDE:
+        return known(quality.of(cfg, query, data))
     return outside(cfg.judge, cfg.spending, load_tokenizer(data / "tokenizer.json"), query)
 
 
@@ -127,33 +128,6 @@ def fill(name: str, **slots: str) -> str:
 @cache
 def _template(name: str) -> str:
     return (resources.files("roads.judge") / "prompts" / f"{name}.txt").read_text(encoding="utf-8").rstrip("\n")
-
-
-def posts_of(query: np.ndarray, tokenizer: Tokenizer) -> list[str]:
-    """What the judge sees of queries [N, Q]: the title, and the post as far as the policy saw it.
-
-    Raises:
-        UserError: a query is none of TL;DR.
-    """
-    return [post_of(text) for text in tokenizer.decode_batch([row[row != PAD].tolist() for row in query])]
-
-
-def post_of(query: str) -> str:
-    """
-    >>> post_of("SUBREDDIT: r/cats\\n\\nTITLE: Tom\\n\\nPOST: He eats.\\n\\nTL;DR:")
-    'Tom\\n\\nHe eats.'
-    """
-    found = QUERY.fullmatch(query)
-    if not found:
-        raise UserError(f"query {query[:60]!r}: expected SUBREDDIT: r/..., TITLE: ..., POST: ..., TL;DR: (tldr.py)")
-    return "\n\n".join(part.strip() for part in found.groups()).strip()
-
-
-def texts_of(responses: np.ndarray, tokenizer: Tokenizer) -> list[str]:
-    """Responses [N, R] as texts, up to the first EOS or PAD."""
-    ends = [np.flatnonzero((row == EOS) | (row == PAD)) for row in responses]
-    cut = [row[:end[0]] if len(end) else row for row, end in zip(responses, ends)]
-    return [text.strip() for text in tokenizer.decode_batch([row.tolist() for row in cut])]
 
 
 def two_words(answer: str) -> str:

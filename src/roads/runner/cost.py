@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+from roads import schema
 from roads.runner.devices import DEVICES, Device  # noqa: F401
 
 ROWS, MEMORY, BATCH = 1600, 2**29, 2**13  # generate.py's, and the tokens that are scored at once
@@ -117,9 +118,9 @@ class Command:
         return data.get(split, data["preferences"])
 
     def answers(self, n: int) -> Work:
-        """n answers of the block's judge; a world's own costs nothing."""
+        """n answers of the block's judge; one of known quality costs nothing."""
         judge = self.block.get("judge") or {"kind": "gold"}
-        if judge["kind"] == "gold":
+        if judge["kind"] not in schema.OUTSIDE:
             return Work()
         prices = self.block["spending"]
         dollars = n * (READ * prices["input"] + WRITTEN * prices["output"]) / 1e6

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from roads import config, schema
+from roads import config, hub, schema
 from roads.runner import cost
 from roads.stage import LAUNCH, UserError
 
@@ -19,6 +19,7 @@ DRIVER = 580  # the first that CUDA 13 runs on
 TRAINED_BYTES = 16  # a parameter in training: its weight, gradient and two moments, in fp32
 ACTIVATIONS = 1.25  # times that, with gradient checkpointing
 SHARED = 4  # stages on a GPU, unless more are asked for
+JUDGES = {"relevance": hub.ENCODER, "calibrated": hub.ENCODER, "sentiment": hub.LEXICON}  # what they read texts with
 
 
 def gpus() -> list[tuple[float, int]]:
@@ -67,6 +68,9 @@ def check(commands: dict[str, str | list[str]], params: config.Params, scale: st
     blocks = {name: params.blocks[name] for name, _ in works if name in params.blocks}
     _check_gpu(blocks, *launched(), sum(work.seconds(cost.DEVICES["cpu"]) for _, work in works if work))
     _check_disk(sum(work.size for _, work in works if work))
+    for name, block in blocks.items():
+        if block.judge and block.judge.kind in JUDGES:
+            hub.installed(JUDGES[block.judge.kind], f"{name}: judge {block.judge.kind}")
     _check_judge([params.blocks[name] for name, work in works if work and work.judged])
     fetching = {scale_of(command) for name, command in commands.items() if name.split("@")[0] in ("base", "arm_base")}
     _check_hub([blocks[name].model for name in sorted(fetching)])

@@ -17,7 +17,7 @@ from roads.tldr import PAD
 def evaluate(completions: Path, data: Path, out: Path, cfg: schema.Scale, task: str) -> None:
     """Write scores.npz: score [N], one per prompt of test_<task>, and tokens [N, 2], ours and the reference's.
 
-    Task human has the judge's consistent [N] and failed [N] as well.
+    Task human has the judge's consistent [N] and failed [N] as well, and the quality [N] of ours where it is known.
     """
     used = schema.used(cfg, "source", "judge") if task == "human" else {}
     with stage.output(out, {"task": task, **used}, [completions, data]) as folder:
@@ -33,12 +33,17 @@ def evaluate(completions: Path, data: Path, out: Path, cfg: schema.Scale, task: 
 
             found = protocol.compare(protocol.of(cfg, query, data), sampled[:, 0], references)
             metrics |= protocol.summary(found)
+            if cfg.judge.kind not in schema.OUTSIDE:
+                from roads.judge import quality
+
+                quality_of = quality.of(cfg, query, data)
+                found["quality"] = quality_of(sampled[:, 0])
+                metrics |= {"mean_quality": float(found["quality"].mean()),
+                            "mean_quality_reference": float(quality_of(references).mean())}
             if cfg.synthetic:
                 from roads.world import World
 
-                world = World(cfg.source)
-                metrics |= {"validity": float(world.validity(query, sampled[:, 0]).mean()),
-                            "mean_quality": float(world.quality(query, sampled[:, 0]).mean())}
+                metrics["validity"] = float(World(cfg.source).validity(query, sampled[:, 0]).mean())
         else:
             from roads.rouge import rouge_scores
             from roads.tldr import load_tokenizer

@@ -21,32 +21,31 @@ def best_and_worst(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
     return best, worst, scores.max(1) > scores.min(1)
 
 
-def annotate(quality: np.ndarray, tau: float, rng: np.random.Generator) -> np.ndarray:
-    """Scores [N, 2], 1 for the winner, of noisy Bradley-Terry labels on gold quality [N, 2] (Eq. 4)."""
-    p_first = 1 / (1 + np.exp(-(quality[:, 0] - quality[:, 1]) / tau))
-    first = rng.random(len(quality)) < p_first
-    return np.stack([first, ~first], axis=1).astype(float)
-
-
-def human_scores(query: np.ndarray, completions: np.ndarray, cfg: schema.Scale, data: Path) -> np.ndarray:
-    """Scores [N, 2] of two completions each: by the world's annotators, by the judge that winrates have (Fig 6), or as
-    the rows have it, preferred first."""
-    labels = cfg.samples.human.labels
-    if labels == "rows":
-        return np.tile([1.0, 0.0], (len(query), 1))
-    if labels == "judge":
+def human_scores(query: np.ndarray, completions: np.ndarray, cfg: schema.Scale,
+                 data: Path) -> tuple[np.ndarray, dict[str, float]]:
+    """Scores [N, 2] of two completions each: by annotators, by the judge that winrates have (Fig 6), or as the rows
+    have it, preferred first. And what metrics.json says of them."""
+    settings = cfg.samples.human
+    if settings.labels == "rows":
+        return np.tile([1.0, 0.0], (len(query), 1)), {}
+    first, second = completions[:, 0], completions[:, 1]
+    if settings.labels == "judge":
         from roads.judge import protocol
 
-        first = protocol.compare(protocol.of(cfg, query, data), completions[:, 0], completions[:, 1])["score"]
-        return np.stack([first, 1 - first], axis=1)
-    from roads.world import World
+        score = protocol.compare(protocol.of(cfg, query, data), first, second)["score"]
+        return np.stack([score, 1 - score], axis=1), {}
+    from roads.judge import quality
 
-    world = World(cfg.source)
-    quality = np.stack([world.quality(query, completions[:, i]) for i in range(completions.shape[1])], axis=1)
-    scores = annotate(quality, cfg.source.tau, np.random.default_rng([cfg.source.seed, 20, len(query)]))
-    same = (completions[:, 0] == completions[:, 1]).all(1)
+    quality_of = quality.of(cfg, query, data)
+    gold = np.stack([quality_of(first), quality_of(second)], axis=1)
+    tau = cfg.source.tau if cfg.synthetic else settings.tau * quality.spread(gold)
+    seed = [cfg.source.seed if cfg.synthetic else 0, 20, len(query)]
+    lengths = (completions != PAD).sum(2)
+    scores = quality.annotate(gold, lengths, tau, settings, np.random.default_rng(seed))
+    same = (first == second).all(1)
     scores[same] = 0.0  # nothing to compare
-    return scores
+    agree = ((scores[:, 0] > scores[:, 1]) == (gold[:, 0] > gold[:, 1]))[gold[:, 0] != gold[:, 1]]
+    return scores, {"tau": tau, "labels_agree_with_quality": float(agree.mean()) if len(agree) else 1.0}
 
 
 def reward_scores(query: np.ndarray, completions: np.ndarray, path: Path, compute: schema.Compute) -> np.ndarray:
@@ -66,10 +65,10 @@ def rank(completions: Path, out: Path, cfg: schema.Scale, by: str, *, data: Path
     used = schema.used(cfg, "source", "judge") | {"labels": cfg.samples.human.labels} if by == "human" else {}
     reads = [completions, *(path for path in (data, model) if path)]
     with stage.output(out, {"by": by, **used}, reads) as folder:
-        rows = np.load(completions / "completions.npz")
+        rows, told = np.load(completions / "completions.npz"), {}
         query, sampled = rows["query"], rows["completions"]
         if by == "human":
-            scores = human_scores(query, sampled, cfg, data)
+            scores, told = human_scores(query, sampled, cfg, data)
         elif by == "rouge":
             from roads.rouge import rouge_scores
             from roads.tldr import load_tokenizer
@@ -92,7 +91,7 @@ def rank(completions: Path, out: Path, cfg: schema.Scale, by: str, *, data: Path
             fix = "raise source.max_preference_tokens" if is_row else "raise the temperature"
             raise stage.UserError(f"{completions}: no prompt has two sides that differ; {fix}")
         np.savez(folder / "pairs.npz", query=query[decided], chosen=chosen[decided], rejected=rejected[decided])
-        stage.write_json(folder / "metrics.json", {
+        stage.write_json(folder / "metrics.json", told | {
             "pairs": int(decided.sum()), "dropped_as_ties": int((~decided).sum()),
             "mean_score": {"all": float(scores.mean()), "chosen": float(scores.max(1)[decided].mean()),
                            "rejected": float(scores.min(1)[decided].mean())}})
