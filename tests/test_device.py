@@ -41,7 +41,7 @@ def stages(library):
 def test_every_stage_runs_on_another_device_as_on_the_cpu(stages):
     cpu, other = stages("cpu", "fp32"), stages("other", "fp32")
     names = sorted(path.parent.name for path in cpu.glob("*/metrics.json"))
-    assert len(names) == 22
+    assert len(names) == 23
     for name in names:
         for number, (ours, theirs) in enumerate(zip(*(numbers(stage.read_json(out / name / "metrics.json"))
                                                       for out in (cpu, other)), strict=True)):
@@ -49,7 +49,6 @@ def test_every_stage_runs_on_another_device_as_on_the_cpu(stages):
     for name in ("candidates", "online_candidates", "best", "completions"):
         drawn = [np.load(out / name / "completions.npz")["completions"] for out in (cpu, other)]
         assert np.array_equal(*drawn)
-    assert stage.read_json(other / "kl.json") == pytest.approx(stage.read_json(cpu / "kl.json"), rel=1e-4)
 
 
 def test_every_stage_runs_there_in_bf16(stages):

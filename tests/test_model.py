@@ -46,6 +46,23 @@ def test_the_head_starts_small(policy):
     assert weights.std().item() == pytest.approx(33**-0.5, rel=0.05)
 
 
+def test_a_cut_reward_model_has_the_policys_first_layers(tmp_path, policy, rows):
+    """Its reward is the head's of the trunk's hidden state after that many layers, and the final norm."""
+    policy.save_pretrained(tmp_path / "sft")
+    rm = model.RewardModel.from_policy(tmp_path / "sft", 0, layers=1).eval()
+    trunk = policy.base_model
+    trunk.layers, whole = trunk.layers[:1], trunk.layers
+    expected = model.RewardModel(trunk).eval()
+    expected.head = rm.head
+    assert len(rm.trunk.layers) == 1 < len(whole) and torch.equal(rm(*rows), expected(*rows))
+    trunk.layers = whole
+    assert not torch.allclose(rm(*rows), expected(*rows))
+    rm.save_pretrained(tmp_path / "rm")
+    assert torch.equal(model.RewardModel.load(tmp_path / "rm")(*rows), rm(*rows))
+    with pytest.raises(UserError, match="sft: not a whole checkpoint .*layers.2.* is missing"):
+        model.RewardModel.from_policy(tmp_path / "sft", 0, layers=3)
+
+
 def test_save_and_load(tmp_path, policy, reward_model, rows):
     policy.save_pretrained(tmp_path / "policy")
     reward_model.save_pretrained(tmp_path / "rm")

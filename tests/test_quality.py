@@ -12,10 +12,11 @@ from transformers import BertConfig, BertModel
 
 from roads import config, hub, schema, stage, tldr
 from roads.judge import protocol, quality, text
+from roads.report import judges
 from roads.rouge import rouge_l_plain
 from roads.runner import preflight
 from roads.stage import UserError
-from roads.stages import evaluate, rank
+from roads.stages import evaluate, judge_report, rank
 
 POSTS = tldr.read_rows(ROOT / "data/tldr/development.jsonl.xz")[:6]
 BLOCKS = config.load(ROOT / "params.yaml").scales
@@ -227,3 +228,40 @@ def test_a_judge_without_its_package_is_one_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="the package vaderSentiment is not installed; `make setup SCALE=real`"):
         hub.installed(preflight.JUDGES["sentiment"], "real.rewards.sentiment: judge sentiment")
+
+
+# The page about the judges
+
+
+def test_a_sum_over_words_is_told_from_what_is_none():
+    rng = np.random.default_rng(0)
+    words, weight = np.array([f"w{i}" for i in range(30)]), rng.standard_normal(30)
+    drawn = rng.integers(30, size=(200, 8, 6))
+    texts = [[" ".join(words[row]) for row in rows] for rows in drawn]
+    additive = weight[drawn].sum(2) + 5 * rng.standard_normal((200, 1))  # and what the post itself is worth
+    assert judge_report.explained_by_words(texts, additive) > 0.99
+    ordered = (drawn[:, :, 0] < drawn[:, :, 1]) * 1.0 - (drawn[:, :, 2] < drawn[:, :, 3])  # the same words, in order
+    assert judge_report.explained_by_words(texts, ordered) < 0.05
+    assert judge_report.explained_by_words(texts, np.ones((200, 8))) == 1
+
+
+def test_correlations_are_within_prompts():
+    words = np.array([[1.0, 2.0, 3.0], [11.0, 12.0, 13.0]])
+    assert judge_report.correlation(words, -2 * words + np.array([[0], [100]])) == pytest.approx(-1)
+    assert judge_report.correlation(words, np.array([[0.0, 0, 0], [9, 9, 9]])) == 0
+
+
+def test_the_page_has_the_best_the_worst_and_the_authors(folder, rows, encoder, tmp_path):
+    query, own = (part[:3] for part in rows)
+    sampled = np.stack([np.roll(own, shift, axis=0) for shift in (1, 2, 0)], 1)
+    (tmp_path / "drawn").mkdir()
+    np.savez(tmp_path / "drawn/completions.npz", query=query, completions=sampled)
+    for name, kind in (("own", "relevance"), ("other", "rouge")):
+        judge_report.judge_report(tmp_path / "drawn", folder, tmp_path / "judges" / name, scale(kind))
+    metrics = stage.read_json(tmp_path / "judges/other/metrics.json")
+    assert metrics["mean_quality_reference"] == 1 and (metrics["prompts"], metrics["samples"]) == (3, 3)
+    examples = stage.read_json(tmp_path / "judges/other/examples.json")
+    assert [it["best"][0] for it in examples] == [it["author"][0] for it in examples]  # by ROUGE-L it is its own
+    assert all(it["worst"][1] < it["best"][1] == 1 for it in examples)
+    page = judges.page(tmp_path / "judges", {"own": "relevance", "other": "rouge"})
+    assert page.count("\n**") == 6 and "| relevance | " in page and "## rouge" in page

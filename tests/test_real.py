@@ -201,6 +201,9 @@ def test_what_comes_home_is_small_and_finds_its_place(tmp_path):
     score = there / "runs/real/rouge/scores/sft"
     score.mkdir(parents=True)
     np.savez(score / "scores.npz", score=np.arange(3))
+    arm = there / "runs/real/fig12/n375/s0"
+    arm.mkdir(parents=True)
+    np.savez(arm / "scores.npz", dpo=np.arange(2))
     dpo = there / "runs/real/rouge/dpo/s0"
     dpo.mkdir(parents=True)
     (dpo / "model.safetensors").write_bytes(b"0" * 1000)
@@ -218,6 +221,7 @@ def test_what_comes_home_is_small_and_finds_its_place(tmp_path):
         assert not [name for name in tar.getnames() if name.endswith("safetensors")]
     subprocess.run([*command, "unpack", tmp_path / "home.tar.xz"], cwd=home, env=ENV, check=True)
     assert np.load(home / "runs/real/rouge/scores/sft/scores.npz")["score"].tolist() == [0, 1, 2]
+    assert np.load(home / "runs/real/fig12/n375/s0/scores.npz")["dpo"].tolist() == [0, 1]
     assert (home / "reports/real/fig11.json").exists() and (home / "runs/real/rouge/dpo/s0/metrics.json").exists()
     assert "torch: 2." in (home / "reports/real/machine.txt").read_text(encoding="utf-8")
     stages = YAML(typ="safe").load((home / "dvc.lock").read_text(encoding="utf-8"))["stages"]

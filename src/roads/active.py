@@ -42,8 +42,11 @@ def follow(scale: str, data_from: str | None, params: config.Params) -> Active:
         return [f"s{seed}" for seed in sorted({seed for name in figures for seed in params.seeds_of(name)})]
 
     show_arms = {name: [other for other in shown if name == other or name in table[other].borrows] for name in arms}
+    # An arm of Fig 9 may be a reward model alone, on the SFT checkpoint of its scale.
+    rewards = [arm for arm in arms.get("fig9", []) if params.arms[f"{scale}.fig9.{arm}"].made_from() == cfg.made_from()]
+    models = [arm for arm in arms.get("fig9", []) if arm not in rewards]
     own = {f"{name}.{arm}": params.arms[f"{scale}.{name}.{arm}"].synthetic for name in arms for arm in arms[name]
-           if table[name].sft == "own"}
+           if table[name].sft == "own" and not (name == "fig9" and arm in rewards)}
     return Active(
         scale=scale, data_from=data_from, tasks=tasks, figures={name: [scale] * (name in shown) for name in table},
         arms=arms, figure_seeds={name: run_seeds([name]) for name in table},
@@ -52,7 +55,7 @@ def follow(scale: str, data_from: str | None, params: config.Params) -> Active:
         from_world=[scale] * cfg.synthetic, from_posts=[scale] * (not cfg.synthetic),
         arms_from_world=[name for name, synthetic in own.items() if synthetic],
         arms_from_posts=[name for name, synthetic in own.items() if not synthetic], arms_with_sft=list(own),
-        sizes=[scale, *(f"{scale}.fig9.{arm}" for arm in arms.get("fig9", []))])
+        sizes=[scale, *(f"{scale}.fig9.{arm}" for arm in models)], fig9_models=models, fig9_rewards=rewards)
 
 
 def load(path: Path = config.PARAMS, params: config.Params | None = None) -> Active:

@@ -37,7 +37,9 @@ class Active(Strict):
     arms_from_world: list[str]  # arms with an SFT checkpoint of their own, as figure.arm, whose data are a world's
     arms_from_posts: list[str]
     arms_with_sft: list[str]  # the two together
-    sizes: list[str]  # full names of the scale and of the arms of Fig 9, whose reward models it crosses
+    sizes: list[str]  # full names of the scale and of the arms of Fig 9 with a model of their own, which it crosses
+    fig9_models: list[str]  # those arms
+    fig9_rewards: list[str]  # and those with nothing but a reward model of their own
 
 
 class Figure(Strict):

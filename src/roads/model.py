@@ -42,12 +42,13 @@ def new_policy(cfg: schema.FromScratch, vocab_size: int, seed: int, compute: sch
     return _placed(policy, compute)
 
 
-def load_policy(path: Path, compute: schema.Compute = PLAIN) -> PreTrainedModel:
-    """The policy in a folder, whatever its architecture: fp32 weights, on the CPU or this process's GPU.
+def load_policy(path: Path, compute: schema.Compute = PLAIN, layers: int | None = None) -> PreTrainedModel:
+    """The policy in a folder, whatever its architecture: fp32 weights, on the CPU or this process's GPU. `layers`: only
+    so many, from the bottom.
 
     Attention is sdpa: scoring and sampling need masks of their own. `for_training` says when it is flash.
     """
-    policy = _whole(AutoModelForCausalLM, path, torch.float32)
+    policy = _whole(AutoModelForCausalLM, path, torch.float32, layers)
     return _placed(policy, compute)
 
 
@@ -57,13 +58,14 @@ def load_to_sample(path: Path, compute: schema.Compute) -> PreTrainedModel:
     return _whole(AutoModelForCausalLM, path, dtype).to(device(compute)).eval()
 
 
-def _whole(kind: type, path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model in a folder.
+def _whole(kind: type, path: Path, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
+    """The model in a folder, or its first `layers` alone.
 
     Raises:
         UserError: its checkpoint lacks a tensor, which would be random then, or a weight of it is no number.
     """
-    net, found = kind.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+    cut = {} if layers is None else {"num_hidden_layers": layers}
+    net, found = kind.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **cut)
     for problem, names in (("is missing", found["missing_keys"]), ("has another shape", found["mismatched_keys"])):
         if names:
             name = sorted(map(str, names))[0]
@@ -140,9 +142,11 @@ class RewardModel(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     @classmethod
-    def from_policy(cls, path: Path, seed: int, compute: schema.Compute = PLAIN) -> "RewardModel":
-        """On the trunk of the policy in a folder; the head's weights follow from the seed, on any device."""
-        policy = load_policy(path, compute)
+    def from_policy(cls, path: Path, seed: int, compute: schema.Compute = PLAIN,
+                    layers: int | None = None) -> "RewardModel":
+        """On the trunk of the policy in a folder, or on its first `layers`; the head's weights follow from the seed, on
+        any device."""
+        policy = load_policy(path, compute, layers)
         torch.manual_seed(seed)
         return cls(policy.base_model).to(policy.device)
 

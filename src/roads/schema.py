@@ -187,6 +187,10 @@ class Train(Strict):
     epochs: Count
 
 
+class Reward(Train):
+    layers: Count | None = None  # of the SFT policy's, from the bottom; null: all (Fig 9 at scale real)
+
+
 class Preference(Train):
     beta: Positive
     shards: Count  # 1: every pair once an epoch. 8: what the authors' loader gives on 8 GPUs (train.batches)
@@ -248,7 +252,7 @@ class Scale(Strict):
     model: Annotated[FromScratch | Pretrained | Packaged, Field(discriminator="kind")]
     base: Train | None  # none for a model that is trained already
     sft: Train
-    reward: Train
+    reward: Reward
     local: Preference
     dpo: Preference
     samples: Samples

@@ -3,6 +3,7 @@
     python -m roads.figures.best_of_n runs reports/mini --scale mini --figure fig8
 """
 
+import math
 from functools import partial
 
 from roads import config, stage
@@ -12,32 +13,33 @@ from roads.figures.figure import Bar
 CAPTIONS = {
     "fig8": ("Samples of the SFT policy (solid) and of the DPO policy (dashed), ranked by reward models trained on the "
              "same pairs; the judge compares the one ranked first with the reference summary."),
-    "fig9": ("Samples of SFT policies of three sizes, each ranked by global reward models of three sizes. Every size "
-             "has a base and an SFT policy of its own; in the synthetic world, pairs of its own as well."),
+    "fig9": ("Samples of SFT policies, each ranked by global reward models of several sizes. An arm with a model of "
+             "its own has a base, an SFT policy and, in the synthetic world, pairs of its own as well; one that only "
+             "cuts the reward model to its first layers has the scale's own."),
 }
 KINDS = {"Global RM": "reward", "Local RM": "local", "DPO RM": "dpo"}
 
 
-def lines(scale: str, name: str, sizes: list[str]) -> dict[str, str]:
-    """Name of a line -> place of its scores."""
+def lines(scale: str, name: str, sizes: list[str], rms: list[str]) -> dict[str, str]:
+    """Name of a line -> place of its scores. sizes: blocks with a policy of their own; rms: with a reward model."""
     if name == "fig8":
         return {f"{rm} on {policy.upper()}": f"{scale}/human/best_of_n/{policy}/{kind}/s{{seed}}"
                 for policy in ("sft", "dpo") for rm, kind in KINDS.items()}
     return {f"Policy {size_of(policy, scale)}, RM {size_of(rm, scale)}":
             f"{scale}/human/best_of_n/sft/reward/s{{seed}}" if policy == rm == scale else
-            f"{scale}/fig9/{policy}/{rm}/s{{seed}}" for policy in sizes for rm in sizes}
+            f"{scale}/fig9/{policy}/{rm}/s{{seed}}" for policy in sizes for rm in rms}
 
 
 def size_of(block: str, scale: str) -> str:
     return "medium" if block == scale else block.removeprefix(f"{scale}.fig9.")
 
 
-def gaps(name: str, sizes: list[str], scale: str, most: int) -> dict[str, dict[str, float]]:
+def gaps(name: str, sizes: list[str], rms: list[str], scale: str, most: int) -> dict[str, dict[str, float]]:
     """At the largest N: global - local - DPO (Fig 8); other sizes of the reward model - medium (Fig 9)."""
     if name == "fig8":
         return {f"{a} - {b}, on {policy}, N={most}": {f"{a} on {policy} N={most}": 1, f"{b} on {policy} N={most}": -1}
                 for policy in ("SFT", "DPO") for a, b in (("Global RM", "Local RM"), ("Local RM", "DPO RM"))}
-    others = [size_of(size, scale) for size in sizes if size != scale]
+    others = [size_of(rm, scale) for rm in rms if rm != scale]
     return {f"RM {other} - medium, policy {policy}, N={most}": {f"Policy {policy}, RM {other} N={most}": 1,
                                                                f"Policy {policy}, RM medium N={most}": -1}
             for policy in map(partial(size_of, scale=scale), sizes) for other in others}
@@ -49,14 +51,21 @@ def _command() -> None:
     a = parser.parse_args()
     params = config.load()
     blocks = [a.scale, *(f"{a.scale}.fig9.{arm}" for arm in params.arms_of(a.scale, "fig9"))]
-    models = {size: params.blocks[size].model for size in blocks}
-    sizes = sorted(models, key=lambda size: getattr(models[size], "parameters", 0) or models[size].hidden_size)
-    most = params.scales[a.scale].samples.best_of_n.n
+    own = params.scales[a.scale]
+
+    def size(name: str) -> tuple[float, float]:
+        block = params.blocks[name]
+        return getattr(block.model, "parameters", 0) or block.model.hidden_size, block.reward.layers or math.inf
+
+    rms = sorted(blocks, key=size)
+    sizes = [name for name in rms if name == a.scale or params.blocks[name].made_from() != own.made_from()]
+    most = own.samples.best_of_n.n
     counts = [n for n in (1, 2, 5, 10, 25) if n <= most]
-    bars = [Bar(f"{line} N={n}", place, f"n{n}", line, n) for line, place in lines(a.scale, a.figure, sizes).items()
-            for n in counts]
-    figure.save(a.out, a.figure, a.runs, bars, gaps(a.figure, sizes, a.scale, counts[-1]), a.scale, CAPTIONS[a.figure],
-                "winrate against the reference summary", partial(figure.lines, x_label="N", log=True))
+    bars = [Bar(f"{line} N={n}", place, f"n{n}", line, n)
+            for line, place in lines(a.scale, a.figure, sizes, rms).items() for n in counts]
+    figure.save(a.out, a.figure, a.runs, bars, gaps(a.figure, sizes, rms, a.scale, counts[-1]), a.scale,
+                CAPTIONS[a.figure], "winrate against the reference summary",
+                partial(figure.lines, x_label="N", log=True))
 
 
 if __name__ == "__main__":

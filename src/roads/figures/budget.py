@@ -20,11 +20,11 @@ CAPTION = ("Each point is one setting of learning rate, beta, epochs or sampling
 
 
 def mean_kl(runs: Path, bar: Bar, seeds: list[int]) -> float:
-    """Reverse KL from SFT in nats, mean over seeds: from the cell's metrics, or the graph's stage value."""
+    """Reverse KL from SFT in nats, mean over seeds: from the arm's metrics, or the graph's stage kl."""
     if bar.key != "score":
         return float(np.mean([stage.read_json(runs / bar.place.format(seed=seed) / "metrics.json")[bar.key]["kl"]
                               for seed in seeds]))
-    place = bar.place.replace("/scores/", "/value/")
+    place = bar.place.replace("/scores/", "/kl/")
     return float(np.mean([stage.read_json(runs / place.format(seed=seed) / "metrics.json")["kl"] for seed in seeds]))
 
 

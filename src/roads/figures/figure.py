@@ -1,9 +1,6 @@
 """What every figure does: read the scores of its bars, draw them, write .png, .csv and .json with provenance."""
 
-import contextlib
 import csv
-import hashlib
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +9,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from ruamel.yaml import YAML
 
 from roads import config, stage, stats
+from roads.figures.provenance import provenance
 
 SYNTHETIC = "synthetic world: evidence about the mechanism, not about TL;DR"
 PAPER = Path("data/paper_numbers.json")
@@ -33,6 +30,7 @@ class Bar:
     key: str = "score"  # array of its scores.npz
     series: str = ""  # the line that it is a point of; a bar is its own
     x: float | None = None
+    unit: float = 1.0  # its scores are divided by it
 
 
 def note(scale: str) -> str:
@@ -57,12 +55,17 @@ def read(name: str, runs: Path, bars: list[Bar],
     for path in sorted({path for paths in files.values() for path in paths}):
         if not path.exists():
             raise stage.UserError(f"{path}: not found; `make {name}` makes it")
-    return {bar.name: np.stack([np.load(path)[bar.key] for path in files[bar.name]]) for bar in bars}, files
+    return {bar.name: np.stack([np.load(path)[bar.key] / bar.unit for path in files[bar.name]]) for bar in bars}, files
 
 
-def metrics_of(paths: list[Path], key: str) -> list[dict]:
-    """The metrics of a bar for each seed: those of its key where a stage has several, with the training's."""
+def metrics_of(paths: list[Path], key: str, with_kl: bool = False) -> list[dict]:
+    """The metrics of a bar for each seed: those of its key where a stage has several, with the training's; of scores,
+    with the policy's KL from SFT where the figure reads it."""
     found = [stage.read_json(path.with_name("metrics.json")) for path in paths]
+    distances = [Path(path.as_posix().replace("/human/scores/", "/human/kl/")).with_name("metrics.json")
+                 for path in paths]
+    if with_kl and all("kl" in path.parts and path.exists() for path in distances):
+        found = [metrics | stage.read_json(path) for metrics, path in zip(found, distances, strict=True)]
     return [{"training": whole.get("training", {}), **whole[key]} if isinstance(whole.get(key), dict) else whole
             for whole in found]
 
@@ -79,35 +82,6 @@ def trained(found: list[dict]) -> dict[str, list]:
     entries = [{**metrics.get("training", {}), **({"kl": metrics["kl"]} if "kl" in metrics else {})}
                for metrics in found]
     return {name: [entry[name] for entry in entries] for name in entries[0] if all(name in it for it in entries)}
-
-
-def provenance(files: list[Path]) -> dict:
-    """What the figure was drawn from: files, commit, what dvc.lock has of the runs behind them, and their params."""
-    def git(*args: str) -> str:
-        with contextlib.suppress(FileNotFoundError):  # a tarball needs no git
-            return subprocess.run(["git", *args], capture_output=True, text=True).stdout.strip()
-        return ""
-
-    commit = git("rev-parse", "HEAD")
-    if commit and git("status", "--porcelain", "--", "src", "data", "dvc.yaml", "params.yaml", "figures.yaml"):
-        commit += ", with changes"
-    lock, params = Path("dvc.lock"), {}
-    digest = hashlib.sha256()
-    if lock.exists():
-        stages = YAML(typ="safe").load(lock.read_text(encoding="utf-8")).get("stages", {})
-        makers = {out["path"]: name for name, entry in stages.items() for out in entry.get("outs", [])}
-        seen, todo = set(), [path.as_posix() for path in files]
-        while todo:
-            path = Path(todo.pop())
-            name = next((makers[p.as_posix()] for p in (path, *path.parents) if p.as_posix() in makers), None)
-            if name and name not in seen:
-                seen.add(name)
-                todo += [dep["path"] for dep in stages[name].get("deps", [])]
-                params |= stages[name].get("params", {}).get("params.yaml", {})
-        for name in sorted(seen):
-            digest.update(f"{name} {stages[name]}".encode())
-    return {"files": {path.as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
-            "commit": commit or None, "params": params, "lock": digest.hexdigest() if params else None}
 
 
 def gap_lines(content: dict) -> str:
@@ -193,7 +167,9 @@ def bar_chart(content: dict, floor: float) -> Figure:
         axes.annotate(f"{bar['mean']:.3f}", (x, end), (0, 5 if up else -13),
                       textcoords="offset points", ha="center", fontsize=8)
     labels = ["\n".join([bar["bar"], *(f"{other} {found['bars'][bar['bar']]['mean']:.3f}"
-                                       for other, found in content["also"].items())]) for bar in bars]
+                                       for other, found in content["also"].items()),
+                         *(f"KL {np.mean(bar['trained']['kl']):.1f}" for _ in [0] if "kl" in bar["trained"])])
+              for bar in bars]
     axes.set_xticks(range(len(bars)), labels, fontsize=8 if len(bars) < 7 else 6.5, rotation=0 if len(bars) < 7 else 30)
     if beside:
         paper_panel(panels[0, 1], paper, [bar["bar"] for bar in bars if any(bar["bar"] in one["values"]
@@ -274,7 +250,8 @@ def save(out: Path, name: str, runs: Path, bars: list[Bar], gaps: dict[str, dict
     params = config.load()
     seeds, title = params.seeds_of(name), params.figures[name].title
     scores, files = read(name, runs, bars, seeds)
-    metrics = {bar.name: metrics_of(files[bar.name], bar.key) for bar in bars}
+    with_kl = "human/kl" in params.figures[name].reads
+    metrics = {bar.name: metrics_of(files[bar.name], bar.key, with_kl) for bar in bars}
     table = [{"bar": bar.name, "series": bar.series or bar.name, "x": bar.x, **stats.estimate(scores[bar.name]),
               "n": scores[bar.name].shape[1], "scores": [path.as_posix() for path in files[bar.name]], "key": bar.key,
               "judge": judged(metrics[bar.name]), "trained": trained(metrics[bar.name])}

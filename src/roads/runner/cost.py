@@ -290,9 +290,12 @@ KINDS: dict[str, Callable[[Command], Work]] = {
     "evaluate": _evaluate,
     "likelihood": _likelihood,
     "value": _value,
+    "kl": lambda c: _kl(c, c.rows("test_best_of_n")),
+    "judge_report": lambda c: Work(size=16 * c.block["samples"]["best_of_n"]["n"] * c.rows("test_best_of_n")),
     "best_of_n": _best_of_n,
     "arm": _arm,
     "figures": lambda c: Work(size=2e5),
+    "report": lambda c: Work(size=2e5),
 }
 
 

@@ -21,7 +21,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from roads import active, schema
+from roads import active, config, schema
 from roads.active import Active
 from roads.process import end_with
 from roads.runner import dvc_patches, preflight, prefork
@@ -87,8 +87,10 @@ def resolve(targets: list[str], now: Active) -> list[str]:
     """
     without = [name for name in targets if not now.figures.get(name.split("@")[0], [now.scale])]
     if without:
-        message = (f"{', '.join(without)}: not at scale {now.scale}: real posts come without preference labels, or it "
-                   f"has no arms for it in params.yaml; `make {without[0]} SCALE=mini` has it")
+        params = config.load()
+        others = [scale for scale in params.scales if active.follow(scale, None, params).figures[without[0]]]
+        message = (f"{', '.join(without)}: not at scale {now.scale}: it has no preferences, or no arms for it in "
+                   "params.yaml" + "".join(f"; `make {without[0]} SCALE={other}` has it" for other in others[:1]))
         if len(without) == len(targets):
             raise UserError(message)
         print(message, file=sys.stderr)

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from roads import candidates, config, distributed, generate, schema, stage
-from roads.stages import data, dpo, evaluate, likelihood, rank, reward, sample
+from roads import config, distributed, schema, stage
+from roads.stages import data, dpo, evaluate, kl, likelihood, rank, reward, sample
 
 
 class Steps:
@@ -38,15 +38,6 @@ class Steps:
         return path
 
 
-def mean_kl(policy: Path, sft: Path, prompts: Path, cfg: schema.Scale, seed: int) -> dict[str, float]:
-    """Reverse KL from the SFT policy in nats, by samples of the policy at T = 1, with its standard error."""
-    rows = np.load(prompts)
-    query = torch.from_numpy(rows["query"])
-    sampled = generate.completions(policy, query, rows["response"].shape[1], cfg.samples.value, seed, cfg)
-    ratios = candidates.implicit_rewards(policy, sft, query, sampled, cfg.compute).double().mean(1)
-    return {"kl": float(ratios.mean()), "kl_standard_error": float(ratios.std() / len(ratios) ** 0.5)}
-
-
 def splits(where: Path, cfg: schema.Scale) -> dict[str, dict[str, np.ndarray]]:
     """Rows of `preferences` and `online`, as many as the block asks for, of the data in a folder."""
     preferences, more = (np.load(where / f"{split}.npz") for split in ("preferences", "more"))
@@ -57,8 +48,9 @@ def splits(where: Path, cfg: schema.Scale) -> dict[str, dict[str, np.ndarray]]:
 
 
 def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int) -> None:
-    """Write scores.npz: <policy> [N], a score per prompt of test_human, for SFT and every policy of the block;
-    metrics.json: each one's metrics and KL from SFT, and how well the reward models tell held-out pairs apart."""
+    """Write scores.npz: <policy> [N], a score per prompt of test_human, for SFT and every policy of the block, and
+    <policy>.quality [N] where it is known; metrics.json: each one's metrics and KL from SFT, those of the pairs, and
+    how well the reward models tell held-out pairs apart."""
     torch.set_num_threads(cfg.machine.threads)
     used = schema.used(cfg, "compute", "policies", "source", "data", "reward", "dpo", "samples", "judge")
     used["seed"] = seed
@@ -81,6 +73,7 @@ def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int) -> None
         for name, prompts in (("preferences", run.where / "preferences.npz"), ("valid", where / "valid.npz")):
             drawn = run(f"candidates/{name}", sample.sample, sft, prompts, ..., cfg, "human", 0)
             pairs[name] = run(f"pairs/{name}", rank.rank, drawn, ..., cfg, "human", data=where)
+        metrics["pairs"] = stage.read_json(pairs["preferences"] / "metrics.json")
         if {"online", "online_sft"} & set(cfg.policies):
             reward_model = run("reward", reward.reward, pairs["preferences"], sft, ..., cfg, seed)
             metrics["global"] = held_out(reward_model, "reward")
@@ -101,11 +94,12 @@ def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int) -> None
             drawn = run(f"completions/{name}", sample.sample, policy, where / "test_human.npz", ..., cfg, "evaluate",
                         seed if name != "sft" else 0)
             done = run(f"scores/{name}", evaluate.evaluate, drawn, where, ..., cfg, "human")
-            scores[name] = np.load(done / "scores.npz")["score"]
+            found = np.load(done / "scores.npz")
+            scores |= {name: found["score"]} | ({f"{name}.quality": found["quality"]} if "quality" in found else {})
             metrics[name] = stage.read_json(done / "metrics.json")
             if name != "sft":
                 with contextlib.redirect_stderr(io.StringIO()):
-                    metrics[name] |= mean_kl(policy, sft, where / "test_best_of_n.npz", cfg, seed)
+                    metrics[name] |= kl.mean_kl(policy, sft, where / kl.PROMPTS, cfg, seed)
         np.savez(folder / "scores.npz", **scores)
         stage.write_json(folder / "metrics.json", metrics)
     shutil.rmtree(run.where)

@@ -38,14 +38,18 @@ def human_scores(query: np.ndarray, completions: np.ndarray, cfg: schema.Scale,
 
     quality_of = quality.of(cfg, query, data)
     gold = np.stack([quality_of(first), quality_of(second)], axis=1)
-    tau = cfg.source.tau if cfg.synthetic else settings.tau * quality.spread(gold)
+    unit = quality.spread(gold)
+    if not cfg.synthetic and not unit:
+        raise stage.UserError(f"judge.kind: {cfg.judge.kind} finds the two samples of every prompt equally good; raise"
+                              " samples.human.temperature, or take more prompts")
+    tau = cfg.source.tau if cfg.synthetic else settings.tau * unit
     seed = [cfg.source.seed if cfg.synthetic else 0, 20, len(query)]
     lengths = (completions != PAD).sum(2)
     scores = quality.annotate(gold, lengths, tau, settings, np.random.default_rng(seed))
     same = (first == second).all(1)
     scores[same] = 0.0  # nothing to compare
     agree = ((scores[:, 0] > scores[:, 1]) == (gold[:, 0] > gold[:, 1]))[gold[:, 0] != gold[:, 1]]
-    return scores, {"tau": tau, "labels_agree_with_quality": float(agree.mean()) if len(agree) else 1.0}
+    return scores, {"tau": tau, "spread": unit, "labels_agree_with_quality": float(agree.mean()) if len(agree) else 1.0}
 
 
 def reward_scores(query: np.ndarray, completions: np.ndarray, path: Path, compute: schema.Compute) -> np.ndarray:

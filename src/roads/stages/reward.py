@@ -21,7 +21,7 @@ def reward(pairs: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int) -> N
 
     def job() -> train.Job:
         query, chosen, rejected = preferences.load(pairs)
-        rm = model.RewardModel.from_policy(sft, seed, cfg.compute)
+        rm = model.RewardModel.from_policy(sft, seed, cfg.compute, cfg.reward.layers)
 
         def loss(i: torch.Tensor) -> tuple[torch.Tensor, dict]:
             ours, theirs = model.pair_rewards(rm, query[i], chosen[i], rejected[i])
