@@ -5,7 +5,7 @@
 FIGURES := $(shell sed -n 's/^\([A-Za-z][A-Za-z0-9_-]*\):.*/\1/p' figures.yaml)
 PAPER := $(filter fig%,$(FIGURES))
 EXTRA := $(filter-out fig%,$(FIGURES))
-.PHONY: help setup test test-fast test-gpu check-gpu test-vllm $(PAPER) $(EXTRA) figures extras claims report judges theory kit unpack status plan graph dag times bench search lint lint-image image lock clean
+.PHONY: help setup test test-fast test-gpu check-gpu bench-gpu test-vllm $(PAPER) $(EXTRA) figures extras claims report judges theory kit unpack status plan graph dag times bench search lint lint-image image lock clean
 
 VENV := .venv
 # What make is given may hold anything, as the name of a folder may. It is taken as it is written, `$` and all, and gets
@@ -99,6 +99,10 @@ test-gpu: setup  ## the tests that need a CUDA GPU: every stage there against th
 
 check-gpu: setup  ## what this GPU does for the active scale (three minutes), for `make plan` to use
 	@$(PY) benchmarks/gpu/check.py
+
+bench-gpu: setup  ## the GPU half of docs/measured.md: this GPU against TRL, generate and vLLM (eight minutes)
+	@command -v nvidia-smi >/dev/null || { echo "error: no NVIDIA GPU here: nvidia-smi is not found" >&2; exit 2; }
+	@PYTHON=$(PY) scripts/device.sh build/gpu check sampler step scores; $(PY) benchmarks/gpu/table.py build/gpu
 
 test-vllm: $(VLLM)/.installed  ## the tests of the vLLM sampler, on the CPU, with vLLM in an environment of its own (4 GB)
 	$(VLLM)/bin/python -m pytest -q tests/test_vllm.py

@@ -8,7 +8,8 @@
 #         step     a DPO step, one way after another
 #         scores   rewards in bf16 against fp32, Pythia-1.4B's shape
 #     TINY=1 scripts/device.sh OUT [PART...]   # the same on a CPU, small: a rehearsal
-# PYTHON names the interpreter, VLLM a folder of packages that vLLM's process alone sees, SECONDS_EACH the limit.
+# PYTHON names the interpreter, VLLM_SITE and TRL_SITE folders of packages that only their processes see (- where they are
+# installed), SECONDS_EACH the limit. benchmarks/gpu/table.py OUT writes what was found into docs/measured.md.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 out=${1:?expected a folder for the results: scripts/device.sh OUT [PART...]}
@@ -33,8 +34,8 @@ for part in "${parts[@]}"; do
   case $part in
     tests) run=(-m pytest -q -p no:cacheprovider -m gpu) ;;
     check) run=(benchmarks/gpu/check.py --out "$out" ${tiny:+--tiny}) ;;
-    sampler) run=(benchmarks/gpu/sampler.py --out "$out/sampler.jsonl" --prompts 192 ${tiny:+--tiny} ${VLLM:+--vllm "$VLLM"}) ;;
-    step) run=(benchmarks/gpu/step.py --out "$out/step.jsonl" --minutes 1.5 ${tiny:+--tiny}) ;;
+    sampler) run=(benchmarks/gpu/sampler.py --out "$out/sampler.jsonl" --prompts 192 ${tiny:+--tiny} ${VLLM_SITE:+--vllm "$VLLM_SITE"}) ;;
+    step) run=(benchmarks/gpu/step.py --out "$out/step.jsonl" --minutes 1.5 ${tiny:+--tiny} ${TRL_SITE:+--trl "$TRL_SITE"}) ;;
     scores) run=(benchmarks/gpu/scores.py --out "$out/scores.jsonl" --shape "$shape" --prompts "$prompts" --minutes 1.5) ;;
   esac
   [ "$part$tiny" != tests--tiny ] || run=(-m pytest -q -p no:cacheprovider tests/test_device.py)

@@ -174,3 +174,38 @@ def test_the_parts_for_a_bare_gpu_write_what_they_find(tmp_path):
     assert stopped.returncode == 1 and re.match(r"scores: \d+ s, exit code 124: ", stopped.stdout)
     wrong = subprocess.run([*command, "speed"], env=env, text=True, capture_output=True)
     assert wrong.returncode == 2 and wrong.stderr == "error: speed: expected one of: tests check sampler step scores\n"
+
+
+def test_the_gpu_half_of_the_table_follows_from_what_a_card_said(tmp_path):
+    """Ratios by hand: ours at T 1 is 300 tokens a second, generate at its best 20; our step .5 s, TRL's best 2 s."""
+    sys.path.insert(0, str(ROOT / "benchmarks/gpu"))
+    import table
+
+    def write(name: str, *found: dict, cut: str = "") -> None:
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in found) + cut)
+
+    def drew(side: str, temperature: float, pace: float) -> dict:
+        return {"side": side, "temperature": temperature, "tokens_per_second": pace}
+
+    write("sampler", {"card": "A card", "torch": "2.13.0", "transformers": "5.17.0"}, drew("ours, first", 1.0, 900.0),
+          drew("ours", 1.0, 300.0), drew("ours", 0.1, 400.0), drew("generate", 1.0, 10.0), drew("generate", 1.0, 20.0),
+          {"side": "generate", "temperature": 0.1, "error": "out of memory"}, cut='{"side": "vll')
+    write("step", {"device": "A card", "torch": "2.13.0"}, {"way": "packed", "seconds": 0.5, "peak": 50.0, "gib": 20.0},
+          {"way": "all bf16", "seconds": 0.4, "peak": 60.0, "gib": 9.0},
+          {"way": "TRL", "seconds": 4.0, "peak": 6.0, "gib": 30.0},
+          {"way": "TRL, liger", "seconds": 2.0, "peak": 12.0, "gib": 40.0}, {"way": "TRL, compiled", "error": "no"})
+    (tmp_path / "page.md").write_text("before\n<!-- gpu -->\nold\n<!-- end gpu -->\nafter\n")
+    table.write(tmp_path, tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert page.startswith("before\n<!-- gpu -->") and page.endswith("<!-- end gpu -->\nafter\n") and "old" not in page
+    assert "A card, torch 2.13.0, transformers 5.17.0" in page
+    assert "| ours over generate | 15.00 | not measured |" in page and "| ours over vllm | not measured |" in page
+    assert "packed takes a step in 1/4.00 of the time of TRL, liger, in 0.50 of its memory." in page
+    assert "| TRL, compiled | failed |" in page
+    assert page.count("Not measured yet by `make bench-gpu`.") == 1  # the scores
+    with pytest.raises(ValueError, match="expected <!-- gpu -->"):
+        table.write(tmp_path, tmp_path / "step.jsonl")
+    (tmp_path / "empty").mkdir()
+    done = subprocess.run([sys.executable, "benchmarks/gpu/table.py", str(tmp_path / "empty")], cwd=ROOT, env=ENV,
+                          text=True, capture_output=True)
+    assert done.returncode == 2 and "scripts/device.sh writes them" in done.stderr

@@ -164,12 +164,13 @@ def test_nothing_runs_twice(scratchpad):
 
 TRAINED = ["dpo", "dpo_2x", "online", "online_sft", "likelihood@human-dpo-s0", "fig12_arms"]
 S1 = ["reward@s1", "local@human-s1", "dpo@s1", "dpo_2x@s1", "online_candidates@s1", "online_pairs@s1", "online@s1",
-      "online_sft_pairs@s1", "online_sft@s1", "completions@s1", "scores@s1", "likelihood@human-s1"]
+      "online_sft_pairs@s1", "online_sft@s1", "completions@s1", "scores@s1", "likelihood@human-s1", "kl@s1"]
 SAMPLED = ["candidates@human", "candidates@rouge", "online_candidates", "online_sft_candidates", "completions_sft",
            "completions"]
 # Line of params.yaml that begins so, of the block tiny -> what is out of date when any of its values changes.
 KEYS = {
-    "compute": ["base", "sft", *SAMPLED, "online_pairs", "online_sft_pairs", "reward", "local", "likelihood", *TRAINED],
+    "compute": ["base", "sft", *SAMPLED, "online_pairs", "online_sft_pairs", "reward", "local", "likelihood", "kl",
+                *TRAINED],
     "source": ["world_data", "pairs", "scores_sft", "scores", "fig12_arms"],
     "data": ["world_data", "fig12_arms"], "model": ["world_data", "base"], "base": ["base"], "sft": ["sft"],
     "reward": ["reward", "likelihood@human-reward-s0", "fig12_arms"],
@@ -177,7 +178,7 @@ KEYS = {
     "dpo": TRAINED, "machine": [],
     "human": ["candidates@human", "pairs@human", "fig12_arms"], "rouge": ["candidates@rouge", "pairs@rouge"],
     "online": ["online_candidates", "online_sft_candidates", "online", "online_sft", "fig12_arms"],
-    "evaluate": ["completions_sft", "completions", "fig12_arms"], "value": ["fig12_arms"], "best_of_n": [],
+    "evaluate": ["completions_sft", "completions", "fig12_arms"], "value": ["kl", "fig12_arms"], "best_of_n": [],
     "judge": ["world_data", "pairs", "scores_sft", "scores", "fig12_arms"],
 }  # fmt: skip
 OTHER = {"cpu": "gpu", "fp32": "bf16", "sdpa": "flash", "tree": "vllm", "cosine": "linear", "linear": "cosine",

@@ -1,6 +1,7 @@
 """What a DPO step costs on this GPU, one way after another: seconds, memory, share of the card's peak, agreement.
 
     PYTHONPATH=src python benchmarks/gpu/step.py --out step.jsonl --minutes 2.5
+    PYTHONPATH=src python benchmarks/gpu/step.py --out step.jsonl --trl /opt/trl-site   # and TRL's, of a folder
     PYTHONPATH=src python benchmarks/gpu/step.py --out step.jsonl --tiny           # a rehearsal on the CPU
 
 Random weights of Pythia-1.4B's shape, 128 pairs a step out of rows.npz: real TL;DR posts, Pythia's tokens. Gradients
@@ -11,12 +12,16 @@ import argparse
 import contextlib
 import gc
 import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 import traceback
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -41,6 +46,14 @@ WAYS = {
     "today, fused AdamW": {"rows": 32, "checkpoint": True},
     "padded to 64, compiled": {"rows": 16, "compile": True, "pad": 64},
     "today, 16 unchecked": {"rows": 16, "fused": False},
+}
+# TRL's DPOTrainer: pairs at once, and fields of DPOConfig
+TRL = {
+    "TRL, checkpointing": {"at_once": 32, "options": {"gradient_checkpointing": True}},
+    "TRL": {"at_once": 8, "options": {}},
+    "TRL, liger": {"at_once": 16, "options": {"use_liger_kernel": True}},
+    "TRL, padding-free": {"at_once": 16, "options": {"padding_free": True}},
+    "TRL, compiled": {"at_once": 8, "options": {"torch_compile": True}},
 }
 
 
@@ -222,11 +235,52 @@ def measure(options: dict, s: dict, device: str, batches: list, exact: dict | No
     return found
 
 
+def by_trl(options: dict, s: dict, device: str, batches: list, place: str, folder: Path) -> dict:
+    """Steps of TRL's DPOTrainer on the same pairs, in a process of its own (benchmarks/step.py) with the packages of
+    `place`, or as they are installed where that is "-"."""
+    if not (folder / "policy").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        new_policy(s, device).save_pretrained(folder / "policy")
+        words = {"<|endoftext|>": EOS, "<|padding|>": PAD} | {f"w{i}": i for i in range(2, s["vocab"])}
+        tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<|padding|>")).save(
+            str(folder / "tokenizer.json"))
+        clear(device)
+    query, chosen, rejected = (torch.cat(sides).numpy() for sides in zip(*batches))
+    np.savez(folder / "pairs.npz", query=query, chosen=chosen, rejected=rejected, order=np.arange(len(query)))
+    options = options | {"at_once": max(1, options["at_once"] // s["shrink"])}
+    (folder / "settings.json").write_text(json.dumps({"gpu": options, "batch_size": s["pairs"], "beta": BETA,
+                                                      "lr": 3e-6, "pad": PAD}))
+    path = os.environ.get("PYTHONPATH", "") + ("" if place == "-" else f":{place}")
+    command = [sys.executable, Path(__file__).parents[1] / "step.py", "trl", folder]
+    with (folder / "trl.log").open("w") as log, subprocess.Popen(
+            command, text=True, env=os.environ | {"PYTHONPATH": path}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=log) as process:
+        answers = [process.stdout.readline()]
+        for _ in batches if answers[0] else []:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write("\n")
+                process.stdin.flush()
+            answers.append(process.stdout.readline())
+        process.kill()
+    if not answers[-1]:
+        raise RuntimeError(f"TRL stopped: {(folder / 'trl.log').read_text()[-600:]}")
+    answers = [json.loads(answer) for answer in answers]
+    seconds = [answer["seconds"] for answer in answers[2:]]  # the first step warms up
+    tokens = statistics.mean(int(sum((side != PAD).sum() for side in sides)) for sides in batches[1:])
+    with torch.device("meta"):
+        weights = sum(part.numel() for part in new_policy(s, "meta").parameters())
+    return {"loss": answers[1]["loss"], "seconds": round(statistics.median(seconds), 4),
+            "all_seconds": [round(value, 4) for value in seconds], "tokens": tokens,
+            "peak": round(100 * 6 * weights * tokens / statistics.median(seconds) / PEAK, 1),
+            **({"gib": round(answers[-1]["gib"], 2)} if "gib" in answers[-1] else {})}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=2.5, help="no way is begun after these")
-    parser.add_argument("--ways", nargs="*", help=f"of: {', '.join(WAYS)}")
+    parser.add_argument("--ways", nargs="*", help=f"of: {', '.join([*WAYS, *TRL])}")
+    parser.add_argument("--trl", help="a folder of packages that only TRL's process sees; - where it is installed")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--profile", action="store_true", help="the best way's kernels, into OUT.profile.txt")
     a = parser.parse_args()
@@ -252,13 +306,18 @@ def main() -> None:
     exact = {"loss": float(loss), "logps": logps.cpu(), "grads": way.weights_to_compare()}
     del way, loss, logps
     say(way="fp32, padded", loss=exact["loss"])
-    ways = a.ways or list(WAYS)
+    ours = list(WAYS)
+    ways = a.ways or [*ours[:4], *(list(TRL) if a.trl else []), *ours[4:]]
+    scratch = Path("/dev/shm/trl") if device == "cuda" else a.out.parent / "trl"
     for name in ways:
         clear(device)
         if time.perf_counter() - started > 60 * a.minutes:
             say(way=name, left_out="no time")
             continue
         try:
+            if name in TRL:
+                say(way=name, **by_trl(TRL[name], s, device, batches, a.trl or "-", scratch))
+                continue
             found = measure(WAYS[name], s, device, batches, exact, None)
             say(way=name, **found)
             best = min(best, (found["seconds"], name)) if "all bf16" not in name else best
