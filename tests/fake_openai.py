@@ -21,6 +21,9 @@ ERRORS = {  # fault -> status, code
     "400": (400, "invalid_value"), "401": (401, "invalid_api_key"), "404": (404, "model_not_found"),
     "quota": (429, "insufficient_quota"), "filter": (400, "content_filter"), "expired": (408, "batch_expired")}
 
+RENAMED = 400, {"error": {"code": "unsupported_parameter", "param": "max_tokens", "type": "invalid_request_error",
+                          "message": "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+                                     "'max_completion_tokens' instead."}}
 PAGE = "<html>a proxy is here</html>"
 UNBILLED = {"html": PAGE, "said": {"error": {"message": "try again"}}}  # fault -> what comes with status 200
 
@@ -36,13 +39,16 @@ class Fake:
         delay: seconds an answer takes. polls: how often a batch is looked at before it is done.
         key: what OPENAI_API_KEY must be, if anything. retry_after: seconds, a header of 429.
         tokens: of a prompt and an answer, what is billed: tokens read and written. models: what it says it has.
+        renamed: it wants max_completion_tokens, as newer models do. enqueued: requests of a batch at most, as the limit
+            on an account's enqueued tokens has it.
     """
 
     def __init__(self, faults=(), delay=0.0, polls=2, key=None, retry_after="0.2", port=0,
                  tokens=lambda prompt, text: (len(prompt) // 4, len(text) // 4 + 1), models=("gpt-4o-2024-08-06",),
-                 outage=0.0):
+                 outage=0.0, renamed=False, enqueued=None):
         self.faults, self.delay, self.polls, self.key = list(faults), delay, polls, key
         self.retry_after, self.tokens, self.models = retry_after, tokens, models
+        self.renamed, self.enqueued = renamed, enqueued
         self.lock = threading.Lock()
         self.asked = Counter()  # prompt -> how often, errors included
         self.times = []  # (prompt, seconds) of each request
@@ -108,11 +114,20 @@ class Fake:
 
     def run_batch(self, batch: dict) -> None:
         """Answer the lines of a batch's file into an output and an error file."""
-        out, err = [], []
+        out, err, count = [], [], len(self.files[batch["input_file_id"]].splitlines())
+        if self.enqueued and count > self.enqueued:
+            message = f"Enqueued token limit reached for {batch['id']}."
+            batch |= {"status": "failed", "errors": {"object": "list", "data": [
+                {"code": "token_limit_exceeded", "message": message, "line": None, "param": None}]}}
+            return
         for line in self.files[batch["input_file_id"]].splitlines():
             request = json.loads(line)
             fault = self.next_fault(request["body"]["messages"][-1]["content"])
-            if fault in ERRORS:
+            if self.renamed and "max_tokens" in request["body"]:
+                status, body = RENAMED
+                err.append({"custom_id": request["custom_id"], "response": {"status_code": status, "body": body},
+                            "error": None})
+            elif fault in ERRORS:
                 status, body = self.error(fault, request["body"])
                 err.append({"custom_id": request["custom_id"], "response": {"status_code": status, "body": body},
                             "error": body["error"] if fault == "expired" else None})
@@ -238,6 +253,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def chat(self, fake: Fake, body: dict) -> None:
         fault = fake.next_fault(body["messages"][-1]["content"])
+        if fake.renamed and "max_tokens" in body:
+            self.reply(*RENAMED)
+            return
         if fault in ERRORS:
             given = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
             headers = {"Retry_After": fake.retry_after} if fault == "429" else {}

@@ -25,7 +25,7 @@ KEY = "sk-a-secret-of-this-test"
 JUDGE = SimpleNamespace(kind="openai", model="gpt-4o-2024-08-06", prompt="summary", temperature=0.0, max_tokens=100)
 BATCH = SimpleNamespace(**vars(JUDGE) | {"kind": "batch"})
 SPENDING = SimpleNamespace(budget=100.0, input=2.5, output=10.0, batch_discount=0.5, concurrency=8, timeout=20.0,
-                           retries=4)
+                           retries=4, batch_requests=50_000)
 
 
 def spending(**changes):
@@ -277,11 +277,51 @@ def test_no_key_no_endpoint_and_a_wrong_key(cache, serve, monkeypatch):
     assert client.answers(MESSAGES[:3], JUDGE, SPENDING, cache) == SAID[:3]
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000/v1", "http://127.0.0.1:port/v1", "file:///v1"])
+@pytest.mark.parametrize("url", ["127.0.0.1:8000/v1", "http://127.0.0.1:port/v1", "file:///v1", "http://[::1/v1",
+                                 "http://127.0.0.1:80\n/v1", "http://a host/v1"])
 def test_an_endpoint_that_is_no_url(cache, monkeypatch, url):
     monkeypatch.setenv("OPENAI_BASE_URL", url)
     with pytest.raises(UserError, match="^OPENAI_BASE_URL: expected http"):
         client.answers(MESSAGES, JUDGE, SPENDING, cache)
+
+
+@pytest.mark.parametrize("key", ["sk-a\nX-Header: b", "sk-ключ", "sk a", "sk-a\x00"])
+def test_a_key_that_no_request_can_carry(cache, serve, monkeypatch, key):
+    fake = serve()
+    with monkeypatch.context() as patched:
+        patched.setattr(endpoint.os, "environ", endpoint.os.environ | {"OPENAI_API_KEY": key})
+        with pytest.raises(UserError, match="^OPENAI_API_KEY: expected .* in one line") as error:
+            client.answers(MESSAGES, JUDGE, SPENDING, cache)
+    assert key not in str(error.value) and not fake.asked and not rows(cache)
+
+
+@pytest.mark.parametrize("wrong, said", [
+    ("https://127.0.0.1:{port}/v1", "whether it is http or https"),
+    ("http://no-such-host.invalid/v1", "no connection"),
+    ("http://127.0.0.1:1/v1", "no connection"),
+])  # fmt: skip
+def test_a_wrong_endpoint_is_one_line_within_five_seconds(cache, serve, monkeypatch, wrong, said):
+    fake = serve()
+    monkeypatch.setenv("OPENAI_BASE_URL", wrong.format(port=fake.port))
+    start = time.monotonic()
+    with pytest.raises(UserError, match=said) as error:
+        endpoint.reachable(JUDGE)
+    assert time.monotonic() - start < 5 and "\n" not in str(error.value) and not fake.asked
+    if "https" in wrong:  # no retry mends it
+        with pytest.raises(UserError, match=said):
+            client.answers(MESSAGES, JUDGE, SPENDING, cache)
+        assert not rows(cache) and time.monotonic() - start < 5
+
+
+def test_a_proxy_is_for_others_than_this_machine(cache, serve, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1")
+    serve()
+    assert client.answers(MESSAGES[:3], JUDGE, SPENDING, cache) == SAID[:3]
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://judge.example/v1")
+    monkeypatch.delenv("HTTP_PROXY")
+    with pytest.raises(UserError, match="^the proxy of HTTPS_PROXY or ALL_PROXY: .*; take an http:// proxy, or name"):
+        client.answers(MESSAGES[3:], JUDGE, SPENDING, cache)
 
 
 @pytest.mark.parametrize("host, local", [
@@ -390,18 +430,47 @@ def test_a_batch_that_was_never_submitted_is_struck_out(cache, serve):
     assert dollars(cache) == pytest.approx(fake.dollars(2.5, 10) / 2)
 
 
-def test_batches_keep_to_their_size_and_to_the_budget(cache, serve, monkeypatch):
-    monkeypatch.setattr(batches, "BATCH_REQUESTS", 7)
+def test_batches_keep_to_their_size_and_to_the_budget(cache, serve):
     fake = serve()
     short = SimpleNamespace(**vars(BATCH) | {"max_tokens": 10})
     budget = 10.5 * ledger.worst_price(MESSAGES[0], short, SPENDING)
     with pytest.raises(UserError, match="raise spending.budget"):
-        client.answers(MESSAGES, short, spending(budget=budget), cache, poll=0.02)
+        client.answers(MESSAGES, short, spending(budget=budget, batch_requests=7), cache, poll=0.02)
     assert [len(file.splitlines()) for name, file in fake.files.items() if name[5:].isdigit()][:2] == [7, 3]
     assert fake.dollars(2.5, 10) / 2 == pytest.approx(dollars(cache)) and dollars(cache) <= budget
     assert 10 <= len(fake.billed) < 60
-    assert client.answers(MESSAGES, short, SPENDING, cache, poll=0.02) == SAID
+    assert client.answers(MESSAGES, short, spending(batch_requests=7), cache, poll=0.02) == SAID
     assert len(fake.billed) == 60 and set(fake.asked.values()) == {1}
+
+
+def test_batches_of_more_than_an_account_may_enqueue_are_halved(cache, serve):
+    """60 requests where 10 are allowed: 60, 30, 15 and 7 at a time, then one batch of 7 after another."""
+    fake = serve(enqueued=10)
+    assert client.answers(MESSAGES, BATCH, SPENDING, cache, poll=0.01) == SAID
+    sizes = [len(fake.files[batch["input_file_id"]].splitlines()) for batch in fake.batches.values()]
+    assert sizes == [60, 30, 15, *[7] * 8, 4] and len(fake.billed) == 60
+    ends = [batch["status"] for batch in fake.batches.values()]
+    assert ends == ["failed"] * 3 + ["completed"] * 9
+    assert dollars(cache) == pytest.approx(fake.dollars(2.5, 10) / 2)
+
+
+def test_an_account_that_may_enqueue_nothing_is_one_line(cache, serve):
+    fake = serve(enqueued=10)
+    fake.enqueued = 0.5
+    with pytest.raises(UserError, match="a batch ended without an answer .Enqueued token limit reached"):
+        client.answers(MESSAGES[:4], BATCH, SPENDING, cache, poll=0.01)
+    assert len(fake.batches) == 3 and not rows(cache)
+
+
+@pytest.mark.parametrize("judge", [JUDGE, BATCH])
+def test_a_model_that_names_its_limit_another_way_is_asked_that_way(cache, serve, monkeypatch, judge):
+    monkeypatch.setattr(endpoint, "RENAMED", set())
+    for module in (client, batches):
+        monkeypatch.setattr(module, "RENAMED", endpoint.RENAMED)
+    fake = serve(renamed=True)
+    assert client.answers(MESSAGES, judge, spending(concurrency=1), cache, poll=0.01) == SAID
+    assert len(fake.billed) == 60 and endpoint.RENAMED == {judge.model}
+    assert sum(fake.asked.values()) == (61 if judge is JUDGE else 120)
 
 
 def test_a_batch_without_any_answer_is_an_error(cache, serve):

@@ -176,6 +176,7 @@ class Spending(Strict):
     concurrency: Count  # requests at once
     timeout: Positive  # seconds
     retries: Annotated[int, Field(ge=0)]
+    batch_requests: Annotated[int, Field(ge=1, le=50_000)] = 50_000  # of a batch at most: the Batch API's own limit
 
 
 class Train(Strict):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from roads.judge.endpoint import (
+    RENAMED,
     UNBILLED,
     Lost,
     Refused,
@@ -19,6 +20,7 @@ from roads.judge.endpoint import (
     errors,
     host_of,
     patiently,
+    renamed,
     request,
 )
 from roads.judge.ledger import Ledger, locked
@@ -27,22 +29,23 @@ from roads.stage import UserError
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-BATCH_REQUESTS, BATCH_BYTES = 50_000, 150 * 10**6
+BATCH_BYTES = 150 * 10**6
+TOO_MUCH = "token_limit_exceeded"  # more is enqueued than the account may have: smaller batches, one after another
 
 
-async def submit(client: "AsyncOpenAI", book: Ledger, missing: dict[str, str]) -> int:
-    """Put what the budget allows into batches, as few as hold it; how many.
+async def submit(client: "AsyncOpenAI", book: Ledger, missing: dict[str, str], most: int, alone: bool) -> int:
+    """Put what the budget allows into batches of `most` requests, as few as hold it, or into one `alone`; how many.
 
     A batch's tag is in the book before the batch is submitted and goes along as metadata, so that a run that is killed
     before it learns the id finds the batch again.
     """
     rest, sent = deque(missing.items()), 0
     with locked(book.path, "submit"):
-        while rest:
+        while rest and not (alone and sent):
             tag, lines, size = uuid.uuid4().hex, [], 0
             with book.alone():
                 book.db.execute("INSERT INTO batches VALUES (?, ?, NULL, 0)", [tag, book.judge.model])
-                while rest and len(lines) < BATCH_REQUESTS and size < BATCH_BYTES:
+                while rest and len(lines) < most and size < BATCH_BYTES:
                     key, message = rest.popleft()
                     if book.answer(key) is not None or book.under_way(key):
                         continue
@@ -95,10 +98,14 @@ async def _adopt(client: "AsyncOpenAI", book: Ledger) -> None:
                 book.db.execute("DELETE FROM batches WHERE tag = ?", [tag])
 
 
-async def collect(client: "AsyncOpenAI", book: Ledger, keys: set[str], bar: tqdm, poll: float) -> str:
-    """Wait for the batches that hold one of keys and store what they bring; the first error that they name, or ''."""
+async def collect(client: "AsyncOpenAI", book: Ledger, keys: set[str], bar: tqdm, poll: float) -> tuple[str, bool]:
+    """Wait for the batches that hold one of keys and store what they bring.
+
+    Returns:
+        The first error that they name, or ''; and whether one was more than the account may have enqueued.
+    """
     await _adopt(client, book)
-    problem, waiting = "", book.open_batches(keys)
+    problem, too_much, waiting = "", False, book.open_batches(keys)
     while waiting:
         for tag, name in waiting.items():
             batch = await patiently(book, lambda name=name: client.batches.retrieve(name))
@@ -110,12 +117,13 @@ async def collect(client: "AsyncOpenAI", book: Ledger, keys: set[str], bar: tqdm
             errors = batch.errors.data if batch.errors and batch.errors.data else []
             found = _store(book, tag, lines)
             problem = problem or found or "; ".join(str(error.message) for error in errors)
+            too_much |= any(error.code == TOO_MUCH for error in errors)
         waiting = book.open_batches(keys)
         bar.set_postfix_str(f"{len(waiting)} batches open, ${book.spent:.2f} of ${book.spending.budget:g}")
         if waiting:
             await asyncio.sleep(poll)
             poll = min(60.0, poll * 1.5)
-    return problem
+    return problem, too_much
 
 
 async def _batches(client: "AsyncOpenAI") -> list:
@@ -153,6 +161,8 @@ def _store(book: Ledger, tag: str, lines: list[dict]) -> str:
                 if error.get("code") in UNBILLED:
                     book.unreadable(row)
                     continue
+                if renamed(error):
+                    RENAMED.add(book.judge.model)
                 raise Refused(f"{error.get('code')}: {error.get('message')}")
             except Lost as lost:
                 book.close(row, None, None, lost.usage)

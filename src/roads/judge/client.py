@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from roads.judge import batches
-from roads.judge.endpoint import Lost, Refused, Unanswerable, completion, connect, errors, host_of, pause, request
+from roads.judge.endpoint import (
+    RENAMED,
+    Lost,
+    Refused,
+    Renamed,
+    Unanswerable,
+    completion,
+    connect,
+    errors,
+    host_of,
+    pause,
+    request,
+)
 from roads.judge.ledger import CACHE, Ledger, key_of
 from roads.schema import LLMJudge, Spending
 from roads.stage import UserError
@@ -55,14 +67,21 @@ async def _fetch(book: Ledger, todo: dict[str, str], bar: tqdm, poll: float) -> 
     async with connect() as client:
         # What is in a batch already, of another process or one that was killed, is not asked again: wait for it.
         await batches.collect(client, book, set(todo), bar, poll)
+        most, alone = book.spending.batch_requests, False
         while missing := {key: message for key, message in todo.items() if book.answer(key) is None}:
             bar.update(bar.total - len(missing) - bar.n)
             if book.judge.kind == "openai":
                 await _ask(client, book, missing, bar)
                 continue
-            before = sum(len(book.samples(key)) for key in missing)
-            sent = await batches.submit(client, book, missing)
-            problem = await batches.collect(client, book, set(todo), bar, poll)
+            before, known = sum(len(book.samples(key)) for key in missing), book.judge.model in RENAMED
+            sent = await batches.submit(client, book, missing, most, alone)
+            problem, too_much = await batches.collect(client, book, set(todo), bar, poll)
+            if known != (book.judge.model in RENAMED):  # asked the other way, it may answer
+                continue
+            if sent and too_much and (tried := min(most, len(missing))) > 1:
+                most, alone = tried // 2, True
+                bar.write(f"{host_of()}: {problem} Batches of {most} requests from here on, one after another.")
+                continue
             if sent and sum(len(book.samples(key)) for key in missing) == before:
                 raise UserError(f"{host_of()}: a batch ended without an answer ({problem or 'it does not say why'}); "
                                 "what was answered is stored: run again to ask for the rest")
@@ -113,6 +132,10 @@ async def _attempts(client: "AsyncOpenAI", book: Ledger, key: str, message: str,
             body = completion(reply.http_response.content)
         except Unanswerable:
             return book.unreadable(row)
+        except Renamed as error:
+            book.strike(row)
+            RENAMED.add(book.judge.model)
+            reason = error
         except Lost as error:
             book.close(row, None, None, error.usage)
             reason = error

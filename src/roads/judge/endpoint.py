@@ -9,6 +9,8 @@ import ipaddress
 import json
 import os
 import random
+import socket
+import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,7 @@ from roads.stage import UserError
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
+CONNECT = 4.0  # seconds
 LONGEST_WAIT = 120.0  # seconds of Retry-After; what asks for more is left for another run
 UNBILLED = ("content_filter", "content_policy_violation", "invalid_prompt")  # the endpoint will not read the prompt
 
@@ -39,6 +42,10 @@ class Refused(Exception):
     def __init__(self, message: str, wait: float | None = None):
         super().__init__(message)
         self.wait = wait  # seconds that the server asks for
+
+
+class Renamed(Refused):
+    """The model wants max_completion_tokens in the place of max_tokens."""
 
 
 class Unanswerable(Exception):
@@ -78,25 +85,37 @@ def as_object(text: bytes | str) -> dict:
     return value if isinstance(value, dict) else {}
 
 
+RENAMED: set[str] = set()  # models that said so: reasoning models, and those that came after gpt-4o
+
+
+def renamed(error: dict) -> bool:
+    return error.get("code") == "unsupported_parameter" and "max_completion_tokens" in str(error.get("message"))
+
+
 def request(message: str, judge: LLMJudge) -> dict:
+    limit = "max_completion_tokens" if judge.model in RENAMED else "max_tokens"
     return {"model": judge.model, "messages": [{"role": "user", "content": message}],
-            "temperature": judge.temperature, "max_tokens": judge.max_tokens}
+            "temperature": judge.temperature, limit: judge.max_tokens}
 
 
 def host_of() -> str:
     """Where OPENAI_BASE_URL points, without user or password."""
-    parts = urlsplit(os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1")
+    url = os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
     try:
-        host, port = parts.hostname, parts.port
-    except ValueError:  # a port that is no number
-        host = None
-    if not host or parts.scheme not in ("http", "https"):
+        parts = urlsplit(url)
+        host, port, scheme = parts.hostname, parts.port, parts.scheme
+    except ValueError:  # a port that is no number, a bracket that is not closed
+        host = port = scheme = None
+    if not host or scheme not in ("http", "https") or not url.isprintable() or " " in url:
         raise UserError("OPENAI_BASE_URL: expected http://HOST:PORT/v1 or https://HOST/v1")
     return f"{host}:{port}" if port else host
 
 
 def _key() -> str:
-    return os.environ.get("OPENAI_API_KEY", "").strip()
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not key.isascii() or not key.isprintable() or " " in key:  # it becomes a line of the request
+        raise UserError("OPENAI_API_KEY: expected letters, digits and signs of ASCII in one line, without spaces")
+    return key
 
 
 def _without_key(text: str) -> str:
@@ -105,14 +124,29 @@ def _without_key(text: str) -> str:
 
 def connect() -> "AsyncOpenAI":
     """An AsyncOpenAI of the environment's endpoint and key."""
-    from openai import AsyncOpenAI
+    import httpx
+    from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
     host = host_of()
     key = _key() or ("none" if _local(host) else None)
     if not key:
         raise UserError(f"OPENAI_API_KEY is not set, and {host} needs it; export it, or let OPENAI_BASE_URL name a "
                         "server of your own")
-    return AsyncOpenAI(api_key=key, max_retries=0, _strict_response_validation=True)  # else a page of HTML is a batch
+    name = (urlsplit(f"//{host}").hostname or "").lower()
+    try:  # what is on this machine is not asked for through a proxy
+        web = DefaultAsyncHttpxClient(trust_env=not (name == "localhost" or _is_loopback(name)))
+    except (ImportError, ValueError) as error:  # a SOCKS proxy without its package, or none that httpx knows
+        raise UserError(f"the proxy of HTTPS_PROXY or ALL_PROXY: {str(error).splitlines()[0].rstrip('.')}; take an "
+                        f"http:// proxy, or name {name} in NO_PROXY") from None
+    return AsyncOpenAI(api_key=key, max_retries=0, http_client=web, timeout=httpx.Timeout(600, connect=CONNECT),
+                       _strict_response_validation=True)  # else a page of HTML is a batch
+
+
+def _is_loopback(name: str) -> bool:
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def _local(host: str) -> bool:
@@ -127,9 +161,12 @@ def _local(host: str) -> bool:
 def reachable(judge: LLMJudge, timeout: float = 20.0) -> None:
     """Raises UserError where the endpoint, the key or the judge's model is not to be had; asks and costs nothing."""
 
+    import httpx
+
     async def models() -> list[str]:
         async with connect() as client:
-            reply = await client.with_options(timeout=timeout).models.with_raw_response.list()
+            patient = client.with_options(timeout=httpx.Timeout(timeout, connect=CONNECT))
+            reply = await patient.models.with_raw_response.list()
         try:  # local servers leave out some of what the SDK would insist on
             return [model["id"] for model in as_object(reply.http_response.content)["data"]]
         except (KeyError, TypeError):
@@ -165,6 +202,8 @@ def errors() -> Iterator[None]:
             raise Refused(f"{status} {said}".strip(), _retry_after(error.response.headers)) from None
         if code in UNBILLED:
             raise Unanswerable from None
+        if renamed(body):
+            raise Renamed(f"{status} {said}") from None
         if status == 404:
             raise UserError(f"{where}: 404, no such model or path ({said}); check judge.model and OPENAI_BASE_URL, "
                             "which ends in /v1") from None
@@ -173,10 +212,20 @@ def errors() -> Iterator[None]:
         raise Refused("200 without an answer") from None
     except openai.APIConnectionError as error:
         if "Connect" in type(error.__cause__).__name__:  # ConnectError, ConnectTimeout: nothing was sent
-            raise Refused(f"no connection ({error.__cause__})") from None
+            if any(isinstance(cause, ssl.SSLError) or isinstance(cause, socket.gaierror)
+                   and cause.errno != socket.EAI_AGAIN for cause in _causes(error)):
+                raise UserError(f"{host_of()}: no connection ({error.__cause__}); check OPENAI_BASE_URL: its host, and "
+                                "whether it is http or https") from None
+            raise Refused(f"no connection ({error.__cause__ or 'none in time'})") from None
         raise Lost("the connection was cut or timed out") from None
     except TimeoutError:
         raise Lost("no answer in time") from None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _retry_after(headers: Any) -> float | None:
