@@ -58,7 +58,7 @@ def ours(folder: Path, settings: dict, share: bool) -> None:
     from roads import candidates, model, preferences, schema, train
     from roads.stages import dpo
 
-    query, chosen, rejected = preferences.load(folder)
+    query, chosen, rejected = preferences.load(folder, folder / "policy")
     policy = model.load_policy(folder / "policy")
     start = time.perf_counter()
     both = torch.stack([chosen, rejected], 1)

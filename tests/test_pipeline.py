@@ -311,8 +311,8 @@ def test_repro_runs_just_that(scratchpad):
 
 
 # Of parameters, folders, files, answers: no number is made there.
-CARRIERS = {"config", "schema", "strict", "active", "stage", "kept", "hub", "client", "endpoint", "batches", "ledger",
-            "process"}
+CARRIERS = {"config", "schema", "strict", "active", "stage", "arrays", "kept", "hub", "client", "endpoint", "batches",
+            "ledger", "process"}
 
 
 @functools.cache

@@ -474,7 +474,7 @@ def test_seeds_share_the_reference(tiny, inputs, monkeypatch, policy):
 
 
 def test_the_references_used_longest_ago_are_dropped(inputs, monkeypatch, policy):
-    query, _, response = preferences.load(Path("pairs"))
+    query, _, response = preferences.load(Path("pairs"), Path("sft"))
     for key in "abc":
         preferences.reference_logps(policy, query, response[:, None], 1.0, key)
         if key == "a":

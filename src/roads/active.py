@@ -108,7 +108,8 @@ def write(scale: str | None = None, data: str | None = None, path: Path = config
                     "a folder with train.jsonl, valid.jsonl and test.jsonl")
         raise UserError(f"DATA={data}: not found; expected {expected}")
     if data is None and not cfg.synthetic:
-        data = before["data_from"] if before.get("scale") == scale else DATA_FROM[cfg.source.kind]
+        known = before.get("data_from") if before.get("scale") == scale else None
+        data = known if isinstance(known, str) else DATA_FROM[cfg.source.kind]
     active = follow(scale, data, params)
     text = _text(active)
     if not place.exists() or place.read_text(encoding="utf-8") != text:

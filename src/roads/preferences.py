@@ -2,17 +2,16 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from roads import candidates, kept
+from roads import arrays, candidates, kept
 from roads.distributed import rank_and_world_size, sum_over
 
 
-def load(folder: Path) -> tuple[Tensor, Tensor, Tensor]:
-    """query [N, Q], chosen [N, R] and rejected [N, R] of a folder of pairs."""
-    rows = np.load(folder / "pairs.npz")
+def load(folder: Path, policy: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """query [N, Q], chosen [N, R] and rejected [N, R] of a folder of pairs, which the policy in a folder can read."""
+    rows = arrays.tokens(folder / "pairs.npz", "query", "chosen", "rejected", model=policy)
     return tuple(torch.from_numpy(rows[name]) for name in ("query", "chosen", "rejected"))
 
 

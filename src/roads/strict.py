@@ -34,6 +34,8 @@ def read(path: Path, expected: str) -> dict:
         found = YAML(typ="safe").load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: not found; run from the root of the project") from None
+    except OSError as error:
+        raise UserError(f"{path}: {str(error.strerror).lower()}; expected {expected}") from None
     except (YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from roads import hub, kept, model, schema
+from roads import arrays, hub, kept, model, schema
 from roads.judge.text import texts_of, titles_and_posts
 from roads.rouge import rouge_l
 from roads.tldr import PAD, load_tokenizer
@@ -154,6 +154,6 @@ def _references(query: np.ndarray, data: Path, tokenizer: Tokenizer) -> list[str
     """The author's own summary of each query's post."""
     known: dict[bytes, np.ndarray] = {}
     for split in ("test_human", "preferences", "valid", "more"):
-        rows = np.load(data / f"{split}.npz")
+        rows = arrays.tokens(data / f"{split}.npz", empty=True)
         known |= {row[row != PAD].tobytes(): answer for row, answer in zip(rows["query"], rows["response"])}
     return texts_of(np.stack([known[row[row != PAD].tobytes()] for row in query]), tokenizer)

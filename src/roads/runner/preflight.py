@@ -115,6 +115,9 @@ def scale_of(command: str | list[str]) -> str:
 
 
 def _check_folders() -> None:
+    for name in ("runs", "reports", ".dvc/cache"):
+        if Path(name).exists() and not Path(name).is_dir():
+            raise UserError(f"{name}: expected a folder; move that file away")
     for name in ("runs", "reports"):
         there = Path(name).resolve()
         if not there.is_relative_to(Path.cwd()):

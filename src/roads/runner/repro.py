@@ -40,6 +40,10 @@ stopping = threading.Event()
 
 def checkout_lock() -> int:
     """Wait for other runs in this checkout to end, and forget the files that a killed one had reserved."""
+    if not TMP.parent.is_dir():
+        raise UserError(f"{TMP.parent}: not found; run from the root of the project (`git checkout .dvc` restores it)")
+    if TMP.exists() and not TMP.is_dir():
+        raise UserError(f"{TMP}: expected a folder; move that file away")
     TMP.mkdir(exist_ok=True)
     lock = os.open(TMP / "repro.lock", os.O_CREAT | os.O_RDWR)  # stages keep it too, should this be killed
     try:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from roads import config, distributed, schema, stage
+from roads import arrays, config, distributed, schema, stage
 from roads.stages import data, dpo, evaluate, kl, likelihood, rank, reward, sample
 
 
@@ -40,7 +40,8 @@ class Steps:
 
 def splits(where: Path, cfg: schema.Scale) -> dict[str, dict[str, np.ndarray]]:
     """Rows of `preferences` and `online`, as many as the block asks for, of the data in a folder."""
-    preferences, more = (np.load(where / f"{split}.npz") for split in ("preferences", "more"))
+    preferences, more = (arrays.tokens(where / f"{split}.npz", empty=split == "more")
+                         for split in ("preferences", "more"))
     of_pairs = {name: preferences[name] for name in preferences if name not in more}  # where rows come with pairs
     n = min(cfg.data.preferences, len(preferences["query"])) if of_pairs else cfg.data.preferences
     return {"preferences": data.first(n, preferences, more) | {name: rows[:n] for name, rows in of_pairs.items()},
@@ -94,7 +95,7 @@ def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int) -> None
             drawn = run(f"completions/{name}", sample.sample, policy, where / "test_human.npz", ..., cfg, "evaluate",
                         seed if name != "sft" else 0)
             done = run(f"scores/{name}", evaluate.evaluate, drawn, where, ..., cfg, "human")
-            found = np.load(done / "scores.npz")
+            found = arrays.load(done / "scores.npz")
             scores |= {name: found["score"]} | ({f"{name}.quality": found["quality"]} if "quality" in found else {})
             metrics[name] = stage.read_json(done / "metrics.json")
             if name != "sft":

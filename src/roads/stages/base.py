@@ -11,11 +11,10 @@ import hashlib
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from roads import candidates, config, hub, model, schema, stage, tldr, train
+from roads import arrays, candidates, config, hub, model, schema, stage, tldr, train
 from roads.tldr import EOS, PAD
 
 TOLERANCE = 0.01  # nats of a whole response, in fp32
@@ -34,7 +33,7 @@ def base(data: Path, out: Path, cfg: schema.Scale) -> None:
     """Train a random model on base.npz; seed 0 always, as one base serves every seed of the study."""
 
     def job() -> train.Job:
-        rows = np.load(data / "base.npz")
+        rows = arrays.load(data / "base.npz", "tokens", "weights")
         tokens, weights = torch.from_numpy(rows["tokens"]), torch.from_numpy(rows["weights"])
         vocab_size = stage.read_json(data / "metrics.json")["vocab_size"]
         policy = model.new_policy(cfg.model, vocab_size, seed=0, compute=cfg.compute)

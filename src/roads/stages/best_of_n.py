@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from roads import candidates, config, model, schema, stage
+from roads import arrays, candidates, config, model, schema, stage
 from roads.judge import protocol
 
 N = (1, 2, 5, 10, 25)
@@ -24,7 +24,7 @@ def best_of_n(completions: Path, data: Path, path: Path, reference: Path, out: P
     """Write scores.npz: n<N> [B], the judge's score of the best of N against the reference summary, for each N."""
     torch.set_num_threads(cfg.machine.threads)
     with stage.output(out, {"kind": kind, **schema.used(cfg, "source", "judge")}, [completions, data, path]) as folder:
-        rows = np.load(completions / "completions.npz")
+        rows = arrays.tokens(completions / "completions.npz", model=path)
         query, sampled = map(torch.from_numpy, (rows["query"], rows["completions"]))
         if kind == "reward":
             rm = model.RewardModel.load(path, cfg.compute).eval()
@@ -32,7 +32,7 @@ def best_of_n(completions: Path, data: Path, path: Path, reference: Path, out: P
         else:
             rewards = candidates.implicit_rewards(path, reference if kind == "dpo" else None, query, sampled,
                                                   cfg.compute)
-        references = np.load(data / "test_human.npz")["response"][: len(query)]
+        references = arrays.tokens(data / "test_human.npz")["response"][: len(query)]
         counts, every = [n for n in N if n <= sampled.shape[1]], np.arange(len(query))
         chosen = np.concatenate([rows["completions"][every, best_of(rewards.numpy(), n)] for n in counts])
         ask = protocol.of(cfg, np.tile(rows["query"], (len(counts), 1)), data)

@@ -40,7 +40,7 @@ def dpo(pairs: Path, reference: Path, out: Path, cfg: schema.Scale, seed: int, *
     read = stage.fingerprint({}, [pairs, reference])  # gigabytes at the paper's scale: once for both keys
 
     def job() -> train.Job:
-        query, chosen, rejected = preferences.load(pairs)
+        query, chosen, rejected = preferences.load(pairs, reference)
         policy = model.load_policy(reference, cfg.compute)
         if local:
             reference_logps = torch.zeros(len(query), 2, device=policy.device)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from roads import config, schema, stage
+from roads import arrays, config, schema, stage
 from roads.tldr import PAD
 
 
@@ -21,9 +21,9 @@ def evaluate(completions: Path, data: Path, out: Path, cfg: schema.Scale, task: 
     """
     used = schema.used(cfg, "source", "judge") if task == "human" else {}
     with stage.output(out, {"task": task, **used}, [completions, data]) as folder:
-        rows = np.load(completions / "completions.npz")
+        rows = arrays.tokens(completions / "completions.npz")
         query, sampled = rows["query"], rows["completions"][:, :1]
-        references = np.load(data / f"test_{task}.npz")["response"]
+        references = arrays.tokens(data / f"test_{task}.npz")["response"]
         tokens = np.stack([(sampled[:, 0] != PAD).sum(1), (references != PAD).sum(1)], 1)
         metrics = {"training": stage.read_json(completions / "metrics.json").get("training", {}),
                    "prompts": len(query), "mean_tokens": float(tokens[:, 0].mean()),

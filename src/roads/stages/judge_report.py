@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from roads import config, schema, stage
+from roads import arrays, config, schema, stage
 from roads.judge import quality, text
 from roads.tldr import load_tokenizer
 
@@ -74,13 +74,13 @@ def judge_report(completions: Path, data: Path, out: Path, cfg: schema.Scale) ->
     """Write what the scale's judge says of n samples per prompt."""
     torch.set_num_threads(cfg.machine.threads)
     with stage.output(out, schema.used(cfg, "judge"), [completions, data]) as folder:
-        rows, tokenizer = np.load(completions / "completions.npz"), load_tokenizer(data / "tokenizer.json")
+        rows, tokenizer = arrays.tokens(completions / "completions.npz"), load_tokenizer(data / "tokenizer.json")
         query, sampled = rows["query"], rows["completions"]
         quality_of = quality.of(cfg, query, data)
         found = np.stack([quality_of(sampled[:, i]) for i in range(sampled.shape[1])], 1)
         texts = [text.texts_of(samples, tokenizer) for samples in sampled]
         words = np.array([[len(sample.split()) for sample in samples] for samples in texts])
-        references = np.load(data / "test_human.npz")["response"][: len(query)]
+        references = arrays.tokens(data / "test_human.npz")["response"][: len(query)]
         own, own_quality = text.texts_of(references, tokenizer), quality_of(references)
         pages = text.titles_and_posts(query[:EXAMPLES], tokenizer)
         stage.write_json(folder / "examples.json", [

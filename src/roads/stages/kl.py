@@ -7,17 +7,16 @@ Writes metrics.json: kl, in nats of a whole completion, and its standard error.
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from roads import candidates, config, generate, schema, stage
+from roads import arrays, candidates, config, generate, schema, stage
 
 PROMPTS = "test_best_of_n.npz"
 
 
 def mean_kl(policy: Path, sft: Path, prompts: Path, cfg: schema.Scale, seed: int) -> dict[str, float]:
     """Reverse KL from the SFT policy in nats, and its standard error: the mean of log pi/pi_sft over samples of pi."""
-    rows = np.load(prompts)
+    rows = arrays.tokens(prompts, model=policy)
     query = torch.from_numpy(rows["query"])
     sampled = generate.completions(policy, query, rows["response"].shape[1], cfg.samples.value, seed, cfg)
     ratios = candidates.implicit_rewards(policy, sft, query, sampled, cfg.compute).double().mean(1)

@@ -16,7 +16,7 @@ def margins(path: Path, pairs: Path, reference: Path, cfg: schema.Scale, kind: s
 
     reward: the global RM's scalar (Eq. 6). local: beta * log pi (Eq. 1). dpo: beta * log(pi / pi_ref).
     """
-    query, *sides = preferences.load(pairs)
+    query, *sides = preferences.load(pairs, reference)
     both = torch.stack(sides, 1)
     if kind == "reward":
         rm = model.RewardModel.load(path, cfg.compute).eval()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from roads import config, schema, stage
+from roads import arrays, config, schema, stage
 from roads.tldr import PAD
 
 
@@ -69,7 +69,7 @@ def rank(completions: Path, out: Path, cfg: schema.Scale, by: str, *, data: Path
     used = schema.used(cfg, "source", "judge") | {"labels": cfg.samples.human.labels} if by == "human" else {}
     reads = [completions, *(path for path in (data, model) if path)]
     with stage.output(out, {"by": by, **used}, reads) as folder:
-        rows, told = np.load(completions / "completions.npz"), {}
+        rows, told = arrays.tokens(completions / "completions.npz", model=model), {}
         query, sampled = rows["query"], rows["completions"]
         if by == "human":
             scores, told = human_scores(query, sampled, cfg, data)
@@ -77,7 +77,7 @@ def rank(completions: Path, out: Path, cfg: schema.Scale, by: str, *, data: Path
             from roads.rouge import rouge_scores
             from roads.tldr import load_tokenizer
 
-            references = np.load(data / f"{split}.npz")["response"]
+            references = arrays.tokens(data / f"{split}.npz")["response"]
             scores = rouge_scores(sampled, references, load_tokenizer(data / "tokenizer.json"))
         else:
             import torch

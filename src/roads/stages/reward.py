@@ -20,7 +20,7 @@ def reward(pairs: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int) -> N
     """Train a reward model from the SFT checkpoint on the pairs.npz in `pairs`."""
 
     def job() -> train.Job:
-        query, chosen, rejected = preferences.load(pairs)
+        query, chosen, rejected = preferences.load(pairs, sft)
         rm = model.RewardModel.from_policy(sft, seed, cfg.compute, cfg.reward.layers)
 
         def loss(i: torch.Tensor) -> tuple[torch.Tensor, dict]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from roads import config, generate, schema, stage
+from roads import arrays, config, generate, schema, stage
 from roads.tldr import PAD
 
 
@@ -22,7 +22,7 @@ def sample(policy: Path, prompts: Path, out: Path, cfg: schema.Scale, samples: s
         raise stage.UserError(f"samples.{samples}: the scale has none in params.yaml")
     used = {"samples": {samples: settings.model_dump()}, "seed": seed}
     with stage.output(out, used, [policy, prompts]) as folder:
-        rows = np.load(prompts)
+        rows = arrays.tokens(prompts, model=policy)
         query, length = torch.from_numpy(rows["query"]), rows["response"].shape[1]
         if getattr(settings, "labels", None) == "rows":  # people's pairs, preferred first: nothing to sample
             sampled = np.stack([rows["chosen"], rows["rejected"]], 1)

@@ -5,10 +5,9 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from roads import config, model, schema, stage, train
+from roads import arrays, config, model, schema, stage, train
 from roads.tldr import PAD
 
 
@@ -21,7 +20,7 @@ def sft(data: Path, base: Path, out: Path, cfg: schema.Scale) -> None:
     """Fine-tune the base on sft.npz; a single SFT seed, as in the paper."""
 
     def job() -> train.Job:
-        rows = np.load(data / "sft.npz")
+        rows = arrays.tokens(data / "sft.npz", model=base)
         query, response = torch.from_numpy(rows["query"]), torch.from_numpy(rows["response"])
         policy, lengths = model.load_policy(base, cfg.compute), (response != PAD).sum(1)
 

@@ -26,7 +26,7 @@ def value(policy: Path, pairs: Path, reference: Path, out: Path, cfg: schema.Sca
     settings, beta = cfg.samples.value, cfg.dpo.beta
     used = {"samples": {"value": settings.model_dump()}, "beta": beta, "seed": seed}
     with stage.output(out, used, [policy, pairs, reference]) as folder:
-        query, chosen, rejected = preferences.load(pairs)
+        query, chosen, rejected = preferences.load(pairs, policy)
         sampled = generate.completions(policy, query, chosen.shape[1], settings, seed, cfg)
         # The pair's two completions and the policy's own share their prompt.
         both = torch.cat([torch.stack([chosen, rejected], 1), sampled], 1)
