@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -258,12 +259,28 @@ def change(reports, **fields):
     stage.write_json(path, stage.read_json(path) | fields)
 
 
-def test_a_bar_that_the_figure_lacks_is_named_with_those_it_has(reports):
-    draw(reports, "fig3", policies())
-    row, other = decide(reports, claim(contrast="{DPO2: 1, DPO: -1}"), claim("b"))
+def test_a_bar_that_the_figure_lacks_here_is_named_with_those_it_has(reports):
+    """Another scale has the bar: the claim was not run here."""
+    draw(reports, "fig3", policies() | {"SFT": policies()["DPO"]})
+    shutil.copytree(reports, reports.with_name("other"))
+    change(reports, bars=[bar for bar in stage.read_json(reports / "fig3.json")["bars"] if bar["bar"] != "DPO 2x"])
+    row, other = decide(reports, claim(), claim("b", contrast="{SFT: 1, DPO: -1}"))
     assert row["verdict"] == "not run" and other["verdict"] != "not run"
-    assert row["why"].endswith("fig3.json has no bar 'DPO2'; it has: DPO, DPO 2x")
+    assert row["why"].endswith("fig3.json has no bar 'DPO 2x'; it has: DPO, SFT")
     assert claims.table([row, other]).splitlines()[-1].startswith("not run: a: ")
+
+
+def test_a_bar_that_no_scale_has_is_a_mistake(reports):
+    draw(reports, "fig3", policies())
+    with pytest.raises(UserError, match=r"^claims.a.contrast: no bar 'DPO2' in .*fig3.json; did you mean 'DPO'\?"):
+        decide(reports, claim(contrast="{DPO2: 1, DPO: -1}"), claim("b"))
+
+
+def test_a_figure_that_there_is_not_is_a_mistake(tmp_path):
+    shutil.copyfile(ROOT / "figures.yaml", tmp_path / "figures.yaml")
+    (tmp_path / "claims.yaml").write_text(document(claim(figure="fig33")), encoding="utf-8")
+    with pytest.raises(UserError, match=r"claims.yaml: claims.a.figure: no figure 'fig33' in figures.yaml; did you"):
+        claims.load(tmp_path / "claims.yaml")
 
 
 def test_a_clone_without_runs_is_told_how_to_get_them(reports):

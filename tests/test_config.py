@@ -1,11 +1,13 @@
 """params.yaml, figures.yaml and active.yaml are strict: every mistake is one line with the file, the key, what was
 expected and the nearest key."""
 
+import errno
 import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -301,3 +303,50 @@ def test_the_command_line_says_it_in_one_line_and_exits_with_2(params):
     done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True, env=env)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "error: params.yaml: mini.dpo.bata: unknown key; did you mean 'beta'?\n"
+
+
+def test_data_that_stage_data_could_not_read_is_found_before_anything_is_written(params, tmp_path):
+    path, before = params(), params().with_name("active.yaml").read_bytes()
+    (tmp_path / "posts").mkdir()
+    for name in ("train.jsonl", "valid.jsonl"):
+        (tmp_path / "posts" / name).touch()
+    with pytest.raises(UserError, match=r"^DATA=.*posts: no test.jsonl in it; expected a folder with train.jsonl"):
+        active.write("real-cpu", str(tmp_path / "posts"), path)
+    with pytest.raises(UserError, match=r"^DATA=.*posts: no train.jsonl.xz in it"):
+        active.write("real-tiny", str(tmp_path / "posts"), path)
+    with pytest.raises(UserError, match=r"^DATA=.*posts: not found; expected a file that says what to download"):
+        active.write("lite", str(tmp_path / "posts"), path)
+    assert path.with_name("active.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["data_from: 3", "data_from: [a]", ""])
+def test_a_data_from_that_is_none_is_written_anew(params, text):
+    path = params()
+    active.write("real-cpu", None, path)
+    good = path.with_name("active.yaml").read_text(encoding="utf-8")
+    bad = re.sub(r"^data_from: .*\n", f"{text}\n", good, flags=re.M)
+    path.with_name("active.yaml").write_text(bad, encoding="utf-8")
+    with pytest.raises(UserError, match=r"active.yaml: data_from: "):
+        active.load(path)
+    active.write("real-cpu", None, path)
+    assert path.with_name("active.yaml").read_text(encoding="utf-8") == good
+
+
+def test_a_full_disk_leaves_nothing_half_written(params, monkeypatch):
+    path, before = params(), params().with_name("active.yaml").read_bytes()
+
+    def full(self, *_, **__):
+        Path(self).touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        active.write("tiny", None, path)
+    assert path.with_name("active.yaml").read_bytes() == before
+    assert not [other for other in path.parent.iterdir() if "writing" in other.name]
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
+    (tmp_path / "params.yaml").symlink_to("/proc/self/mem")
+    with pytest.raises(UserError, match=r"params.yaml: input/output error; expected the keys seeds"):
+        config.load(tmp_path / "params.yaml")

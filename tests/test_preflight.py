@@ -153,6 +153,22 @@ def test_a_disk_too_small_is_one_line(machine, params, monkeypatch):
         preflight.check(stages("paper"), params, "mini")
 
 
+def test_a_small_disk_is_told_in_megabytes(machine, params, monkeypatch):
+    machine(H100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3e6))
+    with pytest.raises(UserError, match=r"these stages write about \d[\d,]* MB and 3 MB are free"):
+        preflight.check(stages("lite"), params, "lite")
+
+
+@pytest.mark.parametrize("name", ["runs", "reports", ".dvc/cache"])
+def test_a_file_in_a_folders_place_is_one_line(machine, params, monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"^{name}: expected a folder; move that file away"):
+        preflight.check(stages("mini"), params, "mini")
+
+
 # The judge is the one of scale rehearsal, behind a server of ours; the stage is one that asks it.
 ASKS = {"scores@rehearsal-human-dpo-0": "python -m roads.stages.evaluate runs/rehearsal/human/completions/dpo/s0 "
                                         "runs/rehearsal/data OUT --scale rehearsal --task human"}

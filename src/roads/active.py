@@ -103,10 +103,8 @@ def write(scale: str | None = None, data: str | None = None, path: Path = config
     cfg = params.scales[scale]
     if data is not None and cfg.synthetic:
         raise UserError(f"DATA={data}: scale {scale} makes its own data; use a scale of real posts")
-    if data is not None and not (Path(data).is_file() if cfg.source.kind == "openai" else Path(data).is_dir()):
-        expected = ("a file that says what to download, as data/openai.json does" if cfg.source.kind == "openai" else
-                    "a folder with train.jsonl, valid.jsonl and test.jsonl")
-        raise UserError(f"DATA={data}: not found; expected {expected}")
+    if data is not None:
+        _check_data(Path(data), cfg.source.kind)
     if data is None and not cfg.synthetic:
         known = before.get("data_from") if before.get("scale") == scale else None
         data = known if isinstance(known, str) else DATA_FROM[cfg.source.kind]
@@ -116,6 +114,21 @@ def write(scale: str | None = None, data: str | None = None, path: Path = config
         with stage.writing(place) as scratch:
             scratch.write_text(text, encoding="utf-8")
     return params
+
+
+def _check_data(data: Path, kind: str) -> None:
+    """Raises UserError where DATA is not what a scale's data are made from; what is in the files is for stage data."""
+    if kind == "openai":
+        if not data.is_file():
+            raise UserError(f"DATA={data}: not found; expected a file that says what to download, as data/openai.json "
+                            "does")
+        return
+    names = [f"{split}.jsonl{'.xz' if kind == 'posts' else ''}" for split in ("train", "valid", "test")]
+    missing = [name for name in names if not (data / name).is_file()]
+    if not data.is_dir():
+        raise UserError(f"DATA={data}: not found; expected a folder with {', '.join(names)}")
+    if missing:
+        raise UserError(f"DATA={data}: no {missing[0]} in it; expected a folder with {', '.join(names)}")
 
 
 def _text(active: Active) -> str:

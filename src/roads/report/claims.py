@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from roads import stage, stats, strict
+from roads import config, stage, stats, strict
 from roads.report.schema import Bar, Figure, read
 from roads.schema import Positive
 from roads.stage import UserError
@@ -75,7 +75,13 @@ def load(path: Path) -> Claims:
         UserError: one line with the file, the claim, the key and what was expected.
     """
     raw = strict.read(path, f"the keys {', '.join(Claims.model_fields)}")
-    return strict.check(Claims, raw, str(path))
+    found, table = strict.check(Claims, raw, str(path)), Path(path).with_name(config.FIGURES.name)
+    known = config.load_figures(table) if table.exists() else {claim.figure: None for claim in found.claims}
+    for claim in found.claims:
+        if claim.figure not in known:
+            raise UserError(f"{path}: claims.{claim.id}.figure: no figure {claim.figure!r} in {table.name}"
+                            f"{nearest(claim.figure, known)}")
+    return found
 
 
 def read_figure(path: Path) -> Figure | None:
@@ -154,6 +160,8 @@ def decide(claims: Claims, reports: Path) -> list[dict]:
         if figure and not lacking:
             row |= measure(claim, figure, path)
         else:  # a scale can have other points of a dial than mini, about which the claims are
+            if lacking:
+                _exists_elsewhere(claim, lacking[0], path, known)
             why = (f"{path} has no bar {lacking[0]!r}; it has: {', '.join(known)}" if figure else
                    f"{path} is not there; `make {claim.figure}` makes it")
             row |= {"estimate": None, "p": None, "p_adjusted": None, "n": None, "seeds": [], "verdict": "not run",
@@ -167,6 +175,13 @@ def decide(claims: Claims, reports: Path) -> list[dict]:
         if min(seeds) < 0 < max(seeds):
             row["why"] += f"; seeds of both signs: {', '.join(f'{x:+.4f}' for x in seeds)}"
     return rows
+
+
+def _exists_elsewhere(claim: Claim, bar: str, path: Path, known: list[str]) -> None:
+    """Raises UserError where no scale's report of the figure has the bar: its name is a mistake."""
+    others = [read_figure(other) for other in sorted(path.parents[1].glob(f"*/{path.name}"))]
+    if not any(bar == other.bar for figure in others if figure for other in figure.bars):
+        raise UserError(f"claims.{claim.id}.contrast: no bar {bar!r} in {path}{nearest(bar, known)}")
 
 
 def save(claims: Claims, rows: list[dict], reports: Path) -> None:

@@ -171,8 +171,9 @@ def _check_gpu(blocks: dict[str, schema.Scale], processes: int, shards: int, cor
 def _check_disk(size: float) -> None:
     free = shutil.disk_usage("runs" if Path("runs").exists() else ".").free
     if size > free:
-        raise UserError(f"these stages write about {size / 1e9:.0f} GB and {free / 1e9:.0f} GB are free; make room, or "
-                        "put runs/ and .dvc/cache on a larger disk")
+        unit, name = (1e9, "GB") if size >= 5e9 else (1e6, "MB")
+        raise UserError(f"these stages write about {size / unit:,.0f} {name} and {free / unit:,.0f} {name} are free; "
+                        "make room, or put runs/ and .dvc/cache on a larger disk")
 
 
 def _check_judge(blocks: list[schema.Scale]) -> None:
