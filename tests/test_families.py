@@ -8,7 +8,7 @@ import torch
 import transformers
 from conftest import ROOT
 
-from roads import config
+from roads import config, trees
 from roads.stage import UserError
 from roads.stages import base
 
@@ -54,7 +54,12 @@ def scale():
 
 @pytest.mark.parametrize("family, settings", FAMILIES.values(), ids=FAMILIES)
 def test_a_family_gives_its_own_numbers(family, settings, scale):
-    base.check_against_itself(model_of(family, settings), scale, "model x")
+    net = model_of(family, settings)
+    if family in ("StableLm", "Falcon"):  # our sampler cannot change their attention: vLLM draws
+        with pytest.raises(UserError, match="transformers lets nobody change its attention.*set compute.sampler: vllm"):
+            base.check_against_itself(net, scale, "model x")
+        scale = scale.model_copy(update={"compute": scale.compute.model_copy(update={"sampler": "vllm"})})
+    base.check_against_itself(net, scale, "model x")
 
 
 @pytest.mark.parametrize("family, settings", REFUSED.values(), ids=REFUSED)
@@ -62,6 +67,19 @@ def test_a_family_that_we_compute_otherwise_is_refused(family, settings, scale):
     said = r"^model x: (\S+ of \w+ is [\d.e+]+ nats from transformers' own forward: .*|\w+ does not run here \(.*\))$"
     with pytest.raises(UserError, match=said):
         base.check_against_itself(model_of(family, settings), scale, "model x")
+
+
+def test_a_sampler_that_runs_a_model_in_another_way_is_refused(scale, monkeypatch):
+    """As one would that forgets what completions have written."""
+    net = model_of(*FAMILIES["Llama"])
+    base.check_against_itself(net, scale, "model x")
+    update = trees.Trees.update
+    monkeypatch.setattr(trees.Trees, "update", lambda self, key, value, layer, *rest, **more: update(
+        self, key * 0, value * 0, layer, *rest, **more))
+    with pytest.raises(UserError, match="^model x: the sampler draws other tokens of LlamaForCausalLM than its own"):
+        base.check_against_itself(net, scale, "model x")
+    elsewhere = scale.model_copy(update={"compute": scale.compute.model_copy(update={"sampler": "vllm"})})
+    base.check_against_itself(net, elsewhere, "model x")  # it draws by other means
 
 
 def test_too_few_positions_are_refused(scale):

@@ -46,6 +46,22 @@ def test_the_head_starts_small(policy):
     assert weights.std().item() == pytest.approx(33**-0.5, rel=0.05)
 
 
+@pytest.mark.parametrize("damage", ["gone", "cut", "other", "nan"])
+def test_a_head_that_is_none_is_one_line(tmp_path, reward_model, damage):
+    reward_model.save_pretrained(tmp_path)
+    file = tmp_path / "head.safetensors"
+    if damage == "gone":
+        file.unlink()
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:-4])
+    else:
+        weight = torch.full((1, 32), torch.nan) if damage == "nan" else torch.zeros(1, 31)
+        save_file({"weight": weight, "bias": torch.zeros(1)}, file)
+    with pytest.raises(UserError) as error:
+        model.RewardModel.load(tmp_path)
+    assert str(error.value).startswith(f"{file}: ") and "\n" not in str(error.value)
+
+
 def test_a_cut_reward_model_has_the_policys_first_layers(tmp_path, policy, rows):
     """Its reward is the head's of the trunk's hidden state after that many layers, and the final norm."""
     policy.save_pretrained(tmp_path / "sft")

@@ -1,5 +1,6 @@
 """Policy and reward model, both on the trunk of a causal LM: make, load, save; response log-probs and rewards."""
 
+import errno
 import functools
 import importlib.util
 import os
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -65,7 +67,14 @@ def _whole(kind: type, path: Path, dtype: torch.dtype, layers: int | None = None
         UserError: its checkpoint lacks a tensor, which would be random then, or a weight of it is no number.
     """
     cut = {} if layers is None else {"num_hidden_layers": layers}
-    net, found = kind.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **cut)
+    options = {"dtype": dtype, "attn_implementation": "sdpa", "output_loading_info": True}
+    try:
+        net, found = kind.from_pretrained(path, **options, **cut)
+    except Exception as error:  # cut, edited or of another tool: transformers and safetensors raise of every kind
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EMFILE, errno.ENOMEM):
+            raise
+        reason = " ".join(str(error).split("\n")[0].split()) or type(error).__name__
+        raise stage.UserError(f"{path}: not a whole checkpoint that transformers loads ({reason})") from None
     for problem, names in (("is missing", found["missing_keys"]), ("has another shape", found["mismatched_keys"])):
         if names:
             name = sorted(map(str, names))[0]
@@ -154,7 +163,13 @@ class RewardModel(nn.Module):
     def load(cls, path: Path, compute: schema.Compute = PLAIN) -> "RewardModel":
         """What `save_pretrained` wrote; precision and device as `load_policy` has them."""
         model = cls(_whole(AutoModel, path, torch.float32))
-        model.head.load_state_dict(load_file(Path(path) / "head.safetensors"))
+        file = Path(path) / "head.safetensors"
+        try:
+            model.head.load_state_dict(load_file(file))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise stage.UserError(f"{file}: not a reward model's head ({str(error).splitlines()[0][:120]})") from None
+        if not all(torch.isfinite(weight).all() for weight in model.head.parameters()):
+            raise stage.UserError(f"{file}: weights that are no finite numbers")
         model.to(device(compute))
         if compute.precision == "bf16":
             _autocast(model.trunk)  # the head, one number wide, stays fp32

@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from roads import arrays, candidates, config, hub, model, schema, stage, tldr, train
+from roads import arrays, candidates, config, generate, hub, model, schema, stage, tldr, train
 from roads.tldr import EOS, PAD
 
 TOLERANCE = 0.01  # nats of a whole response, in fp32
+ROUNDING = 0.02  # of the distribution function of a token; a model that is run in another way is far beyond it
 
 
 def language_model_loss(policy: PreTrainedModel, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -81,7 +82,7 @@ def without_dropout(config: PretrainedConfig) -> None:
 @torch.no_grad()
 def check_against_itself(policy: PreTrainedModel, cfg: schema.Scale, where: str) -> None:
     """Whether what we compute with a model is what it computes itself: on rows as long as the scale has them, one of
-    them padded, log-probs of our three ways. (The sampler looks for itself, when it begins: trees.py.)
+    them padded, log-probs of our three ways; and whether what the sampler draws is what the model would.
 
     Raises:
         UserError: too few positions, or other numbers: a softcap, a scale or a window that our ways leave out.
@@ -116,6 +117,36 @@ def check_against_itself(policy: PreTrainedModel, cfg: schema.Scale, where: str)
     if not far[worst] <= TOLERANCE:
         raise stage.UserError(f"{where}: {worst} of {type(policy).__name__} is {far[worst]:.2g} nats from transformers'"
                               " own forward: a softcap, a scale or a window is left out here; take another model")
+    if cfg.compute.sampler == "tree":
+        check_sampler(policy, query, min(width, 8), where)
+
+
+@torch.no_grad()
+def check_sampler(policy: PreTrainedModel, query: torch.Tensor, length: int, where: str) -> None:
+    """Whether tokens that the sampler draws for queries [B, Q] are those that the model's own forward gives at the same
+    numbers from 0 to 1, to within ROUNDING of its distribution function.
+
+    Raises:
+        UserError: they are not.
+    """
+    n = 3
+    draws = torch.rand(length, len(query), n, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+    drawn = generate.complete(policy, query, n, length, 1.0, torch.Generator().manual_seed(1)).long()
+    furthest = 0.0
+    for i, prompt in enumerate(query):
+        prompt = prompt[prompt != PAD]
+        for j, answer in enumerate(drawn[i]):
+            words = answer[answer != PAD][: length - 1]  # the last one is EOS, whatever the model says
+            logits = policy(torch.cat([prompt, words])[None].to(policy.device)).logits[0, len(prompt) - 1 : -1]
+            logits[:, PAD] = -torch.inf
+            below = logits.double().softmax(1).cumsum(1).cpu()
+            high = below.gather(1, words[:, None])[:, 0]
+            low = torch.where(words > 0, below.gather(1, (words - 1).clamp(min=0)[:, None])[:, 0], 0.0)
+            uniform = draws[: len(words), i, j]
+            furthest = max(furthest, float(torch.maximum(low - uniform, uniform - high).max()))
+    if furthest > ROUNDING:
+        raise stage.UserError(f"{where}: the sampler draws other tokens of {type(policy).__name__} than its own "
+                              f"forward ({furthest:.2g} of its distribution away); set compute.sampler: vllm")
 
 
 def reachable(wanted: schema.Pretrained | schema.Packaged) -> None:
