@@ -19,6 +19,8 @@ def write(path: Path, **changes: object) -> Path:
 
 
 def test_what_is_whole_is_read_as_it_is(tmp_path):
+    flags = arrays.load(write(tmp_path / "flags.npz", consistent=np.array([True, False, True])))["consistent"]
+    assert flags.tolist() == [True, False, True]
     found = arrays.tokens(write(tmp_path / "rows.npz"))
     assert found.keys() == GOOD.keys() and all(np.array_equal(found[name], GOOD[name]) for name in GOOD)
     assert arrays.tokens(write(tmp_path / "none.npz", **{name: array[:0] for name, array in GOOD.items()}), empty=True)

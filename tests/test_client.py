@@ -22,7 +22,8 @@ from roads.judge import batches, client, endpoint, ledger, protocol
 from roads.stage import UserError
 
 KEY = "sk-a-secret-of-this-test"
-JUDGE = SimpleNamespace(kind="openai", model="gpt-4o-2024-08-06", prompt="summary", temperature=0.0, max_tokens=100)
+JUDGE = SimpleNamespace(kind="openai", model="gpt-4o-2024-08-06", prompt="summary", temperature=0.0, max_tokens=100,
+                        label_orders=2)
 BATCH = SimpleNamespace(**vars(JUDGE) | {"kind": "batch"})
 SPENDING = SimpleNamespace(budget=100.0, input=2.5, output=10.0, batch_discount=0.5, concurrency=8, timeout=20.0,
                            retries=4, batch_requests=50_000)
@@ -558,3 +559,18 @@ def test_the_worst_price_is_above_the_true_one():
     for text in ("Plain English words, as in a post about a cat.", "\N{CAT FACE}" * 40, "猫はとても可愛い" * 9):
         assert ledger.worst_price(text, JUDGE, SPENDING) > ledger.price(len(text) / 4, 100, SPENDING, False)
     assert ledger.worst_price("猫" * 40, JUDGE, SPENDING) > ledger.price(120, 100, SPENDING, False)
+
+
+def test_pairs_may_be_labelled_in_one_order(cache, serve):
+    """The paper does not say whether "pick a winner" was asked twice (Figs 6 and 10)."""
+    fake, one = serve(), SimpleNamespace(**vars(JUDGE) | {"label_orders": 1})
+    tokenizer, query, ours, theirs = tokenized()
+    cfg = SimpleNamespace(judge=one, spending=SPENDING)
+    ask = protocol.outside(one, SPENDING, tokenizer, query, 1)
+    found = protocol.compare(ask, ours, theirs, 1)
+    assert sum(fake.asked.values()) == 6 and found["consistent"].all()
+    assert found["score"].tolist() == [1, 0, 1, 0, 1, 1]  # the longer one; A where both are as long
+    both = protocol.compare(protocol.outside(cfg.judge, SPENDING, tokenizer, query), ours, theirs)
+    assert both["score"].tolist() == [1, 0, 1, 0, 1, 0.5]
+    rows = protocol.two_word_rows(["one two three four"], one, SPENDING)
+    assert {rows[0]["chosen"], rows[0]["rejected"]} == {"one two", "three four"}

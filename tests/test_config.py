@@ -43,8 +43,9 @@ def refused(read, path, named, message):
 def test_the_files_in_the_repository_are_good(params):
     loaded, now = config.load(params()), active.load(params())
     assert now.scale == "mini" and {"mini", "tiny", "real-cpu"} < set(loaded.scales)
-    assert {name for name, scales in now.figures.items() if scales != ["mini"]} == {"rewards"}  # of real posts
-    assert set(now.figures) == set(loaded.figures) and len(now.figures) == 19
+    assert {name for name, scales in now.figures.items() if not scales} == {"rewards", "recipe_data"}  # of posts
+    assert all(scales in ([], ["mini"]) for scales in now.figures.values())
+    assert set(now.figures) == set(loaded.figures) and len(now.figures) == 20
     # What were 260 lines with 74 scales and arms: an arm is a line or two, and a scale no more than it has to say.
     assert len(TEXT["params.yaml"].splitlines()) <= 260 / 74 * (len(loaded.scales) + len(loaded.arms))
     assert not re.search(r"[&*]\w|<<:", TEXT["params.yaml"])
@@ -139,7 +140,7 @@ def test_a_new_arm_is_one_line_in_one_place(params):
     ("judge: {kind: gold}", "judge: {kind: gould}", "mini.judge: input tag 'gould'"),
     ("judge: {kind: gold}", "judge: none", "mini.judge: expected a block where there is samples.human"),
     ("model: gpt-4o-2024-08-06, prompt", "modle: gpt-4o-2024-08-06, prompt", "paper.judge.modle: unknown key"),
-    ("data: {preferences: 6000, more: 0", "data: {preferences: 6000, more: 8",
+    ("data: {more: 0, valid: 600", "data: {more: 8, valid: 600",
      "paper.arms.fig10.two-word.data.more: expected 0 for two_word"),
     ("budget: 500.0", "budget: 0", "paper.spending.budget: input should be"),
     ("temperature: null, labels: rows", "temperature: 1.0, labels: rows", "paper.samples.human.temperature: expected"),

@@ -514,3 +514,18 @@ def test_summaries_that_rouge_cannot_see_are_counted_and_most_of_them_refused(tm
         data.data(tmp_path / "posts", tmp_path / "out", cfg)
         found = stage.read_json(tmp_path / "out/metrics.json")["found"]
         assert found == {"references_lost_to_rouge": -(-len(rows) // 3)}
+
+
+def test_which_posts_a_split_is_of():
+    """Fig 10 has the prompts of the preference set (B.4); winrates may have the posts of validation, as the authors'
+    code does."""
+    cfg = config.load_scale("rehearsal.fig10.two-word", ROOT / "params.yaml")
+    small = cfg.data.model_copy(update={"sft": 2, "preferences": 2, "online": 2, "valid": 1, "test": 2})
+    posts = {split: [f"{split} {i}" for i in range(4)] for split in ("train", "valid", "test")}
+    pairs = {split: [f"pair of {split} {i}" for i in range(4)] for split in ("train", "valid")}
+    rows = data.choose(cfg.model_copy(update={"data": small}), "source", posts, pairs)
+    assert rows["preferences"] == ["pair of train 0", "pair of train 1"] and rows["valid"] == ["pair of valid 0"]
+    assert rows["sft"] == ["train 0", "train 1"] and rows["test"] == ["test 0", "test 1"]
+    elsewhere = small.model_copy(update={"winrate_prompts": "valid"})
+    rows = data.choose(cfg.model_copy(update={"data": elsewhere}), "source", posts, pairs)
+    assert rows["test"] == ["valid 0", "valid 1"]

@@ -189,3 +189,28 @@ def test_sides_that_are_one_after_cutting_and_empty_ones_make_no_pair(tmp_path):
     with pytest.raises(UserError, match="no prompt has two sides that differ; raise source.max_preference_tokens"):
         rank.rank(tmp_path / "drawn", tmp_path / "none", cfg, "human")
     assert not (tmp_path / "none").exists()
+
+
+def test_samples_that_were_cut_may_lose_every_best_of_n(tmp_path, tiny, monkeypatch):
+    """The authors' code gives them -1e6; here the reward of their text with an EOS, unless it is said."""
+    world, rng = World(tiny.source), np.random.default_rng(0)
+    query = world.prompts(4, rng)
+    whole = world.summaries(query, rng)  # K words and EOS
+    short = np.pad(whole[:, 1:], ((0, 0), (0, 1)), constant_values=PAD)  # ends before the last column
+    (tmp_path / "drawn").mkdir()
+    np.savez(tmp_path / "drawn/completions.npz", query=query, completions=np.stack([short, whole], 1))
+    np.savez(tmp_path / "test_human.npz", query=query, response=world.summaries(query, rng))
+    net = model.new_policy(tiny.model, world.vocab_size, 0)
+    model.RewardModel(net.base_model).save_pretrained(tmp_path / "rm")
+    rewards = torch.tensor([[0.0, 1.0]]).repeat(4, 1)  # the one that was cut is the better one
+    monkeypatch.setattr(best_of_n.candidates, "in_batches", lambda *_, **__: rewards.clone())
+    asked = []
+    compare = protocol.compare
+    monkeypatch.setattr(protocol, "compare", lambda ask, ours, *rest: asked.append(ours) or compare(ask, ours, *rest))
+    for unfinished in (None, -1e6):
+        sampling = tiny.samples.best_of_n.model_copy(update={"n": 2, "unfinished": unfinished})
+        cfg = tiny.model_copy(update={"samples": tiny.samples.model_copy(update={"best_of_n": sampling})})
+        best_of_n.best_of_n(tmp_path / "drawn", tmp_path, tmp_path / "rm", tmp_path, tmp_path / str(unfinished), cfg,
+                            "reward")
+    best = [shown[-4:] for shown in asked]  # of N = 2
+    assert np.array_equal(best[0], whole) and np.array_equal(best[1], short)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from roads import candidates, model, train
-from roads.stages.base import language_model_loss
+from roads.losses import language_model_loss
 from roads.stages.dpo import dpo_loss
 from roads.stages.reward import reward_loss
 from roads.stages.sft import sft_loss

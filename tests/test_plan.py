@@ -360,7 +360,9 @@ def test_pairs_that_come_with_the_data_are_neither_sampled_nor_judged():
     assert work(sampled, samples=judged).decoded == 1.4e9 * 92858 * 2 * 53
     assert work(ranked, samples=judged).dollars == pytest.approx(2 * 175, rel=0.05)  # as others paid, in one order
     cell = "arm D S O --seed 0"
-    assert work(cell, samples=judged).judged == work(cell).judged + 2 * (92858 + 83802)
+    assert work(cell, samples=judged).judged == work(cell).judged + 2 * 92858  # no label that nothing is trained on
+    one_order = PYTHIA["judge"] | {"label_orders": 1}
+    assert work(cell, samples=judged, judge=one_order).judged == work(cell).judged + 92858
 
 
 def test_two_words_are_written_and_compared():

@@ -3,6 +3,7 @@
 As a program it is what the tests start under `accelerate launch`: python tests/test_train.py JOB.json
 """
 
+import csv
 import json
 import os
 import re
@@ -480,6 +481,59 @@ def test_the_references_used_longest_ago_are_dropped(inputs, monkeypatch, policy
         if key == "a":
             monkeypatch.setattr(kept, "ROOM", 2 * (kept.FOLDER / "reference-a.npy").stat().st_size)
     assert sorted(file.name for file in kept.FOLDER.iterdir()) == ["reference-b.npy", "reference-c.npy"]
+
+
+def test_sft_may_count_the_query_too(tiny, inputs, policy):
+    """The loss of the first batch is the mean over all tokens but the first, by hand; REBEL's SFT (recipe_data)."""
+    policy.save_pretrained("base")
+    whole = tiny.model_copy(update={"sft": tiny.sft.model_copy(update={"on": "query and response", "epochs": 1})})
+    sft.sft(Path("data"), Path("base"), Path("whole"), whole)
+    rows = np.load("data/sft.npz")
+    first = train.batches(len(rows["query"]), tiny.sft.batch_size, 1, 0)[0]
+    total = count = 0.0
+    for i in first.tolist():
+        ids = [int(token) for part in ("query", "response") for token in rows[part][i] if token != PAD]
+        logps = torch.log_softmax(policy(torch.tensor([ids])).logits[0, :-1], 1)
+        total -= float(logps.gather(1, torch.tensor(ids[1:])[:, None]).sum())
+        count += len(ids) - 1
+    with open("whole/curves.csv", encoding="utf-8") as file:
+        assert float(next(csv.DictReader(file))["loss"]) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_gradients_are_clipped_unless_the_recipe_says_otherwise(tiny, inputs, policy):
+    policy.save_pretrained("sft")
+    for clip in (1.0, 1e-3, None):
+        recipe = tiny.dpo.model_copy(update={"clip": clip})
+        dpo.dpo(Path("pairs"), Path("sft"), Path(f"dpo-{clip}"), tiny.model_copy(update={"dpo": recipe}), 0)
+    weights = [load_file(f"dpo-{clip}/model.safetensors") for clip in (1.0, 1e-3, None)]
+    norms = [stage.read_json(f"dpo-{clip}/metrics.json")["grad_norm"]["first"] for clip in (1.0, 1e-3, None)]
+    assert norms[0] == norms[1] == norms[2]  # as it was before
+    assert not all(torch.equal(weights[1][name], weights[2][name]) for name in weights[1])
+
+
+def test_prompts_that_tie_may_be_kept(tiny, inputs, tmp_path):
+    """As a pair of equal sides: a row of the batch without a gradient."""
+    rng = np.random.default_rng(0)
+    query, sampled = rng.integers(2, 9, (5, 4)), rng.integers(2, 9, (5, 3, 4))
+    sampled[:2] = sampled[:2, :1]
+    Path("drawn").mkdir()
+    np.savez("drawn/completions.npz", query=query, completions=sampled)
+    net = model.new_policy(schema.FromScratch(kind="new", hidden_size=8, layers=1, heads=1, max_positions=16), 12, 0)
+    model.RewardModel(net.base_model).save_pretrained(Path("rm"))
+    online = tiny.samples.online.model_copy(update={"ties": "keep"})
+    kept = tiny.model_copy(update={"samples": tiny.samples.model_copy(update={"online": online})})
+    for out, cfg in (("dropped", tiny), ("kept", kept)):
+        rank.rank(Path("drawn"), Path(out), cfg, "reward", model=Path("rm"))
+    told = {out: stage.read_json(f"{out}/metrics.json") for out in ("dropped", "kept")}
+    assert [told[out]["pairs"] for out in told] == [3, 5] and [told[out]["ties"] for out in told] == [2, 2]
+    assert [told[out]["dropped_as_ties"] for out in told] == [2, 0]
+    pairs = np.load("kept/pairs.npz")
+    assert (pairs["chosen"][:2] == pairs["rejected"][:2]).all() and (pairs["chosen"][2:] != pairs["rejected"][2:]).any()
+    assert np.array_equal(pairs["chosen"][2:], np.load("dropped/pairs.npz")["chosen"])
+    alike = tuple(torch.from_numpy(pairs[name][:2]) for name in ("query", "chosen", "rejected"))
+    ours, theirs = model.pair_logps(net, *alike)
+    dpo.dpo_loss(ours, theirs, torch.zeros(2), torch.zeros(2), 0.1).sum().backward()
+    assert max(float(part.grad.abs().max()) for part in net.parameters() if part.grad is not None) < 1e-6
 
 
 if __name__ == "__main__":

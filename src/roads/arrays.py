@@ -29,7 +29,7 @@ def load(path: Path, *names: str, empty: bool = False) -> dict[str, np.ndarray]:
             raise UserError(f"{path}: no array {name!r}; it has {', '.join(found) or 'none'}")
         if not found[name].ndim or not (len(found[name]) or empty):
             raise UserError(f"{path}: array {name!r}: no rows")
-        if found[name].dtype.kind not in "iuf" or not np.isfinite(found[name]).all():
+        if found[name].dtype.kind not in "biuf" or not np.isfinite(found[name]).all():
             raise UserError(f"{path}: array {name!r}: expected finite numbers, got {found[name].dtype}"
                             + " with some that are not" * (found[name].dtype.kind == "f"))
     if len({len(array) for array in found.values()}) > 1:
@@ -47,7 +47,7 @@ def tokens(path: Path, *names: str, model: Path | None = None, empty: bool = Fal
     found = load(path, *names, empty=empty)
     size = vocabulary(model) if model else None
     for name, array in found.items():
-        if array.dtype.kind == "f" or array.ndim < 2:
+        if array.dtype.kind in "bf" or array.ndim < 2:
             raise UserError(f"{path}: array {name!r}: expected token ids [rows, length], got {array.dtype} of shape "
                             f"{array.shape}")
         if array.min(initial=0) < 0 or size is not None and array.max(initial=0) >= size:

@@ -6,18 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from roads.strict import Strict
+from roads.strict import Batch, Count, Finite, NonNegative, Positive, Seed, Strict, Width
 
 POLICIES = ("dpo", "dpo_2x", "online_sft", "online")
 Policy = Literal["dpo", "dpo_2x", "online_sft", "online"]
 Task = Literal["human", "rouge"]
-Count = Annotated[int, Field(ge=1, le=10**9)]
-Width = Annotated[int, Field(ge=1, le=2**16)]
-Batch = Annotated[int, Field(ge=1, le=10**6)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class World(Strict):
@@ -83,6 +76,7 @@ class Data(Strict):
     valid: Count  # prompts of the validation preference set
     test: Count  # prompts of the SFT test set, for winrates
     best_of_n: Count  # how many of those are used for best-of-N
+    winrate_prompts: Literal["test", "valid"] = "test"  # of the posts; the authors' code takes those of validation
 
 
 class FromScratch(Strict):
@@ -164,6 +158,7 @@ class LLMJudge(Strict):
     prompt: Literal["summary", "two_word"]  # a file of prompts/
     temperature: NonNegative
     max_tokens: Count
+    label_orders: Literal[1, 2] = 2  # in which it is shown pairs that it labels (Figs 6, 10); two that differ are a tie
 
 
 class Spending(Strict):
@@ -186,6 +181,11 @@ class Train(Strict):
     schedule: Literal["linear", "cosine"]
     batch_size: Batch  # rows, or pairs
     epochs: Count
+    clip: Positive | None = 1.0  # the norm that gradients are clipped to; null: they are not
+
+
+class SFT(Train):
+    on: Literal["response", "query and response"] = "response"  # what the loss counts: REBEL's SFT counts both
 
 
 class Reward(Train):
@@ -202,13 +202,25 @@ class Sampling(Strict):
     temperature: Positive
 
 
+# A prompt whose completions tie has no pair. It is dropped, or kept as a pair of equal sides: a step's worth of rows
+# without a gradient, so that as many steps are taken as without ties.
+Ties = Literal["drop", "keep"]
+
+
+class BestOfN(Sampling):
+    # The global RM's reward of a sample that was cut; null: that of its text with an EOS. The authors' code: -1e6.
+    unfinished: Finite | None = None
+
+
 class RankedSampling(Sampling):
     n: Annotated[int, Field(ge=2)]  # best and worst need two
+    ties: Ties = "drop"
 
 
 class PairSampling(Strict):
     n: Literal[2]
     temperature: Positive | None  # none for rows
+    ties: Ties = "drop"
     labels: Literal["annotators", "judge", "rows"]  # noisy Bradley-Terry ones; of winrates' judge (Fig 6); the data's
     # Of annotators: the temperature on posts, in standard deviations of a prompt's quality (a world has its own), the
     # weight of ln(length) and of being shown first, in logits, and the share of labels that are flipped.
@@ -234,7 +246,7 @@ class Samples(Strict):
     online: Online  # what the global RM ranks
     evaluate: Sampling
     value: Sampling | None = None  # for the reverse KL of Eq. 2
-    best_of_n: Sampling | None = None  # Figs 8 and 9
+    best_of_n: BestOfN | None = None  # Figs 8 and 9
 
 
 def _or_none(value: Any) -> Any:
@@ -252,7 +264,7 @@ class Scale(Strict):
     data: Data
     model: Annotated[FromScratch | Pretrained | Packaged, Field(discriminator="kind")]
     base: Train | None  # none for a model that is trained already
-    sft: Train
+    sft: SFT
     reward: Reward
     local: Preference
     dpo: Preference

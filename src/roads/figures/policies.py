@@ -35,8 +35,11 @@ FIGURES = {  # caption, measure, where the bars start
     "recipe": ("schedule: DPO's learning rate falls as a cosine. rm-batch: twice the reward model's batch. loader: "
                "each of eight GPUs shuffles for itself, so an epoch of DPO has 66% of the pairs. logits: online "
                "training does not divide them by the temperature. author-code: the first three together, as in the "
-               "released code.",
+               "released code. unclipped: no gradient is clipped.",
                WINRATE, 0.5),
+    "recipe_data": ("sft-query: SFT counts the tokens of the query too, as REBEL's does. long: responses of up to 169 "
+                    "tokens, as people wrote them, and not 53. valid-prompts: winrates on the posts of validation.",
+                    WINRATE, 0.5),
 }
 GAPS = {"Online(DPO) - DPO": ("online", "dpo"), "Online(DPO) - DPO 2x": ("online", "dpo_2x"),
         "Online(SFT) - DPO": ("online_sft", "dpo"), "DPO - SFT": ("dpo", "sft")}
@@ -52,7 +55,7 @@ def graph_bars(scale: str, name: str) -> list[Bar]:
 
 def arm_bars(scale: str, name: str, arms: dict[str, schema.Scale]) -> list[Bar]:
     """The bars of Figs 5, 6, 10 and of the recipe: an arm's policies, with the scale's own where they are compared."""
-    if name == "recipe":
+    if name in ("recipe", "recipe_data"):
         labels = {"paper": ""} | {arm: arm for arm in arms}
         return [Bar(f"{NAMES[policy]} {label}", *figure.policy(scale, policy, name, arm), series=NAMES[policy])
                 for label, arm in labels.items() for policy in ("dpo", "online")]
@@ -73,7 +76,7 @@ def more_prompts(ours: schema.Scale, theirs: schema.Scale) -> str:
 
 def contrasts(name: str, bars: list[Bar]) -> dict[str, dict[str, float]]:
     names = [bar.name for bar in bars]
-    if name == "recipe":
+    if name in ("recipe", "recipe_data"):
         labels = [bar.removeprefix("DPO ") for bar in names if bar.startswith("DPO ")]
         return {f"{label}: Online(DPO) - DPO": {f"Online(DPO) {label}": 1, f"DPO {label}": -1} for label in labels}
     if name == "fig5":

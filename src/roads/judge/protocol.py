@@ -63,13 +63,17 @@ def readable(answers: list[str], read: Callable[[str], str], expected: str) -> l
     return found
 
 
-def compare(ask: Ask, ours: np.ndarray, theirs: np.ndarray) -> dict[str, np.ndarray]:
-    """Judge ours [N, R] against theirs [N, R], in both orders.
+def compare(ask: Ask, ours: np.ndarray, theirs: np.ndarray, orders: int = 2) -> dict[str, np.ndarray]:
+    """Judge ours [N, R] against theirs [N, R], in both orders or, of one, with ours shown first.
 
     Returns:
         score [N]: 1 if ours won in both orders, 0 if theirs did, .5 for a tie; consistent [N]: both orders agreed;
         failed [N]: an answer could not be read, which counts as a tie and is reported.
     """
+    if orders == 1:
+        said = np.array(readable(ask(ours, theirs), parse, PREFERENCE))
+        failed = said == ""
+        return {"score": np.where(failed, 0.5, said == "A"), "consistent": ~failed, "failed": failed}
     answers = [*ask(ours, theirs), *ask(theirs, ours)]
     shown_first, shown_second = np.array(readable(answers, parse, PREFERENCE)).reshape(2, -1)
     failed = (shown_first == "") | (shown_second == "")
@@ -88,14 +92,14 @@ def known(quality_of: quality.Quality) -> Ask:
     return ask
 
 
-def of(cfg: Scale, query: np.ndarray, data: Path) -> Ask:
-    """The judge of a scale for queries [N, Q] of a data folder."""
+def of(cfg: Scale, query: np.ndarray, data: Path, orders: int = 2) -> Ask:
+    """The judge of a scale for queries [N, Q] of a data folder, which is going to be asked in so many orders."""
     if cfg.judge.kind not in OUTSIDE:
         return known(quality.of(cfg, query, data))
-    return outside(cfg.judge, cfg.spending, load_tokenizer(data / "tokenizer.json"), query)
+    return outside(cfg.judge, cfg.spending, load_tokenizer(data / "tokenizer.json"), query, orders)
 
 
-def outside(cfg: LLMJudge, spending: Spending, tokenizer: Tokenizer, query: np.ndarray) -> Ask:
+def outside(cfg: LLMJudge, spending: Spending, tokenizer: Tokenizer, query: np.ndarray, orders: int = 2) -> Ask:
     """The language model of cfg as judge of summaries of queries [N, Q]; spending says what it may cost.
 
     Raises:
@@ -106,7 +110,7 @@ def outside(cfg: LLMJudge, spending: Spending, tokenizer: Tokenizer, query: np.n
         from roads.judge import client
 
         # The other order is asked for at once: `compare` wants it next, and a batch takes up to a day.
-        messages = both_orders(cfg, tokenizer, query, first, second)
+        messages = both_orders(cfg, tokenizer, query, first, second)[: orders * len(first)]
         return client.answers(messages, cfg, spending, readable=parse)[:len(first)]
 
     return ask
@@ -153,7 +157,8 @@ def write_two_word(posts: list[str], cfg: LLMJudge, spending: Spending, draw: in
 
 
 def two_word_rows(posts: list[str], cfg: LLMJudge, spending: Spending, **where: object) -> list[dict]:
-    """Fig 10's data: for each post a reference, and two summaries with the one that the judge prefers in both orders.
+    """Fig 10's data: for each post a reference, and two summaries with the one that the judge prefers, in both orders
+    or (cfg.label_orders) in one.
 
     Returns:
         A dict per post: reference, the first summary that was written, '' if none was; chosen and rejected, None for
@@ -168,11 +173,13 @@ def two_word_rows(posts: list[str], cfg: LLMJudge, spending: Spending, **where: 
             if text and text.lower() not in (other.lower() for other in pairs[i]):
                 pairs[i].append(text)
     shown = [i for i, pair in enumerate(pairs) if len(pair) == 2]
+    orders = (slice(None), slice(None, None, -1))[: cfg.label_orders]
     messages = [fill(cfg.prompt, post=posts[i], summarya=a, summaryb=b)
-                for order in (slice(None), slice(None, None, -1)) for i in shown for a, b in [pairs[i][order]]]
+                for order in orders for i in shown for a, b in [pairs[i][order]]]
     said = readable(client.answers(messages, cfg, spending, readable=parse, **where), parse, PREFERENCE)
     rows = [{"reference": pair[0] if pair else "", "chosen": None, "rejected": None} for pair in pairs]
-    for i, *both in zip(shown, said, said[len(shown):]):
+    first, second = said[: len(shown)], said[len(shown) :] or ["B" if answer == "A" else "A" for answer in said]
+    for i, *both in zip(shown, first, second):
         if set(both) == {"A", "B"}:  # the same summary, in both orders
             a, b = pairs[i]
             rows[i]["chosen"], rows[i]["rejected"] = (a, b) if both[0] == "A" else (b, a)

@@ -15,9 +15,8 @@ from pydantic import Field, field_validator, model_validator
 
 from roads import config, stage, stats, strict
 from roads.report.schema import Bar, Figure, read
-from roads.schema import Positive
 from roads.stage import UserError
-from roads.strict import Strict, nearest
+from roads.strict import Positive, Strict, nearest
 
 Weight = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]

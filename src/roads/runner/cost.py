@@ -126,13 +126,14 @@ class Command:
         dollars = n * (READ * prices["input"] + WRITTEN * prices["output"]) / 1e6
         return Work(judged=n, dollars=dollars * (prices["batch_discount"] if judge["kind"] == "batch" else 1))
 
-    def compared(self, pairs: int) -> Work:
-        """Pairs that the judge is shown, in both orders."""
-        return self.answers(ORDERS * pairs)
+    def compared(self, pairs: int, orders: int = ORDERS) -> Work:
+        """Pairs that the judge is shown, in both orders unless one is said."""
+        return self.answers(orders * pairs)
 
     def labelled(self, rows: int) -> Work:
         """Pairs of task human: labelled by the judge, or for nothing."""
-        return self.compared(rows) if self.block["samples"]["human"]["labels"] == "judge" else Work()
+        orders = (self.block.get("judge") or {}).get("label_orders", ORDERS)
+        return self.compared(rows, orders) if self.block["samples"]["human"]["labels"] == "judge" else Work()
 
 
 def _vocab(block: dict) -> int:
@@ -256,7 +257,8 @@ def _arm(c: Command) -> Work:
     """One seed of the whole comparison: the stages of the graph, one after the other."""
     data, samples, policies = c.block["data"], c.block["samples"], c.block["policies"]
     (where, sft, *_), total = c.places, Work()
-    for split in ("preferences", "valid"):
+    paid = samples["human"]["labels"] == "judge" and c.block["judge"]["kind"] in schema.OUTSIDE
+    for split in ("preferences", "valid")[: 2 - paid]:
         if samples["human"]["labels"] != "rows":
             total += sample(c, data[split], samples["human"], sft, f"{where}/{split}.npz") + c.labelled(data[split])
     if {"online", "online_sft"} & set(policies):

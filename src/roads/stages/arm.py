@@ -71,13 +71,16 @@ def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int) -> None
             found = stage.read_json(done / "metrics.json")
             return {"likelihood": found["mean_score"], "accuracy": found["accuracy"]}
 
-        for name, prompts in (("preferences", run.where / "preferences.npz"), ("valid", where / "valid.npz")):
+        # A judge that is paid by the answer labels no pairs that nothing is trained on (Fig 6).
+        paid = cfg.samples.human.labels == "judge" and cfg.judge.kind in schema.OUTSIDE
+        labelled = {"preferences": run.where / "preferences.npz"} | ({} if paid else {"valid": where / "valid.npz"})
+        for name, prompts in labelled.items():
             drawn = run(f"candidates/{name}", sample.sample, sft, prompts, ..., cfg, "human", 0)
             pairs[name] = run(f"pairs/{name}", rank.rank, drawn, ..., cfg, "human", data=where)
         metrics["pairs"] = stage.read_json(pairs["preferences"] / "metrics.json")
         if {"online", "online_sft"} & set(cfg.policies):
             reward_model = run("reward", reward.reward, pairs["preferences"], sft, ..., cfg, seed)
-            metrics["global"] = held_out(reward_model, "reward")
+            metrics |= {"global": held_out(reward_model, "reward")} if "valid" in pairs else {}
         for name in cfg.policies:
             if name in ("dpo", "dpo_2x"):
                 times = 2 if name == "dpo_2x" else 1
@@ -88,7 +91,7 @@ def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int) -> None
                             seed if name == "online" else 0)
                 ranked = run(f"{name}_pairs", rank.rank, drawn, ..., cfg, "reward", model=reward_model)
                 policies[name] = run(name, dpo.dpo, ranked, start, ..., cfg, seed, online=True)
-        if "dpo" in policies:
+        if "dpo" in policies and "valid" in pairs:
             metrics["dpo_rm"] = held_out(policies["dpo"], "dpo")
         scores = {}
         for name, policy in policies.items():

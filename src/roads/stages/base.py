@@ -14,20 +14,11 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from roads import arrays, candidates, config, generate, hub, model, schema, stage, tldr, train
+from roads import arrays, candidates, config, generate, hub, losses, model, schema, stage, tldr, train
 from roads.tldr import EOS, PAD
 
 TOLERANCE = 0.01  # nats of a whole response, in fp32
 ROUNDING = 0.02  # of the distribution function of a token; a model that is run in another way is far beyond it
-
-
-def language_model_loss(policy: PreTrainedModel, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Weighted mean cross-entropy of tokens [B, L]; weights [B, L] >= 0, 0 at padding."""
-    length = int((tokens != PAD).sum(1).max())
-    tokens, weights = (part.to(policy.device) for part in (tokens[:, :length].long(), weights[:, 1:length]))
-    logits = policy(tokens, use_cache=False).logits[:, :-1].float()
-    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
-    return (losses * weights).sum() / weights.sum()
 
 
 def base(data: Path, out: Path, cfg: schema.Scale) -> None:
@@ -40,7 +31,7 @@ def base(data: Path, out: Path, cfg: schema.Scale) -> None:
         policy = model.new_policy(cfg.model, vocab_size, seed=0, compute=cfg.compute)
 
         def loss(i: torch.Tensor) -> tuple[torch.Tensor, dict]:
-            return language_model_loss(policy, tokens[i], weights[i]), {}
+            return losses.language_model_loss(policy, tokens[i], weights[i]), {}
 
         return train.Job(policy, loss, len(tokens), lengths=train.tokens(tokens), weights=weights[:, 1:].sum(1),
                          pack=False)  # language_model_loss calls the model itself

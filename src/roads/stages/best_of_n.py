@@ -10,6 +10,7 @@ import torch
 
 from roads import arrays, candidates, config, model, schema, stage
 from roads.judge import protocol
+from roads.tldr import PAD
 
 N = (1, 2, 5, 10, 25)
 
@@ -23,12 +24,15 @@ def best_of_n(completions: Path, data: Path, path: Path, reference: Path, out: P
               kind: str) -> None:
     """Write scores.npz: n<N> [B], the judge's score of the best of N against the reference summary, for each N."""
     torch.set_num_threads(cfg.machine.threads)
-    with stage.output(out, {"kind": kind, **schema.used(cfg, "source", "judge")}, [completions, data, path]) as folder:
+    used = {"kind": kind, "unfinished": cfg.samples.best_of_n.unfinished, **schema.used(cfg, "source", "judge")}
+    with stage.output(out, used, [completions, data, path]) as folder:
         rows = arrays.tokens(completions / "completions.npz", model=path)
         query, sampled = map(torch.from_numpy, (rows["query"], rows["completions"]))
         if kind == "reward":
             rm = model.RewardModel.load(path, cfg.compute).eval()
             rewards = candidates.in_batches(candidates.rewards, rm, query, sampled, label=kind)
+            if (unfinished := cfg.samples.best_of_n.unfinished) is not None:
+                rewards[(sampled != PAD).sum(2) == sampled.shape[2]] = unfinished
         else:
             rewards = candidates.implicit_rewards(path, reference if kind == "dpo" else None, query, sampled,
                                                   cfg.compute)

@@ -123,7 +123,7 @@ def choose(cfg: schema.Scale, source: Path, posts: dict, pairs: dict) -> dict[st
     """
     start = 0 if pairs else cfg.data.preferences
     rows = {"sft": posts["train"], "preferences": (pairs or posts)["train"], "more": posts["train"][start:],
-            "valid": (pairs or posts)["valid"], "test": posts["test"]}
+            "valid": (pairs or posts)["valid"], "test": posts[cfg.data.winrate_prompts]}
     for split in SPLITS:
         n = getattr(cfg.data, split)
         if cfg.source.kind != "jsonl" and len(rows[split]) < n:
@@ -139,7 +139,7 @@ def from_posts(source: Path, cfg: schema.Scale) -> tuple[object, dict[str, dict[
     if cfg.samples.human and cfg.samples.human.labels == "rows" and not is_two_word and not pairs:
         raise stage.UserError(f"{source}/comparisons_train.jsonl: not found; samples.human.labels: rows needs it, and "
                               "comparisons_valid.jsonl")
-    rows = choose(cfg, source, posts, {} if is_two_word else pairs)
+    rows = choose(cfg, source, posts, pairs)
     lost, n = rouge.unseen([row.summary for row in rows["valid"]]), len(rows["valid"])
     if 2 * lost > n:
         raise stage.UserError(f"{source}: {lost} of {n} references lose most of their letters to ROUGE, which keeps a-z"

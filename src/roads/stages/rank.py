@@ -32,8 +32,11 @@ def human_scores(query: np.ndarray, completions: np.ndarray, cfg: schema.Scale,
     if settings.labels == "judge":
         from roads.judge import protocol
 
-        score = protocol.compare(protocol.of(cfg, query, data), first, second)["score"]
-        return np.stack([score, 1 - score], axis=1), {}
+        orders = getattr(cfg.judge, "label_orders", 2)
+        found = protocol.compare(protocol.of(cfg, query, data, orders), first, second, orders)
+        told = protocol.summary(found)
+        return np.stack([found["score"], 1 - found["score"]], axis=1), {"judge": {
+            name: told[name] for name in ("ties", "position_consistency", "parse_failures")}}
     from roads.judge import quality
 
     quality_of = quality.of(cfg, query, data)
@@ -66,9 +69,10 @@ def reward_scores(query: np.ndarray, completions: np.ndarray, path: Path, comput
 def rank(completions: Path, out: Path, cfg: schema.Scale, by: str, *, data: Path | None = None,
          split: str = "preferences", model: Path | None = None) -> None:
     """Score the completions and write the best and the worst of each prompt as a pair."""
-    used = schema.used(cfg, "source", "judge") | {"labels": cfg.samples.human.labels} if by == "human" else {}
+    settings = {"human": cfg.samples.human, "rouge": cfg.samples.rouge, "reward": cfg.samples.online}[by]
+    used = schema.used(cfg, "source", "judge") | {"labels": settings.labels} if by == "human" else {}
     reads = [completions, *(path for path in (data, model) if path)]
-    with stage.output(out, {"by": by, **used}, reads) as folder:
+    with stage.output(out, {"by": by, "ties": settings.ties, **used}, reads) as folder:
         rows, told = arrays.tokens(completions / "completions.npz", model=model), {}
         query, sampled = rows["query"], rows["completions"]
         if by == "human":
@@ -91,12 +95,16 @@ def rank(completions: Path, out: Path, cfg: schema.Scale, by: str, *, data: Path
         is_row = by == "human" and cfg.samples.human.labels == "rows"
         if is_row:  # of a policy's own, one that ends at once is told apart like any other
             decided &= (np.minimum((chosen != PAD).sum(1), (rejected != PAD).sum(1)) > 1)
+        tied = int((~decided).sum())
+        if settings.ties == "keep":
+            rejected = np.where(decided[:, None], rejected, chosen)  # two equal sides: a pair without a gradient
+            decided[:] = True
         if not decided.any():
             fix = "raise source.max_preference_tokens" if is_row else "raise the temperature"
             raise stage.UserError(f"{completions}: no prompt has two sides that differ; {fix}")
         np.savez(folder / "pairs.npz", query=query[decided], chosen=chosen[decided], rejected=rejected[decided])
         stage.write_json(folder / "metrics.json", told | {
-            "pairs": int(decided.sum()), "dropped_as_ties": int((~decided).sum()),
+            "pairs": int(decided.sum()), "dropped_as_ties": int((~decided).sum()), "ties": tied,
             "mean_score": {"all": float(scores.mean()), "chosen": float(scores.max(1)[decided].mean()),
                            "rejected": float(scores.min(1)[decided].mean())}})
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from roads import arrays, config, model, schema, stage, train
+from roads import arrays, config, losses, model, schema, stage, train
 from roads.tldr import PAD
 
 
@@ -17,12 +17,23 @@ def sft_loss(logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 
 
 def sft(data: Path, base: Path, out: Path, cfg: schema.Scale) -> None:
-    """Fine-tune the base on sft.npz; a single SFT seed, as in the paper."""
+    """Fine-tune the base on sft.npz; a single SFT seed, as in the paper. The loss counts the response, or all."""
 
     def job() -> train.Job:
         rows = arrays.tokens(data / "sft.npz", model=base)
         query, response = torch.from_numpy(rows["query"]), torch.from_numpy(rows["response"])
         policy, lengths = model.load_policy(base, cfg.compute), (response != PAD).sum(1)
+        if cfg.sft.on == "query and response":
+            whole = [torch.cat([q[q != PAD], r[r != PAD]]) for q, r in zip(query, response, strict=True)]
+            tokens = torch.nn.utils.rnn.pad_sequence(whole, batch_first=True, padding_value=PAD)
+            real = (tokens != PAD).float()
+
+
+            def of_all(i: torch.Tensor) -> tuple[torch.Tensor, dict]:
+                return losses.language_model_loss(policy, tokens[i], real[i]), {}
+
+            return train.Job(policy, of_all, len(tokens), lengths=train.tokens(tokens), weights=real[:, 1:].sum(1),
+                             pack=False)
 
         def loss(i: torch.Tensor) -> tuple[torch.Tensor, dict]:
             return sft_loss(model.response_logps(policy, query[i], response[i]), lengths[i]), {}
