@@ -226,6 +226,15 @@ def test_the_papers_recipe_is_that_of_its_tables():
     assert (paper.source.max_query_tokens, paper.source.max_response_tokens, paper.data.test) == (512, 53, 600)
 
 
+def test_the_papers_fig_10():
+    """B.1, B.4: five tokens, every prompt of the preference set, winrates on 6,000 posts."""
+    params = config.load(ROOT / "params.yaml")
+    for scale in ("paper", "lite"):
+        own, arm = params.scales[scale], params.arms[f"{scale}.fig10.two-word"]
+        assert arm.data.preferences == arm.data.online == own.data.preferences and arm.data.test == 6000
+        assert arm.source.max_preference_tokens == 5 and arm.judge.prompt == "two_word"
+
+
 @pytest.mark.parametrize("name", ["../x", "a b", "$(touch owned)", "a;b", "a'b", "a.b", "-a", "1a", "a\n", "é", ""])
 def test_a_block_has_a_name_that_no_shell_or_folder_takes_amiss(params, name):
     path = params("\nreal-cpu:", f"\n{json.dumps(name)}:")
