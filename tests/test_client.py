@@ -286,7 +286,7 @@ def test_an_endpoint_that_is_no_url(cache, monkeypatch, url):
         client.answers(MESSAGES, JUDGE, SPENDING, cache)
 
 
-@pytest.mark.parametrize("key", ["sk-a\nX-Header: b", "sk-ключ", "sk a", "sk-a\x00"])
+@pytest.mark.parametrize("key", ["sk-a\nX-Header: b", "sk-ключ", "sk-a\x00"])
 def test_a_key_that_no_request_can_carry(cache, serve, monkeypatch, key):
     fake = serve()
     with monkeypatch.context() as patched:

@@ -448,10 +448,10 @@ def test_what_the_hub_says_is_one_line(tmp_path):
             "stage.main(fetch)")
 
     def fetch(name, revision, code_out, endpoint=f"http://127.0.0.1:{server.server_port}"):
-        env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": "src",
-                            "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        done = subprocess.run([sys.executable, "-c", code, name, revision], cwd=ROOT, env=env, text=True, timeout=60,
-                              capture_output=True)
+        env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"),
+                            "PYTHONPATH": str(ROOT / "src"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        done = subprocess.run([sys.executable, "-c", code, name, revision], cwd=tmp_path, env=env, text=True,
+                              timeout=60, capture_output=True)
         assert done.returncode == code_out, done.stderr
         return done.stdout + done.stderr.split("Warning")[-1]
 
@@ -461,12 +461,32 @@ def test_what_the_hub_says_is_one_line(tmp_path):
         assert f"snapshots/{Hub.commit}'), '{Hub.commit}')" in fetch("some/rows", "main", 0)
         assert [path.name for path in (tmp_path / "cache").glob("hub/*/snapshots/*/*/*")] == ["train-0.parquet"]
         assert Hub.commit in fetch("some/rows", "main", 0, "http://127.0.0.1:9")  # from the cache
+        # The branch means the commit that it meant at first, also when it has moved.
+        locked = tmp_path / "hub.lock.json"
+        assert stage.read_json(locked) == {"dataset some/rows at revision main": Hub.commit}
+        stage.write_json(locked, {"dataset some/rows at revision main": "f" * 40})
+        said = fetch("some/rows", "main", 2)
+        assert f"has no revision {'f' * 40}, to which hub.lock.json pins dataset some/rows at revision main" in said
+        locked.write_text("{")
+        assert "error: hub.lock.json: not JSON" in fetch("some/rows", "main", 2)
+        locked.unlink()
         assert "no such folder here, and no such repository on the hub" in fetch("some/other", "main", 2)
         assert "the hub's repository has no revision step1" in fetch("some/rows", "step1", 2)
         assert "no name of a repository on the hub" in fetch("a/folder/that/is/not", "main", 2)
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_what_was_pinned_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hub.pin("rows comparisons.train of some/rows", "a" * 64)
+    hub.pin("rows comparisons.valid of some/rows", "b" * 64)
+    hub.pin("rows comparisons.train of some/rows", "a" * 64)
+    assert stage.read_json("hub.lock.json") == {f"rows comparisons.{split} of some/rows": sha * 64 for split, sha in
+                                                (("train", "a"), ("valid", "b"))}
+    with pytest.raises(stage.UserError, match=r"hub.lock.json: rows comparisons.train of .*: expected a+, got b+"):
+        hub.pin("rows comparisons.train of some/rows", "b" * 64)
 
 
 @pytest.mark.slow

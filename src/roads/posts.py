@@ -63,6 +63,8 @@ def download(source: Path) -> tuple[dict, dict, dict]:
             if digest is not None and sha256 != digest:
                 raise stage.UserError(f"{source}: {part}.{split}: the rows of {name} are others than those pinned: "
                                       f"expected SHA-256 {digest}, got {sha256} ({len(read)} rows; {seen})")
+            if digest is None and commit:
+                hub.pin(f"rows {part}.{split} of {name}", sha256)
             if digest is None:
                 print(f"{part}.{split}: {len(read)} rows, SHA-256 {sha256}: pin it in {source}", flush=True)
             found[f"{part}.{split}"] = {"rows": len(read), "sha256": sha256, "commit": commit}

@@ -113,8 +113,8 @@ def host_of() -> str:
 
 def _key() -> str:
     key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not key.isascii() or not key.isprintable() or " " in key:  # it becomes a line of the request
-        raise UserError("OPENAI_API_KEY: expected letters, digits and signs of ASCII in one line, without spaces")
+    if not key.isascii() or not key.isprintable():  # it becomes a line of the request
+        raise UserError("OPENAI_API_KEY: expected letters, digits and signs of ASCII in one line")
     return key
 
 
