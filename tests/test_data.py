@@ -546,6 +546,6 @@ def test_which_posts_a_split_is_of():
     rows = data.choose(cfg.model_copy(update={"data": small}), "source", posts, pairs)
     assert rows["preferences"] == ["pair of train 0", "pair of train 1"] and rows["valid"] == ["pair of valid 0"]
     assert rows["sft"] == ["train 0", "train 1"] and rows["test"] == ["test 0", "test 1"]
-    elsewhere = small.model_copy(update={"winrate_prompts": "valid"})
-    rows = data.choose(cfg.model_copy(update={"data": elsewhere}), "source", posts, pairs)
+    elsewhere = cfg.source.model_copy(update={"winrate_prompts": "valid"})
+    rows = data.choose(cfg.model_copy(update={"data": small, "source": elsewhere}), "source", posts, pairs)
     assert rows["test"] == ["valid 0", "valid 1"]

@@ -177,7 +177,8 @@ KEYS = {
     "local": ["local", "likelihood@human-local-s0"],
     "dpo": TRAINED, "machine": [],
     "human": ["candidates@human", "pairs@human", "fig12_arms"], "rouge": ["candidates@rouge", "pairs@rouge"],
-    "online": ["online_candidates", "online_sft_candidates", "online", "online_sft", "fig12_arms"],
+    "online": ["online_candidates", "online_sft_candidates", "online_pairs", "online_sft_pairs", "online", "online_sft",
+               "fig12_arms"],
     "evaluate": ["completions_sft", "completions", "fig12_arms"], "value": ["kl", "fig12_arms"], "best_of_n": [],
     "judge": ["world_data", "pairs", "scores_sft", "scores", "fig12_arms"],
 }  # fmt: skip

@@ -43,6 +43,7 @@ class OpenAI(Strict):
     max_query_tokens: Annotated[int, Field(ge=16)]
     max_response_tokens: Annotated[int, Field(ge=2)]  # EOS included
     max_preference_tokens: Annotated[int, Field(ge=2)]  # of the sides of a comparison: people wrote up to 169
+    winrate_prompts: Literal["test", "valid"] = "test"  # which posts; the authors' code takes those of validation
 
 
 class TwoWord(OpenAI):
@@ -76,7 +77,6 @@ class Data(Strict):
     valid: Count  # prompts of the validation preference set
     test: Count  # prompts of the SFT test set, for winrates
     best_of_n: Count  # how many of those are used for best-of-N
-    winrate_prompts: Literal["test", "valid"] = "test"  # of the posts; the authors' code takes those of validation
 
 
 class FromScratch(Strict):

@@ -27,9 +27,10 @@ FIGURES = {  # caption, measure, where the bars start
              "otherwise.", WINRATE, 0),
     "fig6": ("Two samples of the SFT policy at the sampling temperature of online DPO, and the judge says which is "
              "better. Online(SFT) then only labels samples of the same kind again.", WINRATE, 0),
-    "fig10": ("Two-word summaries: next to nothing to plan. Of posts the judge writes and labels them; in the "
-              "synthetic world they are two slots of six candidates each instead of eight of two, and the noise of the "
-              "labels is scaled with the spread of quality.", WINRATE, 0),
+    "fig10": ("Two-word summaries: next to nothing to plan. Of posts the judge writes and labels them (at scale real "
+              "they have five tokens at most and are labelled as ever); in the synthetic world they are two slots of "
+              "six candidates each instead of eight of two, and the noise of the labels is scaled with the spread of "
+              "quality.", WINRATE, 0),
     "fig11": ("Pairs are the best and the worst of 25 samples by ROUGE-L against a summary that the policy cannot see: "
               "the reward is no simpler than the policy.", ROUGE, 0),
     "recipe": ("schedule: DPO's learning rate falls as a cosine. rm-batch: twice the reward model's batch. loader: "

@@ -160,7 +160,7 @@ def decide(claims: Claims, reports: Path) -> list[dict]:
             row |= measure(claim, figure, path)
         else:  # a scale can have other points of a dial than mini, about which the claims are
             if lacking:
-                _exists_elsewhere(claim, lacking[0], path, known)
+                _exists_at_mini(claim, lacking[0], path)
             why = (f"{path} has no bar {lacking[0]!r}; it has: {', '.join(known)}" if figure else
                    f"{path} is not there; `make {claim.figure}` makes it")
             row |= {"estimate": None, "p": None, "p_adjusted": None, "n": None, "seeds": [], "verdict": "not run",
@@ -176,11 +176,11 @@ def decide(claims: Claims, reports: Path) -> list[dict]:
     return rows
 
 
-def _exists_elsewhere(claim: Claim, bar: str, path: Path, known: list[str]) -> None:
-    """Raises UserError where no scale's report of the figure has the bar: its name is a mistake."""
-    others = [read_figure(other) for other in sorted(path.parents[1].glob(f"*/{path.name}"))]
-    if not any(bar == other.bar for figure in others if figure for other in figure.bars):
-        raise UserError(f"claims.{claim.id}.contrast: no bar {bar!r} in {path}{nearest(bar, known)}")
+def _exists_at_mini(claim: Claim, bar: str, path: Path) -> None:
+    """Raises UserError where mini's report of the figure, which the claims are about, lacks a bar: a mistake."""
+    figure = read_figure(path.parents[1] / "mini" / path.name)
+    if figure and bar not in (names := [other.bar for other in figure.bars]):
+        raise UserError(f"claims.{claim.id}.contrast: {claim.figure} has no bar {bar!r}{nearest(bar, names)}")
 
 
 def save(claims: Claims, rows: list[dict], reports: Path) -> None:

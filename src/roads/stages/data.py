@@ -123,7 +123,7 @@ def choose(cfg: schema.Scale, source: Path, posts: dict, pairs: dict) -> dict[st
     """
     start = 0 if pairs else cfg.data.preferences
     rows = {"sft": posts["train"], "preferences": (pairs or posts)["train"], "more": posts["train"][start:],
-            "valid": (pairs or posts)["valid"], "test": posts[cfg.data.winrate_prompts]}
+            "valid": (pairs or posts)["valid"], "test": posts[cfg.source.winrate_prompts]}
     for split in SPLITS:
         n = getattr(cfg.data, split)
         if cfg.source.kind != "jsonl" and len(rows[split]) < n:

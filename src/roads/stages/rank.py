@@ -69,7 +69,7 @@ def reward_scores(query: np.ndarray, completions: np.ndarray, path: Path, comput
 def rank(completions: Path, out: Path, cfg: schema.Scale, by: str, *, data: Path | None = None,
          split: str = "preferences", model: Path | None = None) -> None:
     """Score the completions and write the best and the worst of each prompt as a pair."""
-    settings = {"human": cfg.samples.human, "rouge": cfg.samples.rouge, "reward": cfg.samples.online}[by]
+    settings = getattr(cfg.samples, "online" if by == "reward" else by)
     used = schema.used(cfg, "source", "judge") | {"labels": settings.labels} if by == "human" else {}
     reads = [completions, *(path for path in (data, model) if path)]
     with stage.output(out, {"by": by, "ties": settings.ties, **used}, reads) as folder:
