@@ -2,7 +2,10 @@
 # date, writes reports/. DVC decides what is out of date; params.yaml, figures.yaml and dvc.yaml are the experiment.
 
 .DEFAULT_GOAL := help
-FIGURES := $(shell sed -n 's/^\([A-Za-z][A-Za-z0-9_-]*\):.*/\1/p' figures.yaml)
+FIGURES := $(shell [ -f figures.yaml ] && sed -n 's/^\([A-Za-z][A-Za-z0-9_-]*\):.*/\1/p' figures.yaml)
+ifeq ($(FIGURES),)
+$(error figures.yaml: expected a file with a row for every figure; `git checkout figures.yaml` brings it back)
+endif
 PAPER := $(filter fig%,$(FIGURES))
 EXTRA := $(filter-out fig%,$(FIGURES))
 .PHONY: help setup test test-fast test-gpu check-gpu bench-gpu test-vllm $(PAPER) $(EXTRA) figures extras claims report judges theory kit unpack status plan graph dag times bench search lint lint-image image lock clean
@@ -33,7 +36,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install -qq --no-deps --require-
 ifneq ($(filter rehearsal%,$(SCALE)),)
 override DATA := $(or $(DATA),data/rehearsal/openai.json)
 endif
-SCALE_NOW = $$(sed -n "s/^scale: *[\"']\{0,1\}\([A-Za-z0-9_-]*\).*/\1/p" active.yaml 2>/dev/null)
+SCALE_NOW = $$([ -f active.yaml ] && sed -n "s/^scale: *[\"']\{0,1\}\([A-Za-z0-9_-]*\).*/\1/p" active.yaml 2>/dev/null)
 SET_SCALE = $(CHECK) $(if $(SCALE)$(DATA),$(PY) -m roads.active set \
 	$(if $(SCALE),--scale="$$SCALE") $(if $(DATA),--data="$$DATA"))
 # What is wrong with these two is said before active.yaml is written.

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -272,6 +273,30 @@ def test_what_is_no_file_is_one_line_at_once(tmp_path):
             config.load(tmp_path / name)
 
 
+@pytest.mark.parametrize("value, said", [
+    ("2020-13-45", "month must be in 1..12"), ("9" * 5000, "4300 digits"), ("!!int x", "invalid literal for int"),
+    ("!!bool x", "KeyError 'x'"), ("!!float x", "could not convert string"), ("!foo 1", "tag '!foo'")])  # fmt: skip
+def test_a_value_that_is_not_what_its_form_says_is_named_by_its_line(params, value, said):
+    line = TEXT["params.yaml"].split("seed: ")[0].count("\n") + 1
+    path = params("seed: 0", f"seed: {value}")
+    with pytest.raises(UserError) as error:
+        active.write("tiny", None, path)
+    assert str(error.value).startswith(f"{path}:{line}: not YAML: ") and said in str(error.value)
+
+
+def test_a_few_aliases_for_millions_of_values_are_shown_short(params):
+    rows = "".join(f"  a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
+    path = params("seeds: {default: [0, 1, 2]}", f"seeds:\n  a0: &a0 [x, x]\n{rows}  default: [*a8]")
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"seeds.a0: unknown key"):
+        config.load(path)
+    path = params("schedule: cosine", "schedule: *a8")
+    path.write_text(f"x:\n  a0: &a0 [x, x]\n{rows}" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        config.load_scale("mini", path)
+    assert len(str(error.value)) < 1000 and time.monotonic() - start < 5
+
+
 def test_no_file_and_no_mapping(tmp_path):
     with pytest.raises(UserError, match="not found; run from the root"):
         config.load(tmp_path / "params.yaml")
@@ -291,6 +316,20 @@ def test_switching_the_scale_writes_active_yaml_alone_and_comes_back(params):
     assert active.load(path) == there  # its folder of posts stays while the scale does
     active.write("mini", None, path)
     assert {name: path.with_name(name).read_text(encoding="utf-8") for name in TEXT} == TEXT
+
+
+def test_data_that_stage_data_could_not_read_is_found_before_anything_is_written(params, tmp_path):
+    path, before = params(), params().with_name("active.yaml").read_bytes()
+    (tmp_path / "posts").mkdir()
+    for name in ("train.jsonl", "valid.jsonl"):
+        (tmp_path / "posts" / name).touch()
+    with pytest.raises(UserError, match=r"^DATA=.*posts: no test.jsonl in it; expected a folder with train.jsonl"):
+        active.write("real-cpu", str(tmp_path / "posts"), path)
+    with pytest.raises(UserError, match=r"^DATA=.*posts: no train.jsonl.xz in it"):
+        active.write("real-tiny", str(tmp_path / "posts"), path)
+    with pytest.raises(UserError, match=r"^DATA=.*posts: not found; expected a file that says what to download"):
+        active.write("lite", str(tmp_path / "posts"), path)
+    assert path.with_name("active.yaml").read_bytes() == before
 
 
 @pytest.mark.parametrize("scale, data, message", [
@@ -313,20 +352,6 @@ def test_the_command_line_says_it_in_one_line_and_exits_with_2(params):
     done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True, env=env)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "error: params.yaml: mini.dpo.bata: unknown key; did you mean 'beta'?\n"
-
-
-def test_data_that_stage_data_could_not_read_is_found_before_anything_is_written(params, tmp_path):
-    path, before = params(), params().with_name("active.yaml").read_bytes()
-    (tmp_path / "posts").mkdir()
-    for name in ("train.jsonl", "valid.jsonl"):
-        (tmp_path / "posts" / name).touch()
-    with pytest.raises(UserError, match=r"^DATA=.*posts: no test.jsonl in it; expected a folder with train.jsonl"):
-        active.write("real-cpu", str(tmp_path / "posts"), path)
-    with pytest.raises(UserError, match=r"^DATA=.*posts: no train.jsonl.xz in it"):
-        active.write("real-tiny", str(tmp_path / "posts"), path)
-    with pytest.raises(UserError, match=r"^DATA=.*posts: not found; expected a file that says what to download"):
-        active.write("lite", str(tmp_path / "posts"), path)
-    assert path.with_name("active.yaml").read_bytes() == before
 
 
 @pytest.mark.parametrize("text", ["data_from: 3", "data_from: [a]", ""])

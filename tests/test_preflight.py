@@ -149,14 +149,14 @@ def test_only_the_gpus_that_may_be_used_count(machine, params, monkeypatch):
 def test_a_disk_too_small_is_one_line(machine, params, monkeypatch):
     machine(H100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3e9))
-    with pytest.raises(UserError, match="these stages write about 6 GB and 3 GB are free"):
+    with pytest.raises(UserError, match="these stages write about 5.7 GB and 3 GB are free"):
         preflight.check(stages("paper"), params, "mini")
 
 
-def test_a_small_disk_is_told_in_megabytes(machine, params, monkeypatch):
+def test_what_is_free_is_told_in_its_own_unit(machine, params, monkeypatch):
     machine(H100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3e6))
-    with pytest.raises(UserError, match=r"these stages write about \d[\d,]* MB and 3 MB are free"):
+    with pytest.raises(UserError, match="these stages write about 1.6 GB and 3 MB are free"):
         preflight.check(stages("lite"), params, "lite")
 
 

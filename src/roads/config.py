@@ -180,7 +180,7 @@ def _scale(path: Path, name: str, block: dict) -> Scale:
 def _seeds(path: Path, raw: Any, figures: dict[str, Figure]) -> dict[str, list[int]]:
     if not isinstance(raw, dict) or "default" not in raw:
         raise UserError(f"{path}: seeds: expected a mapping with the key default, as {{default: [0, 1, 2]}}; got "
-                        f"{raw!r}")
+                        f"{strict.shown(raw)}")
     for name, seeds in raw.items():
         if name not in {"default", *figures}:
             raise UserError(f"{path}: seeds.{name}: unknown key{nearest(name, ['default', *figures])}")
@@ -189,8 +189,8 @@ def _seeds(path: Path, raw: Any, figures: dict[str, Figure]) -> dict[str, list[i
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, ("seeds", name, *first["loc"])))
-            raise UserError(f"{path}: {place}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
-                            ) from None
+            raise UserError(f"{path}: {place}: {first['msg'][0].lower()}{first['msg'][1:]}, got "
+                            f"{strict.shown(first['input'])}") from None
         if len(set(seeds)) < len(seeds):
             raise UserError(f"{path}: seeds.{name}: expected distinct values, got {seeds}")
     return raw

@@ -41,7 +41,7 @@ def download(source: Path) -> tuple[dict, dict, dict]:
         parts = {part: [(name, split["files"], split["rows"], split["sha256"]) for name, split in
                         wanted[part]["splits"].items()] for part in ("sft", "comparisons")}
         places = {part: (wanted[part]["repository"], wanted[part]["revision"]) for part in parts}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise stage.UserError(f"{source}: {type(error).__name__} {error}; expected what data/openai.json has") from None
     rows, found = {}, {}
     for part, splits in parts.items():

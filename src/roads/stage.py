@@ -33,7 +33,14 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def expect_file(path: Path) -> None:
+    """Raises UserError where something else than a file is there: a FIFO would be waited for, /dev/zero has no end."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise UserError(f"{path}: expected a file")
+
+
 def read_json(path: Path) -> Any:
+    expect_file(path)
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
@@ -94,6 +101,8 @@ def output(out: Path, config: dict, reads: list[Path] = ()) -> Iterator[Path]:
         reads: what it read, named in the one line printed at the end.
     """
     out = Path(out)
+    if out.exists() and not out.is_dir() or out.is_symlink():  # found out now, not when everything is computed
+        raise UserError(f"{out}: expected a folder that this stage may replace")
     for path in reads:
         if not Path(path).exists():
             raise UserError(f"{path}: not found; `dvc repro` makes the inputs of a stage in order")
@@ -104,15 +113,14 @@ def output(out: Path, config: dict, reads: list[Path] = ()) -> Iterator[Path]:
     start = time.perf_counter()
     try:
         yield scratch
-    except BaseException:
+        if not rank:
+            write_json(scratch / "params.json", config)
+            shutil.rmtree(out, ignore_errors=True)
+            os.replace(scratch, out)
+    finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        raise
     if rank:
-        shutil.rmtree(scratch)
         return
-    write_json(scratch / "params.json", config)
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(scratch, out)
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     read = ", ".join(str(p) for p in reads) or "params.yaml"
     print(f"{read} -> {out} ({size / 2**20:.1f} MiB) in {time.perf_counter() - start:.1f} s", flush=True)
@@ -157,7 +165,8 @@ def _launch() -> None:
 
 
 def main(command: Callable[[], int | None], launch: bool = False) -> None:
-    """Run a command line and exit with its code; a `UserError` or a full disk is one line and exit code 2.
+    """Run a command line and exit with its code; a `UserError`, a full disk, or a file or folder that is missing, of
+    another kind, or may not be read or written is one line and exit code 2.
 
     With `launch` it starts itself again under `accelerate launch` where ROADS_LAUNCH names a configuration.
     """
@@ -173,8 +182,9 @@ def main(command: Callable[[], int | None], launch: bool = False) -> None:
         # ENOSPC; safetensors and tokenizers raise errors of their own that say it in words.
         if os.strerror(errno.ENOSPC) in str(error) or getattr(error, "errno", None) == errno.EDQUOT:
             message = f"no space left ({error}): free some disk and run the same command again"
-        elif isinstance(error, OSError) and error.filename:  # a folder in a file's place, one that may not be read
-            message = f"{error.filename}: {str(error.strerror).lower()}"
+        elif isinstance(error, OSError) and error.strerror:
+            place = error.filename2 or error.filename  # of a file that takes another's place, the other
+            message = f"{place}: {error.strerror.lower()}" if place else f"{error.strerror.lower()}; no file is named"
         else:
             raise
     print(f"error: {message}", file=sys.stderr)

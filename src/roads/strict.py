@@ -3,6 +3,7 @@ the nearest key.
 """
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from types import UnionType
@@ -10,9 +11,10 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
+from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 from ruamel.yaml.error import YAMLError
 
-from roads.stage import UserError
+from roads.stage import UserError, expect_file
 
 # Numbers that params.yaml may hold. Their bounds keep out what no machine could do.
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -31,20 +33,33 @@ class Strict(BaseModel):
 Model = TypeVar("Model", bound=BaseModel)
 
 
+class _Constructor(SafeConstructor):
+    """Tells the line of a value that cannot be what its form or its tag says, as the date 2020-13-45."""
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
+            raise ConstructorError(None, None, f"{type(error).__name__} {error}", node.start_mark) from None
+
+
 def read(path: Path, expected: str) -> dict:
     """The mapping in a YAML file, which `expected` describes.
 
     Raises:
         UserError: no such file, not YAML, or no mapping.
     """
-    if Path(path).exists() and not Path(path).is_file():  # a FIFO would be waited for
-        raise UserError(f"{path}: expected a file")
     try:
-        found = YAML(typ="safe").load(Path(path).read_text(encoding="utf-8"))
+        expect_file(path)
+        yaml = YAML(typ="safe")
+        yaml.Constructor = _Constructor
+        found = yaml.load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: not found; run from the root of the project") from None
-    except OSError as error:
+    except OSError as error:  # the one of a read itself names no file
         raise UserError(f"{path}: {str(error.strerror).lower()}; expected {expected}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not YAML that we read: too many levels") from None
     except (YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -109,7 +124,14 @@ def explain(error: Any, model: type[BaseModel], key: str = "", value: Any = None
         inside = str(error["ctx"]["error"])
         of_block = any(isinstance(it, type) and issubclass(it, BaseModel) for it in types)  # its error names the key
         return f"{place}{'.' if of_block else ': '}{inside}" if place else inside
-    return f"{place}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
+    return f"{place}: {error['msg'][0].lower()}{error['msg'][1:]}, got {shown(error['input'])}"
+
+
+def shown(value: Any) -> str:
+    """A value in an error: cut where it is long, as a few aliases of YAML may stand for millions of values."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxdict, short.maxlist, short.maxstring, short.maxlong, short.maxother = 2, 8, 8, 80, 40, 80
+    return short.repr(value)
 
 
 def _leaves(annotation: Any) -> list:

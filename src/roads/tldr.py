@@ -1,7 +1,7 @@
 """TL;DR rows as text and as token arrays: the task of every stage at every scale.
 
-`Task` is the one place that knows the query format, the two lengths and how a text that is too
-long is cut, as in `tasks.py` of openai/summarize-from-feedback.
+`Task` is the one place that knows the query format, the two lengths and how a text that is too long is cut, as in
+`tasks.py` of openai/summarize-from-feedback.
 
 Files of rows are jsonl, an object a line. A post with its summary has the text fields of `Row`. A comparison of two
 summaries has the fields id, subreddit, title, post, chosen and rejected, or is as OpenAI published it:
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from roads.stage import UserError, write_json
+from roads.stage import UserError, expect_file, write_json
 
 EOS, PAD = 0, 1
 BEYOND = 8  # tokens that a cut within a word changes, at most
@@ -87,6 +87,8 @@ def comparison_of(value: dict, where: str) -> Comparison:
 
 def objects(path: Path, names: list[str] = FIELDS) -> Iterator[tuple[dict, str]]:
     """The object of each line of a jsonl file, which may be compressed (.xz), and where it stands: FILE:LINE."""
+    if not Path(path).is_dir():
+        expect_file(path)
     try:
         text = Path(path).read_bytes()
         lines = (lzma.decompress(text) if Path(path).suffix == ".xz" else text).rstrip().split(b"\n")
@@ -207,9 +209,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet,
+                                  show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     return _plain(tokenizer)
 
@@ -220,8 +221,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     Raises:
         UserError: it cannot be read, or its tokens 0 and 1 are no special tokens: they end a text, and pad it.
     """
-    tokenizer = _read_tokenizer(path)[1]
-    special = tokenizer.get_added_tokens_decoder()
+    special = (tokenizer := _read_tokenizer(path)[1]).get_added_tokens_decoder()
     for expected, token in enumerate(SPECIAL):
         if expected not in special or not special[expected].special:
             found = tokenizer.token_to_id(token)
@@ -303,6 +303,7 @@ def _renumbered(spec: dict, ids: dict[str, int], eos: str, pad: str) -> str:
 
 
 def _read_tokenizer(path: Path) -> tuple[str, Tokenizer]:
+    expect_file(path)
     try:
         text = Path(path).read_text(encoding="utf-8")
         return text, Tokenizer.from_str(text)

@@ -11,7 +11,6 @@ import errno
 import functools
 import io
 import logging
-import os
 import re
 import shutil
 from collections import OrderedDict
@@ -21,9 +20,10 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from roads.stage import UserError
+from roads.stage import UserError, expect_file, writing
 
 VERSION = "3.67."
+FILES = ("dvc.yaml", "dvc.lock", ".dvcignore", ".dvc/config", ".dvc/config.local")
 LOCK = "schema: '2.0'\nstages:\n"
 LAYOUT = re.compile(LOCK + r"(?:  [\w@.-]+:\n(?:    .*\n)+)*")  # as DVC writes dvc.lock, with nothing but stages in it
 
@@ -35,6 +35,20 @@ def check_version() -> None:
     if not __version__.startswith(VERSION):
         raise UserError(f"DVC {__version__}: the runner is made for {VERSION}x; `make setup` installs it, and plain "
                         "`dvc repro` needs none of this")
+
+
+@contextlib.contextmanager
+def errors() -> Iterator[None]:
+    """What DVC cannot read, as a UserError."""
+    from dvc.exceptions import DvcException
+
+    for name in FILES:
+        expect_file(Path(name))
+    try:
+        yield
+    except (DvcException, UnicodeDecodeError, OSError) as error:
+        fix = "; `git checkout dvc.lock` brings back what was committed" if "dvc.lock" in str(error) else ""
+        raise UserError(f"dvc: {because(error)}{fix}") from None
 
 
 @contextlib.contextmanager
@@ -133,22 +147,21 @@ def own_entry(stage: str, load_all: Callable, dump_all: Callable) -> tuple[Calla
 
     def dump(lockfile: Any, stages: Any, **kwargs: object) -> None:
         path = Path(lockfile.path)
-        new = path.with_name(f".{path.name}.writing")  # not in .dvc/tmp, which may be another file system
-        if (text := text_of(lockfile)) is None:
-            shutil.copyfile(path, new)
-            lockfile.path = str(new)
-            try:
-                dump_all(lockfile, stages, **kwargs)
-            finally:
-                lockfile.path = str(path)
-        else:
-            for done in stages:
-                before, at = entry_of(done.name, text)
-                text = text[:at] + as_entry(to_lockfile(done, **kwargs)) + text[at + len(before) :]
-            new.write_text(text, encoding="utf-8")
-        for _ in YAML(typ="safe").parse(new.read_text(encoding="utf-8")):  # raises where it is no YAML
-            pass
-        os.replace(new, path)
+        with writing(path) as new:  # not in .dvc/tmp, which may be another file system
+            if (text := text_of(lockfile)) is None:
+                shutil.copyfile(path, new)
+                lockfile.path = str(new)
+                try:
+                    dump_all(lockfile, stages, **kwargs)
+                finally:
+                    lockfile.path = str(path)
+            else:
+                for done in stages:
+                    before, at = entry_of(done.name, text)
+                    text = text[:at] + as_entry(to_lockfile(done, **kwargs)) + text[at + len(before) :]
+                new.write_text(text, encoding="utf-8")
+            for _ in YAML(typ="safe").parse(new.read_text(encoding="utf-8")):  # raises where it is no YAML
+                pass
 
     return load, dump
 

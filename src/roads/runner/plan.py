@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from roads import active, config
-from roads.runner import cost, preflight
+from roads.runner import cost, dvc_patches, preflight
 from roads.runner.devices import DEVICES
+from roads.runner.preflight import amount
 from roads.runner.repro import TIMES, graph_of
-from roads.stage import UserError, main
+from roads.stage import UserError, expect_file, main
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -53,6 +54,7 @@ def switched(scale: str | None, data: str | None) -> Iterator[tuple]:
     here = Path(active.FILE).absolute()
     with tempfile.TemporaryDirectory() as folder:
         for name in (config.PARAMS, config.FIGURES, active.FILE):
+            expect_file(name)
             if name.exists():
                 shutil.copyfile(name, Path(folder) / name)
         try:
@@ -69,7 +71,7 @@ def switched(scale: str | None, data: str | None) -> Iterator[tuple]:
         blocks = {name: block.model_dump(exclude_none=True) for name, block in params.blocks.items()}
         if now.data_from:
             blocks[scale]["data"] |= as_many_as_there_are(Path(now.data_from), blocks[scale]["data"])
-        with Repo(fs=Switched(), _wait_for_lock=True) as repo:
+        with dvc_patches.errors(), Repo(fs=Switched(), _wait_for_lock=True) as repo:
             yield repo, scale, blocks
 
 
@@ -233,11 +235,6 @@ def _time(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _size(size: float) -> str:
-    power = next(p for p in (3, 2, 1) if size >= 1000**p or p == 1)
-    return f"{size / 1000**power:.{0 if size >= 10 * 1000**power else 1}f} {' kMG'[power]}B"
-
-
 def table(stages: list[PlannedStage]) -> str:
     """One line for each entry of dvc.yaml: its stages by status, and the cost of those that would run."""
     rows = [("stage", "time is", "stages", *STATUSES, "each", "in all", "disk")]
@@ -251,7 +248,7 @@ def table(stages: list[PlannedStage]) -> str:
         size = sum(stage.size or 0 for stage in run)
         rows.append((entry, ", ".join(sorted({stage.source for stage in run})), len(group), *counts,
                      _time(sum(known) / len(known)) if known else "", _time(sum(known)) if known else "",
-                     _size(size) if size else ""))
+                     amount(size) if size else ""))
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(map("{:{}{}}".format, map(str, row), "<<>>>>>>>", widths)).rstrip() for row in rows)
 
@@ -285,16 +282,14 @@ def totals(stages: list[PlannedStage], device: str, width: int, cores: int, pric
     what = (f"{asked:,} answers, both orders, {cost.READ} tokens read and {cost.WRITTEN} written each" if asked else
             "nothing that runs asks an outside judge")
     lines.append(f"judge    ${dollars:,.2f}: {what}")
-    lines.append(f"disk     {_size(sum(stage.size or 0 for stage in run))}, and as much again in .dvc/cache unless the "
-                 "file system shares blocks")
+    lines.append(f"disk     {amount(sum(stage.size or 0 for stage in run))}, and as much again in .dvc/cache unless "
+                 "the file system shares blocks")
     if unknown := sorted({entry_of(stage.name) for stage in run if stage.source == "unknown"}):
         lines.append(f"unknown  {', '.join(unknown)}: never run here, not among KINDS of cost.py; left out above")
     return "\n".join(lines)
 
 
 def _command() -> None:
-    from dvc.exceptions import DvcException
-
     parser = argparse.ArgumentParser(prog="python -m roads.runner.plan", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--figure", default="all", help="3, fig3, an extra figure's name, or all (the default)")
@@ -303,10 +298,7 @@ def _command() -> None:
     parser.add_argument("--device", choices=list(DEVICES), help="default: the GPU here, or H100; or cpu")
     parser.add_argument("--dollars-per-hour", type=float, help="what one GPU costs you")
     a = parser.parse_args()
-    try:
-        stages, device, width = plan(a.figure, a.scale, a.data, a.device)
-    except DvcException as error:
-        raise UserError(f"dvc: {error}") from None
+    stages, device, width = plan(a.figure, a.scale, a.data, a.device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(table(stages), totals(stages, device, width, cores, a.dollars_per_hour), sep="\n\n")
 

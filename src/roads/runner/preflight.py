@@ -119,6 +119,8 @@ def _check_folders() -> None:
         if Path(name).exists() and not Path(name).is_dir():
             raise UserError(f"{name}: expected a folder; move that file away")
     for name in ("runs", "reports"):
+        if not os.access(name if Path(name).exists() else ".", os.W_OK):
+            raise UserError(f"{name}: expected a folder that may be written to")
         there = Path(name).resolve()
         if not there.is_relative_to(Path.cwd()):
             raise UserError(f"{name}: a link to {there}, and DVC keeps no results outside the checkout; clone the "
@@ -171,9 +173,18 @@ def _check_gpu(blocks: dict[str, schema.Scale], processes: int, shards: int, cor
 def _check_disk(size: float) -> None:
     free = shutil.disk_usage("runs" if Path("runs").exists() else ".").free
     if size > free:
-        unit, name = (1e9, "GB") if size >= 5e9 else (1e6, "MB")
-        raise UserError(f"these stages write about {size / unit:,.0f} {name} and {free / unit:,.0f} {name} are free; "
-                        "make room, or put runs/ and .dvc/cache on a larger disk")
+        raise UserError(f"these stages write about {amount(size)} and {amount(free)} are free; make room, or put runs/ "
+                        "and .dvc/cache on a larger disk")
+
+
+def amount(size: float) -> str:
+    """Bytes in words.
+
+    >>> [amount(size) for size in (800, 2.46e6, 123e6, 6e9)]
+    ['0.8 kB', '2.5 MB', '123 MB', '6 GB']
+    """
+    power = next(p for p in (3, 2, 1) if size >= 1000**p or p == 1)
+    return f"{round(size / 1000**power, 0 if size >= 10 * 1000**power else 1):g} {' kMG'[power]}B"
 
 
 def _check_judge(blocks: list[schema.Scale]) -> None:

@@ -200,7 +200,8 @@ def bring_up_to_date(todo: dict[str, set[str]], jobs: int, lock: int, gpus: list
     """Run the stages, `jobs` at once; each of them gets one of the GPUs, or none where the list is empty."""
     order, ready, at_work, done, failed = TopologicalSorter(todo), [], {}, 0, []
     order.prepare()
-    with ThreadPoolExecutor(jobs) as pool:
+    TIMES.parent.mkdir(exist_ok=True)
+    with TIMES.open("a", encoding="utf-8", buffering=1) as times, ThreadPoolExecutor(jobs) as pool:
         while order.is_active():
             ready += sorted(order.get_ready())
             while ready and len(at_work) < jobs and not failed:
@@ -218,8 +219,7 @@ def bring_up_to_date(todo: dict[str, set[str]], jobs: int, lock: int, gpus: list
                     done += 1
                     seconds = time.monotonic() - since
                     print(f"done  {stage} ({seconds:.0f} s; {done} of {len(todo)})", flush=True)
-                    with TIMES.open("a", encoding="utf-8") as file:
-                        file.write(f"{stage},{seconds:.1f}\n")
+                    times.write(f"{stage},{seconds:.1f}\n")
                 else:
                     failed.append(f"FAILED {stage}: {reason}")
                     others = f"; {len(at_work)} others still run" if at_work else ""
@@ -243,8 +243,6 @@ def workers(scale: schema.Scale, jobs: int | None, per_gpu: int = 1) -> tuple[in
 
 
 def command() -> int:
-    from dvc.exceptions import DvcException
-
     parser = argparse.ArgumentParser(prog="python -m roads.runner.repro", description=__doc__.splitlines()[0])
     parser.add_argument("targets", nargs="*", help="what to bring up to date (default: all)")
     parser.add_argument("--jobs", type=int, help="at once (default: one per core, or per GPU)")
@@ -264,11 +262,8 @@ def command() -> int:
     if args.make:
         stop_with(args.make)
     lock = checkout_lock()
-    try:
+    with dvc_patches.errors():
         todo, commands = out_of_date(targets)
-    except DvcException as error:
-        fix = "; `git checkout dvc.lock` brings back what was committed" if "dvc.lock" in str(error) else ""
-        raise UserError(f"dvc: {dvc_patches.because(error)}{fix}") from None
     if not todo:
         print("Up to date:", *targets or ["every stage"])
         return 0
