@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 FIGURES := $(shell [ -f figures.yaml ] && sed -n 's/^\([A-Za-z][A-Za-z0-9_-]*\):.*/\1/p' figures.yaml)
-ifeq ($(FIGURES),)
+ifeq ($(FIGURES)$(if $(wildcard figures.yaml),,none),)
 $(error figures.yaml: expected a file with a row for every figure; `git checkout figures.yaml` brings it back)
 endif
 PAPER := $(filter fig%,$(FIGURES))

@@ -296,6 +296,26 @@ def test_a_key_that_no_request_can_carry(cache, serve, monkeypatch, key):
     assert key not in str(error.value) and not fake.asked and not rows(cache)
 
 
+@pytest.mark.parametrize("name", ["OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_CUSTOM_HEADERS"])
+def test_other_headers_of_the_environment_too(cache, serve, monkeypatch, name):
+    fake = serve()
+    monkeypatch.setenv(name, "a\nb: ключ")
+    with pytest.raises(UserError, match=f"^{name}: expected .* in one line"):
+        client.answers(MESSAGES, JUDGE, SPENDING, cache)
+    assert not fake.asked and not rows(cache)
+    if name == "OPENAI_CUSTOM_HEADERS":  # a line each
+        monkeypatch.setenv(name, "X-One: a\nX-Two: b")
+        assert client.answers(MESSAGES[:2], JUDGE, SPENDING, cache) == SAID[:2]
+
+
+def test_certificates_that_are_not_there_are_one_line(cache, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://judge.example/v1")
+    monkeypatch.setenv("SSL_CERT_FILE", "/no/such/file")
+    with pytest.raises(UserError, match="^SSL_CERT_FILE: .*; expected a file of certificates"):
+        client.answers(MESSAGES, JUDGE, SPENDING, cache)
+    assert not rows(cache)
+
+
 @pytest.mark.parametrize("wrong, said", [
     ("https://127.0.0.1:{port}/v1", "whether it is http or https"),
     ("http://no-such-host.invalid/v1", "no connection"),

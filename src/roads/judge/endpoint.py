@@ -112,10 +112,16 @@ def host_of() -> str:
 
 
 def _key() -> str:
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not key.isascii() or not key.isprintable():  # it becomes a line of the request
-        raise UserError("OPENAI_API_KEY: expected letters, digits and signs of ASCII in one line")
-    return key
+    return _header("OPENAI_API_KEY")
+
+
+def _header(name: str) -> str:
+    """A variable that becomes a line of every request; of custom headers, a line each."""
+    text = os.environ.get(name, "").strip()
+    lines = text.split("\n") if name == "OPENAI_CUSTOM_HEADERS" else [text]
+    if not all(line.isascii() and line.isprintable() for line in lines):  # it may be a secret: the text is not shown
+        raise UserError(f"{name}: expected letters, digits and signs of ASCII in one line")
+    return text
 
 
 def _without_key(text: str) -> str:
@@ -128,6 +134,8 @@ def connect() -> "AsyncOpenAI":
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
     host = host_of()
+    for variable in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_CUSTOM_HEADERS"):  # the SDK takes them by itself
+        _header(variable)
     key = _key() or ("none" if _local(host) else None)
     if not key:
         raise UserError(f"OPENAI_API_KEY is not set, and {host} needs it; export it, or let OPENAI_BASE_URL name a "
@@ -138,6 +146,8 @@ def connect() -> "AsyncOpenAI":
     except (ImportError, ValueError) as error:  # a SOCKS proxy without its package, or none that httpx knows
         raise UserError(f"the proxy of HTTPS_PROXY or ALL_PROXY: {str(error).splitlines()[0].rstrip('.')}; take an "
                         f"http:// proxy, or name {name} in NO_PROXY") from None
+    except OSError as error:
+        raise UserError(f"SSL_CERT_FILE: {error.strerror or error}; expected a file of certificates") from None
     return AsyncOpenAI(api_key=key, max_retries=0, http_client=web, timeout=httpx.Timeout(600, connect=CONNECT),
                        _strict_response_validation=True)  # else a page of HTML is a batch
 
