@@ -124,7 +124,13 @@ def test_gradients_of_packed_rows_are_those_of_padded_ones(name):
 def test_a_step_is_the_same_in_one_piece_and_in_several(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows, norms, clip = pairs(16), [], torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: norms.append(float(clip(*args))))
+
+    def spy(*args):
+        found = clip(*args)
+        norms.append(float(found))
+        return found
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
     recipe = schema.Train(lr=1e-4, schedule="linear", batch_size=16, epochs=1)
     for micro_batch in (16, 4):
         net = new("neox").cuda()
@@ -180,9 +186,9 @@ def test_one_process_with_nccl_trains_as_none(stages, tmp_path):
                 "cfg = cfg.model_copy(update={'compute': cfg.compute.model_copy(update={'device': 'gpu'})})\n"
                 "def command(): dpo.dpo(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), cfg, 0)\n"
                 "stage.main(command, launch=True)\n")
-        script = tmp_path / "one.py"
-        script.write_text(code)
-        done = subprocess.run([sys.executable, script, cpu / "pairs", cpu / "sft", out], cwd=ROOT, env=ENV | launch,
+        (tmp_path / "one.py").write_text(code)  # a module, as stages are: accelerate launches it by its name
+        env = ENV | launch | {"PYTHONPATH": f"src{os.pathsep}{tmp_path}"}
+        done = subprocess.run([sys.executable, "-m", "one", cpu / "pairs", cpu / "sft", out], cwd=ROOT, env=env,
                               capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         losses.append(json.loads((out / "metrics.json").read_text())["loss"])
