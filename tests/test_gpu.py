@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ENV, ROOT
+from conftest import ENV as PLAIN
+from conftest import ROOT
 
 from roads import generate_tree, model, packed, schema, stage, train
 from roads.tldr import EOS, PAD
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+PATHS = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]  # a bare machine's packages are named there
+ENV = PLAIN | {"PYTHONPATH": os.pathsep.join(PATHS)}
 IDS = {"vocab_size": 320, "bos_token_id": EOS, "eos_token_id": EOS, "pad_token_id": PAD, "max_position_embeddings": 512}
 CONFIGS = {
     "neox": transformers.GPTNeoXConfig(hidden_size=256, num_hidden_layers=3, num_attention_heads=4,
@@ -56,8 +59,7 @@ def stages(tmp_path_factory):
         if not out.exists():
             out.mkdir()
             done = subprocess.run([sys.executable, ROOT / "tests/device.py", "none", out, "--device", device,
-                                   "--precision", precision, *more], cwd=out, capture_output=True, text=True,
-                                  env=ENV | {"PYTHONPATH": str(ROOT / "src")})
+                                   "--precision", precision, *more], cwd=out, capture_output=True, text=True, env=ENV)
             assert done.returncode == 0, done.stderr[-4000:]
         return out
 
@@ -187,7 +189,7 @@ def test_one_process_with_nccl_trains_as_none(stages, tmp_path):
                 "def command(): dpo.dpo(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), cfg, 0)\n"
                 "stage.main(command, launch=True)\n")
         (tmp_path / "one.py").write_text(code)  # a module, as stages are: accelerate launches it by its name
-        env = ENV | launch | {"PYTHONPATH": f"src{os.pathsep}{tmp_path}"}
+        env = ENV | launch | {"PYTHONPATH": os.pathsep.join([*PATHS, str(tmp_path)])}
         done = subprocess.run([sys.executable, "-m", "one", cpu / "pairs", cpu / "sft", out], cwd=ROOT, env=env,
                               capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
