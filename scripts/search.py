@@ -1,7 +1,7 @@
 """Choose mini's hyperparameters on development seeds, and record what was tried: `make search`.
 
-All of it runs in a world of its own (world seed 100) with training seeds 100 and 101; the figures use world seed 0
-and seeds 0, 1, 2. First offline DPO alone is brought to its best; online DPO then takes the same values and
+All of it runs in two worlds of its own, 100 and 101, with a training seed of the same number each; the figures use
+other worlds and seeds 0 to 9. First offline DPO alone is brought to its best; online DPO then takes the same values and
 adds only its sampling temperature, shown for both tasks. The reward models are chosen by their log loss on held-out
 pairs. Cells already in runs/.search are not run again. Writes docs/search.csv and the tables of docs/search.md.
 """
@@ -22,9 +22,9 @@ from roads import config, schema, stage
 from roads.stages import base, data, dpo, evaluate, likelihood, rank, reward, sample, sft
 
 RUNS, DOCS = Path("runs/.search"), Path("docs")
-WORLD_SEED, SEEDS = 100, (100, 101)
+WORLDS = (100, 101)  # a world's training seed is its own number
 DPO = {"lr": (1e-4, 3e-4, 1e-3), "beta": (0.02, 0.05, 0.1, 0.2), "epochs": (1, 2, 4)}
-DPO_ROUGE = {"lr": (1e-4, 3e-4, 1e-3), "beta": (0.05, 0.1, 0.2), "epochs": (1, 2)}
+DPO_ROUGE = {"lr": (1e-4, 3e-4), "beta": (0.05, 0.2), "epochs": (1, 2)}
 LOCAL = {"lr": (1e-4, 3e-4, 1e-3), "beta": (0.05, 0.1, 0.2, 0.5), "epochs": (1,)}
 REWARD = {"lr": (3e-4, 5e-4, 1e-3, 2e-3), "epochs": (1,)}
 TEMPERATURES = {"temperature": (0.1, 0.25, 0.5)}
@@ -45,74 +45,80 @@ def once(out: Path, function, *args, **options) -> Path:
     return out
 
 
+def home(cfg: schema.Scale) -> Path:
+    return RUNS / f"world{cfg.source.seed}"
+
+
 def prepare(cfg: schema.Scale) -> None:
-    once(RUNS / "data", data.data, None, RUNS / "data", cfg)
-    once(RUNS / "base", base.base, RUNS / "data", RUNS / "base", cfg)
-    once(RUNS / "sft", sft.sft, RUNS / "data", RUNS / "base", RUNS / "sft", cfg)
+    """A world's data, base, SFT policy and pairs."""
+    runs = home(cfg)
+    once(runs / "data", data.data, None, runs / "data", cfg)
+    once(runs / "base", base.base, runs / "data", runs / "base", cfg)
+    once(runs / "sft", sft.sft, runs / "data", runs / "base", runs / "sft", cfg)
     for task, split in itertools.product(("human", "rouge"), ("preferences", "valid")):
-        where = RUNS / task / split
+        where = runs / task / split
         drawn, pairs = where / "candidates", where / "pairs"
-        once(drawn, sample.sample, RUNS / "sft", RUNS / f"data/{split}.npz", drawn, cfg, task, 0)
-        once(pairs, rank.rank, drawn, pairs, cfg, task, data=RUNS / "data", split=split)
+        once(drawn, sample.sample, runs / "sft", runs / f"data/{split}.npz", drawn, cfg, task, 0)
+        once(pairs, rank.rank, drawn, pairs, cfg, task, data=runs / "data", split=split)
 
 
 def metrics(folder: Path) -> dict:
     return stage.read_json(folder / "metrics.json")
 
 
-def score(policy: Path, task: str, cfg: schema.Scale, seed: int) -> dict:
+def score(policy: Path, task: str, cfg: schema.Scale) -> dict:
     """Mean score of a policy on the task's test prompts."""
     done, out = policy / "completions", policy / "scores"
-    once(done, sample.sample, policy, RUNS / f"data/test_{task}.npz", done, cfg, "evaluate", seed)
-    found = metrics(once(out, evaluate.evaluate, done, RUNS / "data", out, cfg, task))
+    once(done, sample.sample, policy, home(cfg) / f"data/test_{task}.npz", done, cfg, "evaluate", cfg.source.seed)
+    found = metrics(once(out, evaluate.evaluate, done, home(cfg) / "data", out, cfg, task))
     return {"score": found["mean_score"]} | ({"validity": found["validity"]} if task == "human" else {})
 
 
 def likely(path: Path, task: str, cfg: schema.Scale, kind: str) -> dict:
-    out, valid = path / "likelihood", RUNS / task / "valid/pairs"
-    found = metrics(once(out, likelihood.likelihood, path, valid, RUNS / "sft", out, cfg, kind))
+    out, valid = path / "likelihood", home(cfg) / task / "valid/pairs"
+    found = metrics(once(out, likelihood.likelihood, path, valid, home(cfg) / "sft", out, cfg, kind))
     return {"likelihood": found["mean_score"], "log_loss": found["log_loss"], "accuracy": found["accuracy"]}
 
 
-def place(task: str, kind: str, seed: int, values: dict) -> Path:
-    return RUNS / task / kind / "_".join(f"{key}{value:g}" for key, value in values.items()) / f"s{seed}"
+def place(cfg: schema.Scale, task: str, kind: str, values: dict) -> Path:
+    return home(cfg) / task / kind / "_".join(f"{key}{value:g}" for key, value in values.items())
 
 
-def train(cfg: schema.Scale, kind: str, task: str, seed: int, values: dict) -> Path:
+def train(cfg: schema.Scale, kind: str, task: str, values: dict) -> Path:
     """A reward model or policy trained from SFT with these values."""
-    cfg, out = changed(cfg, kind, **values), place(task, kind, seed, values)
-    inputs = RUNS / task / "preferences/pairs", RUNS / "sft", out, cfg, seed
+    cfg, out = changed(cfg, kind, **values), place(cfg, task, kind, values)
+    inputs = home(cfg) / task / "preferences/pairs", home(cfg) / "sft", out, cfg, cfg.source.seed
     if kind == "reward":
         return once(out, reward.reward, *inputs)
     return once(out, dpo.dpo, *inputs, local=kind == "local")
 
 
-def cell(cfg: schema.Scale, kind: str, task: str, seed: int, values: dict) -> dict:
-    """Train and score one setting with one seed."""
+def cell(cfg: schema.Scale, kind: str, task: str, values: dict) -> dict:
+    """Train and score one setting in one world."""
     if kind == "online":
-        found = online(cfg, task, seed, values)
+        found = online(cfg, task, values)
     else:
-        out, used = train(cfg, kind, task, seed, values), changed(cfg, kind, **values)
-        found = likely(out, task, used, kind) | (score(out, task, used, seed) if kind == "dpo" else {})
-    return {"kind": kind, "task": task, "seed": seed, **values, **found}
+        out, used = train(cfg, kind, task, values), changed(cfg, kind, **values)
+        found = likely(out, task, used, kind) | (score(out, task, used) if kind == "dpo" else {})
+    return {"kind": kind, "task": task, "world": cfg.source.seed, "seed": cfg.source.seed, **values, **found}
 
 
-def online(cfg: schema.Scale, task: str, seed: int, values: dict) -> dict:
+def online(cfg: schema.Scale, task: str, values: dict) -> dict:
     """Online DPO with the very values of offline DPO, and the reward model of params.yaml."""
     same = {key: values[key] for key in DPO}
-    offline = train(cfg, "dpo", task, seed, same)
-    twice = train(cfg, "dpo", task, seed, same | {"epochs": 2 * same["epochs"]})
-    rm = train(cfg, "reward", task, seed, {key: getattr(cfg.reward, key) for key in REWARD})
+    offline = train(cfg, "dpo", task, same)
+    twice = train(cfg, "dpo", task, same | {"epochs": 2 * same["epochs"]})
+    rm = train(cfg, "reward", task, {key: getattr(cfg.reward, key) for key in REWARD})
     cfg = changed(cfg, "dpo", **same)
     cfg = cfg.model_copy(update={"samples": changed(
         cfg.samples, "online", temperature=values["temperature"], logits_divided_by=values["temperature"])})
-    out = place(task, "online", seed, values)
+    out, seed = place(cfg, task, "online", values), cfg.source.seed
     drawn, pairs, policy = out / "candidates", out / "pairs", out / "policy"
-    once(drawn, sample.sample, offline, RUNS / "data/preferences.npz", drawn, cfg, "online", seed)
+    once(drawn, sample.sample, offline, home(cfg) / "data/preferences.npz", drawn, cfg, "online", seed)
     once(pairs, rank.rank, drawn, pairs, cfg, "reward", model=rm)
     once(policy, dpo.dpo, pairs, offline, policy, cfg, seed, online=True)
-    return {"dpo": score(offline, task, cfg, seed)["score"], "dpo_2x": score(twice, task, cfg, seed)["score"],
-            **score(policy, task, cfg, seed), "dropped_ties": metrics(pairs)["dropped_as_ties"]}
+    return {"dpo": score(offline, task, cfg)["score"], "dpo_2x": score(twice, task, cfg)["score"],
+            **score(policy, task, cfg), "dropped_ties": metrics(pairs)["dropped_as_ties"]}
 
 
 def settings(grid: dict) -> list[dict]:
@@ -161,9 +167,10 @@ def write(results: dict[str, list[dict]]) -> None:
 
 def main() -> None:
     mini = config.load_scale("mini")
-    cfg = changed(mini, "source", seed=WORLD_SEED)
-    prepare(cfg)
-    chosen = {key: getattr(cfg.dpo, key) for key in DPO}
+    worlds = [changed(mini, "source", seed=seed) for seed in WORLDS]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        list(tqdm(pool.map(prepare, worlds), total=len(worlds), desc="worlds", unit="world"))
+    chosen = {key: getattr(mini.dpo, key) for key in DPO}
     swept = [chosen | warm for warm in settings(TEMPERATURES)]
     plan = {
         "dpo": {"human": settings(DPO), "rouge": settings(DPO_ROUGE)},
@@ -171,8 +178,8 @@ def main() -> None:
         "reward": {"human": settings(REWARD), "rouge": settings(REWARD)},
         "online": {"human": swept + [other | {"temperature": 0.1} for other in ALIKE], "rouge": swept},
     }
-    results = {kind: run([(cfg, kind, task, seed, values) for task, cells in tasks.items() for values in cells
-                          for seed in SEEDS], kind) for kind, tasks in plan.items()}
+    results = {kind: run([(cfg, kind, task, values) for task, cells in tasks.items() for values in cells
+                          for cfg in worlds], kind) for kind, tasks in plan.items()}
     write(results)
 
 

@@ -15,18 +15,18 @@ def world(tiny):
 
 
 def test_quality_by_hand(world):
-    """K = 2: salience + interaction * (sum of squared cluster counts / 2 - 1) - 4 * share of bad positions."""
+    """K = 2: worth + interaction * (sum of squared cluster counts / 2 - 1) - 4 * share of bad positions."""
     w, first = world, world.first_word
     world.cluster[:] = [0, 1, 0, 1, 0, 0]
     query = np.array([[w.first_subreddit + 1, first + 0, first + 2, first + 3, first + 4, 2]])
-    salience, bonus = w.salience[1], w.cfg.interaction
+    worth, bonus = w.worth[1], w.cfg.interaction
 
     def quality(*words):
         return w.quality(query, np.array([[first + words[0], first + words[1], EOS, PAD]]))[0]
 
-    assert quality(2, 4) == pytest.approx(salience[2] + salience[4] + bonus * (4 / 2 - 1))  # both of cluster 0
-    assert quality(0, 3) == pytest.approx(salience[0] + salience[3] + bonus * (2 / 2 - 1))  # one of each
-    assert quality(1, 3) == pytest.approx(salience[3] + bonus * (1 / 2 - 1) - 2)  # 1 is not offered
+    assert quality(2, 4) == pytest.approx(worth[2] + worth[4] + bonus * (4 / 2 - 1))  # both of cluster 0
+    assert quality(0, 3) == pytest.approx(worth[0] + worth[3] + bonus * (2 / 2 - 1))  # one of each
+    assert quality(1, 3) == pytest.approx(worth[3] + bonus * (1 / 2 - 1) - 2)  # 1 is not offered
     no_end = w.quality(query, np.array([[first + 2, first + 4, first + 4, EOS]]))[0]
     assert no_end == pytest.approx(quality(2, 4) - 2)
 
@@ -37,7 +37,7 @@ def test_prompts_and_summaries(world):
     response = world.summaries(query, rng)
     assert query.shape == (500, 6) and (query[:, -1] == 2).all() and response.shape == (500, 3)
     assert (world.validity(query, response) == 1).all()
-    likely = world.quality(query, world.summaries(query, rng, follow_salience=True))
+    likely = world.quality(query, world.summaries(query, rng, liked=True))
     assert likely.mean() > world.quality(query, response).mean() + 0.3
 
 
@@ -62,4 +62,4 @@ def test_best_and_worst():
 def test_a_world_is_its_seed(tiny):
     one, two = World(tiny.source), World(tiny.source)
     other = World(tiny.source.model_copy(update={"seed": 5}))
-    assert np.array_equal(one.salience, two.salience) and not np.array_equal(one.salience, other.salience)
+    assert np.array_equal(one.tables, two.tables) and not np.array_equal(one.tables, other.tables)

@@ -23,16 +23,20 @@ class World(Strict):
     words: Count  # per slot
     candidates: Count  # words of a slot that a prompt offers
     clusters: Count
-    interaction: NonNegative  # weight of coherence in the gold quality
+    taste: Annotated[list[Finite], Field(min_length=1, max_length=8)]  # weight of each attribute in the gold quality
+    interaction: NonNegative  # weight of coherence there
     tau: Positive  # temperature of the Bradley-Terry labels of task human, in units of quality
-    karma_buckets: Count
-    karma_noise: NonNegative  # sd of the noise on the quality that the karma token tells
-    karma_weight: NonNegative  # weight of the karma token in the base's loss; a word weighs 1
+    tags: Literal["attributes", "quality"]  # what the last token of a base's document tells: all, or what is liked
+    tag_buckets: Count  # of each attribute, or of the quality
+    tag_noise: NonNegative  # sd of the noise on what the tag tells
+    tag_weight: NonNegative  # weight of the tag in the base's loss; a word weighs 1
 
     @model_validator(mode="after")
     def _choice(self) -> "World":
         if not 2 <= self.candidates <= self.words:
             raise ValueError(f"candidates: expected 2 to words={self.words}, got {self.candidates}")
+        if not any(self.taste):
+            raise ValueError(f"taste: expected a weight for each attribute, not all 0; got {self.taste}")
         return self
 
 
@@ -108,8 +112,7 @@ class Pretrained(Strict):
 
 
 class Packaged(Strict):
-    """A language model that an installed package holds (hub.PACKAGES), or any GGUF file that transformers reads; stage
-    base dequantises it."""
+    """A language model of an installed package (hub.PACKAGES), or any GGUF file; stage base dequantises it."""
 
     kind: Literal["packaged"]
     name: str  # of hub.PACKAGES, or the path of a .gguf file
@@ -202,8 +205,7 @@ class Sampling(Strict):
     temperature: Positive
 
 
-# A prompt whose completions tie has no pair. It is dropped, or kept as a pair of equal sides: a step's worth of rows
-# without a gradient, so that as many steps are taken as without ties.
+# A prompt whose completions tie is dropped, or kept as a pair of equal sides, which has no gradient but takes steps.
 Ties = Literal["drop", "keep"]
 
 
@@ -292,8 +294,7 @@ class Scale(Strict):
             raise ValueError(f"samples.human.labels: expected {own} or judge, got {self.samples.human.labels}")
         if self.samples.human and (self.samples.human.tau is not None) != (
                 isinstance(self.judge, Known) and self.samples.human.labels == "annotators"):
-            raise ValueError("samples.human.tau: expected a number for annotators of posts, and none elsewhere (a "
-                             "world's is source.tau)")
+            raise ValueError("samples.human.tau: expected a number for annotators of posts, and none elsewhere")
         if bool(self.judge and self.judge.kind in OUTSIDE) != (self.spending is not None):
             raise ValueError("spending: expected a block where the judge is asked over a network, and null elsewhere")
         if not (self.model.kind == "new") == (self.base is not None) == (self.data.base > 0):

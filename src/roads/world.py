@@ -1,14 +1,23 @@
 """The slot world: a synthetic summarisation task whose true quality is known (scale mini).
 
 A prompt offers `candidates` words for each of K slots, shuffled; a summary names one candidate per
-slot, in slot order, then EOS. Gold quality of a summary y for subreddit g:
+slot, in slot order, then EOS. An attribute of a summary y for subreddit g is a sum over its words,
 
-    q(y) = sum_k salience[g, y_k] + interaction * (sum_c count_c(y)^2 / K - 1) - 2K * invalid(y) / K
+    A_a(y) = sum_k table_a[g, y_k]
 
-Salience is a fixed standard-normal table; every word belongs to one cluster and count_c counts the
-words of cluster c (coherence: a property of the whole summary, easy to verify, harder to generate).
-A position without a candidate of its slot is invalid.
+of a fixed standard-normal table. Gold quality weighs the attributes by `taste`, scaled to length 1:
+
+    q(y) = sum_a taste_a A_a(y) + interaction * (sum_c count_c(y)^2 / K - 1) - 2K * invalid(y) / K
+
+Every word belongs to one cluster and count_c counts the words of cluster c (coherence: a property of the whole
+summary, easy to verify, harder to generate). A position without a candidate of its slot is invalid.
+
+A document of the base's corpus ends, after EOS, in a tag. By `tags: attributes` it tells a noisy look at every
+attribute, and nothing about which of them readers like: only preferences show that. By `tags: quality` it tells a
+noisy look at the quality itself.
 """
+
+import math
 
 import numpy as np
 
@@ -24,23 +33,29 @@ class World:
         self.cfg = cfg
         rng = np.random.default_rng([cfg.seed, 0])
         n_words = cfg.slots * cfg.words
-        self.salience = rng.standard_normal((cfg.subreddits, n_words))
+        tables = [rng.standard_normal((cfg.subreddits, n_words))]
         self.cluster = rng.integers(cfg.clusters, size=n_words)
-        self.first_karma = TLDR + 1
-        self.first_subreddit = self.first_karma + cfg.karma_buckets
+        tables += [np.random.default_rng([cfg.seed, 76 + a]).standard_normal((cfg.subreddits, n_words))
+                   for a in range(1, len(cfg.taste))]
+        self.tables = np.stack(tables)  # [attributes, subreddits, words]
+        taste = np.array(cfg.taste)
+        self.worth = np.tensordot(taste / np.linalg.norm(taste), self.tables, 1)  # of a word to readers
+        self.tag_shape = (cfg.tag_buckets,) * (len(cfg.taste) if cfg.tags == "attributes" else 1)
+        self.first_tag = TLDR + 1
+        self.first_subreddit = self.first_tag + math.prod(self.tag_shape)
         self.first_word = self.first_subreddit + cfg.subreddits
         self.vocab_size = self.first_word + n_words
-        # Karma buckets are equally likely under random summaries.
+        # The buckets of what a tag tells are equally likely under random summaries.
         queries = self.prompts(4096, np.random.default_rng([cfg.seed, 1]))
-        quality = self.quality(queries, self.summaries(queries, np.random.default_rng([cfg.seed, 2])))
-        self.karma_edges = np.quantile(quality, np.linspace(0, 1, cfg.karma_buckets + 1)[1:-1])
+        told = self._tagged(queries, self.summaries(queries, np.random.default_rng([cfg.seed, 2])))
+        self.tag_edges = np.quantile(told, np.linspace(0, 1, cfg.tag_buckets + 1)[1:-1], axis=1).T
 
     def vocabulary(self) -> list[str]:
         """Token strings by id."""
         c = self.cfg
         words = [_SLOTS[k % 14] * (1 + k // 14) + _WORDS[w % 14] * (1 + w // 14)
                  for k in range(c.slots) for w in range(c.words)]
-        return (["<|endoftext|>", "<|padding|>", "TL;DR:"] + [f"karma{i}" for i in range(c.karma_buckets)]
+        return (["<|endoftext|>", "<|padding|>", "TL;DR:"] + [f"tag{i}" for i in range(math.prod(self.tag_shape))]
                 + [f"r/{i}" for i in range(c.subreddits)] + words)
 
     def prompts(self, n: int, rng: np.random.Generator) -> np.ndarray:
@@ -57,13 +72,20 @@ class World:
         words = np.sort(queries[:, 1:-1].astype(np.int64) - self.first_word, axis=1)
         return queries[:, 0] - self.first_subreddit, words.reshape(len(queries), c.slots, c.candidates)
 
-    def summaries(self, queries: np.ndarray, rng: np.random.Generator, follow_salience: bool = False) -> np.ndarray:
-        """Responses [n, K + 1]: per slot a random candidate, or one drawn from softmax(salience)."""
+    def summaries(self, queries: np.ndarray, rng: np.random.Generator, liked: bool = False) -> np.ndarray:
+        """Responses [n, K + 1]: per slot a random candidate, or one drawn from softmax(worth)."""
         subreddit, offered = self._parse(queries)
-        logits = self.salience[subreddit[:, None, None], offered] * float(follow_salience)
+        logits = self.worth[subreddit[:, None, None], offered] * float(liked)
         choice = np.argmax(logits + rng.gumbel(size=logits.shape), axis=2)
         words = np.take_along_axis(offered, choice[:, :, None], axis=2)[:, :, 0] + self.first_word
         return np.hstack([words, np.full((len(queries), 1), EOS)]).astype(np.int32)
+
+    def attributes(self, queries: np.ndarray, responses: np.ndarray) -> np.ndarray:
+        """Attributes [a, n] of responses [n, R]; a word that the prompt does not offer counts for nothing."""
+        subreddit, offered = self._parse(queries)
+        word = self._slot_words(responses)
+        valid = (word[:, :, None] == offered).any(axis=2)
+        return np.where(valid, self.tables[:, subreddit[:, None], np.where(valid, word, 0)], 0.0).sum(axis=2)
 
     def quality(self, queries: np.ndarray, responses: np.ndarray) -> np.ndarray:
         """Gold quality [n] of responses [n, R]."""
@@ -72,11 +94,11 @@ class World:
         word = self._slot_words(responses)
         valid = (word[:, :, None] == offered).any(axis=2)
         word = np.where(valid, word, 0)
-        salience = np.where(valid, self.salience[subreddit[:, None], word], 0.0).sum(axis=1)
+        worth = np.where(valid, self.worth[subreddit[:, None], word], 0.0).sum(axis=1)
         counts = np.zeros((len(queries), c.clusters))
         np.add.at(counts, (np.arange(len(queries))[:, None], self.cluster[word]), valid)
         coherence = (counts**2).sum(axis=1) / c.slots - 1
-        return salience + c.interaction * coherence - 2 * c.slots * (1 - self.validity(queries, responses))
+        return worth + c.interaction * coherence - 2 * c.slots * (1 - self.validity(queries, responses))
 
     def validity(self, queries: np.ndarray, responses: np.ndarray) -> np.ndarray:
         """Share of positions [n] that hold a candidate of their slot; a missing EOS counts as a bad one."""
@@ -93,7 +115,19 @@ class World:
         words[:, :width] = responses[:, :width].astype(np.int64) - self.first_word
         return words
 
-    def karma(self, quality: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Karma tokens [n]: the bucket of a noisy look at the quality."""
-        noisy = quality + self.cfg.karma_noise * rng.standard_normal(len(quality))
-        return (self.first_karma + np.searchsorted(self.karma_edges, noisy)).astype(np.int32)
+    def _tagged(self, queries: np.ndarray, responses: np.ndarray) -> np.ndarray:
+        """What a tag tells of responses [n, R], before its noise: [attributes, n], or the quality [1, n]."""
+        if self.cfg.tags == "attributes":
+            return self.attributes(queries, responses)
+        return self.quality(queries, responses)[None]
+
+    def tags(self, queries: np.ndarray, responses: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Tag tokens [n]: the buckets of a noisy look at what tags tell, the last one's running fastest."""
+        told = self._tagged(queries, responses)
+        noisy = told + self.cfg.tag_noise * rng.standard_normal(told.shape)
+        buckets = [np.searchsorted(edges, look) for edges, look in zip(self.tag_edges, noisy, strict=True)]
+        return (self.first_tag + np.ravel_multi_index(buckets, self.tag_shape)).astype(np.int32)
+
+    def tag_values(self) -> np.ndarray:
+        """What each tag says, [tags]: the sum of its buckets, each attribute counting alike."""
+        return np.indices(self.tag_shape).sum(0).ravel()

@@ -22,9 +22,8 @@ FIGURES = {  # caption, x of a block, its axis, its label in a bar's name, polic
     "complexity": ("Weight of coherence, a property of the whole summary, in its quality; at 0 that is a sum of words.",
                    lambda cfg: cfg.source.interaction, "weight of the interaction", "interaction",
                    ["dpo", "dpo_2x", "online"], False),
-    "verifier": ("Weight of the karma token in pretraining, the only sign of quality that the base ever sees.",
-                 lambda cfg: cfg.source.karma_weight, "weight of the karma token", "karma", ["dpo", "dpo_2x", "online"],
-                 False),
+    "verifier": ("Weight of the tag in pretraining, the only place where the base learns what a summary is like.",
+                 lambda cfg: cfg.source.tag_weight, "weight of the tag", "tag", ["dpo", "dpo_2x", "online"], False),
     "worlds": ("Worlds drawn with other seeds (salience, clusters, all data), with the hyperparameters of the first.",
                lambda cfg: cfg.source.seed, "seed of the world", "world", ["dpo", "dpo_2x", "online"], False),
 }

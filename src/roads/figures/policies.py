@@ -1,4 +1,4 @@
-"""Figures that compare policies: 3, 4, 5, 6, 10, 11 and the switches of the recipe.
+"""Figures that compare policies: 3, 4, 5, 6, 10, 11, told and the switches of the recipe.
 
     python -m roads.figures.policies runs reports/mini --scale mini --figure fig3
 """
@@ -33,6 +33,8 @@ FIGURES = {  # caption, measure, where the bars start
               "quality.", WINRATE, 0),
     "fig11": ("Pairs are the best and the worst of 25 samples by ROUGE-L against a summary that the policy cannot see: "
               "the reward is no simpler than the policy.", ROUGE, 0),
+    "told": ("Fig. 3 in a world whose base was told, by the tag at the end of every document, how good it is: "
+             "its verifier was pretrained, and the pairs only show that it is the one to use.", WINRATE, 0),
     "recipe": ("schedule: DPO's learning rate falls as a cosine. rm-batch: twice the reward model's batch. loader: "
                "each of eight GPUs shuffles for itself, so an epoch of DPO has 66% of the pairs. logits: online "
                "training does not divide them by the temperature. author-code: the first three together, as in the "
@@ -55,7 +57,7 @@ def graph_bars(scale: str, name: str) -> list[Bar]:
 
 
 def arm_bars(scale: str, name: str, arms: dict[str, schema.Scale]) -> list[Bar]:
-    """The bars of Figs 5, 6, 10 and of the recipe: an arm's policies, with the scale's own where they are compared."""
+    """The bars of Figs 5, 6, 10, told and of the recipe: an arm's policies, with the scale's own where compared."""
     if name in ("recipe", "recipe_data"):
         labels = {"paper": ""} | {arm: arm for arm in arms}
         return [Bar(f"{NAMES[policy]} {label}", *figure.policy(scale, policy, name, arm), series=NAMES[policy])
@@ -65,7 +67,8 @@ def arm_bars(scale: str, name: str, arms: dict[str, schema.Scale]) -> list[Bar]:
         labels = {"Online(SFT)": ""} | {f"Online(SFT) {more_prompts(ours, cfg)}": arm for arm, cfg in arms.items()}
         return [Bar(label, *figure.policy(scale, "online_sft", name, arm), series="Online(SFT)")
                 for label, arm in labels.items()]
-    shown = ["dpo", "online_sft", "online"] if name == "fig6" else ["dpo", "dpo_2x", "online"]
+    shown = {"fig6": ["dpo", "online_sft", "online"], "told": ["dpo", "dpo_2x", "online_sft", "online"]}.get(
+        name, ["dpo", "dpo_2x", "online"])
     return [Bar(NAMES[policy], *figure.policy(scale, policy, name, next(iter(arms)))) for policy in ["sft", *shown]]
 
 

@@ -139,7 +139,8 @@ class Command:
 def _vocab(block: dict) -> int:
     source = block["source"]
     if source["kind"] == "world":
-        return 3 + source["karma_buckets"] + source["subreddits"] + source["slots"] * source["words"]
+        attributes = len(source["taste"]) if source["tags"] == "attributes" else 1
+        return 3 + source["tag_buckets"]**attributes + source["subreddits"] + source["slots"] * source["words"]
     return source.get("vocab_size") or PYTHIA_VOCAB
 
 

@@ -49,19 +49,18 @@ def from_world(cfg: schema.Scale) -> tuple[object, dict[str, dict[str, np.ndarra
     for split, stream in STREAMS.items():
         rng = np.random.default_rng([cfg.source.seed, stream])
         query = world.prompts(getattr(cfg.data, split), rng)
-        # References of the preference set follow salience (what readers like), those of SFT and of the
-        # winrate don't: SFT alone must not already solve the task.
-        response = world.summaries(query, rng, follow_salience=split in ("preferences", "valid", "more"))
+        # References of the preference set are of words that readers like, those of SFT and of the winrate are not: SFT
+        # alone must not already solve the task.
+        response = world.summaries(query, rng, liked=split in ("preferences", "valid", "more"))
         splits[split] = {"query": query, "response": response}
     # One more column than a summary needs: when to stop is the policy's to learn.
     for split in SPLITS:
         splits[split]["response"] = np.pad(splits[split]["response"], ((0, 0), (0, 1)), constant_values=tldr.PAD)
     base = splits["base"]
-    karma = world.karma(world.quality(base["query"], base["response"]), rng)[:, None]
-    tokens = np.hstack([base["query"], base["response"], karma])
+    tokens = np.hstack([base["query"], base["response"], world.tags(base["query"], base["response"], rng)[:, None]])
     weights = np.ones(tokens.shape, np.float32)
     weights[:, : base["query"].shape[1]] = 0  # a post is random words: there is nothing in it to predict
-    weights[:, -1] = cfg.source.karma_weight
+    weights[:, -1] = cfg.source.tag_weight
     splits["base"] = {"tokens": tokens, "weights": weights}
     return tokenizer, splits
 
