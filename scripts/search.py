@@ -29,8 +29,8 @@ LOCAL = {"lr": (1e-4, 3e-4, 1e-3), "beta": (0.05, 0.1, 0.2, 0.5), "epochs": (1,)
 REWARD = {"lr": (3e-4, 5e-4, 1e-3, 2e-3), "epochs": (1,)}
 TEMPERATURES = {"temperature": (0.1, 0.25, 0.5)}
 # Other values at which offline DPO is about as good: does the gap hang on the choice?
-ALIKE = [{"lr": 1e-4, "beta": 0.02, "epochs": 2}, {"lr": 3e-4, "beta": 0.02, "epochs": 2},
-         {"lr": 3e-4, "beta": 0.1, "epochs": 1}, {"lr": 1e-3, "beta": 0.2, "epochs": 4}]
+ALIKE = [{"lr": 1e-4, "beta": 0.02, "epochs": 2}, {"lr": 1e-4, "beta": 0.05, "epochs": 4},
+         {"lr": 3e-4, "beta": 0.1, "epochs": 2}, {"lr": 3e-4, "beta": 0.1, "epochs": 1}]
 
 
 def changed(cfg: schema.Scale, block: str, **values) -> schema.Scale:

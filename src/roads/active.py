@@ -8,6 +8,7 @@
 
 import argparse
 import io
+from collections.abc import Iterable
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -38,8 +39,11 @@ def follow(scale: str, data_from: str | None, params: config.Params) -> Active:
 
     shown = [name for name, row in table.items() if has(name, row)]
 
+    def named(seeds: Iterable[int]) -> list[str]:
+        return [f"s{seed}" for seed in sorted(set(seeds))]
+
     def run_seeds(figures: list[str]) -> list[str]:
-        return [f"s{seed}" for seed in sorted({seed for name in figures for seed in params.seeds_of(name)})]
+        return named(seed for name in figures for seed in params.seeds_of(name, scale))
 
     show_arms = {name: [other for other in shown if name == other or name in table[other].borrows] for name in arms}
     # An arm of Fig 9 may be a reward model alone, on the SFT checkpoint of its scale.
@@ -47,12 +51,14 @@ def follow(scale: str, data_from: str | None, params: config.Params) -> Active:
     models = [arm for arm in arms.get("fig9", []) if arm not in rewards]
     own = {f"{name}.{arm}": params.arms[f"{scale}.{name}.{arm}"].synthetic for name in arms for arm in arms[name]
            if table[name].sft == "own" and not (name == "fig9" and arm in rewards)}
+    more = params.more_seeds(scale) if "fig3" in shown else []
     return Active(
         scale=scale, data_from=data_from, tasks=tasks, figures={name: [scale] * (name in shown) for name in table},
         arms=arms, figure_seeds={name: run_seeds([name]) for name in table},
-        run_seeds={"graph": run_seeds([name for name in shown if table[name].reads]),
+        run_seeds={"graph": named(params.graph_seeds(scale)), "more": named(more),
                    **{name: run_seeds(others) for name, others in show_arms.items()}},
-        from_world=[scale] * cfg.synthetic, from_posts=[scale] * (not cfg.synthetic),
+        more=config.MORE if more else "sft", from_world=[scale] * cfg.synthetic,
+        from_posts=[scale] * (not cfg.synthetic),
         arms_from_world=[name for name, synthetic in own.items() if synthetic],
         arms_from_posts=[name for name, synthetic in own.items() if not synthetic], arms_with_sft=list(own),
         sizes=[scale, *(f"{scale}.fig9.{arm}" for arm in models)], fig9_models=models, fig9_rewards=rewards)

@@ -63,3 +63,15 @@ def vocabulary(folder: Path) -> int | None:
     config = read_json(path) if path.exists() else {}
     size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
     return size if isinstance(size, int) else None
+
+
+def posts(query: np.ndarray, name: str = "post") -> dict[str, np.ndarray]:
+    """Which post each row of queries [N, Q] is about, as an array [N] of that name; none where no two rows share one.
+
+    Rows of a post are not independent: intervals resample posts (stats.py).
+
+    >>> posts(np.array([[3, 4], [5, 6], [3, 4]]))["post"].tolist(), posts(np.array([[3], [4]]))
+    ([0, 1, 0], {})
+    """
+    unique, number = np.unique(query, axis=0, return_inverse=True)
+    return {name: number.ravel()} if len(unique) < len(query) else {}

@@ -17,6 +17,7 @@ from roads.stage import UserError, main
 from roads.strict import Strict, nearest
 
 PARAMS, FIGURES = Path("params.yaml"), Path("figures.yaml")
+MORE = "human/more"  # the folder of seeds that the graph does not run
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")  # it becomes part of commands, of folders and of DVC's keys
 MODULES = Path(__file__).with_name("figures")
 SEEDS = TypeAdapter(Annotated[list[Seed], Field(min_length=1)], config=ConfigDict(strict=True))
@@ -31,7 +32,9 @@ class Active(Strict):
     figures: dict[str, list[str]]  # figure -> the scale, where it has it
     arms: dict[str, list[str]]  # figure -> its arms
     figure_seeds: dict[str, list[str]]  # figure -> the seeds that it shows
-    run_seeds: dict[str, list[str]]  # graph: of the scale's own runs; figure -> of its arms', which others show too
+    run_seeds: dict[str, list[str]]  # graph: of the scale's own runs; more: of Figs 3 and 7 beyond those; figure -> of
+    # its arms', which others show too
+    more: str  # the folder of those under runs/<scale>; where there are none, one that every figure follows from
     from_world: list[str]  # the scale, where its data are a world's
     from_posts: list[str]  # or posts'
     arms_from_world: list[str]  # arms with an SFT checkpoint of their own, as figure.arm, whose data are a world's
@@ -72,8 +75,18 @@ class Params:
         """The arms of a figure at a scale, by their short names."""
         return {name: self.arms[f"{scale}.{figure}.{name}"] for name in self.scales[scale].arms.get(figure, {})}
 
-    def seeds_of(self, figure: str) -> list[int]:
-        return self.seeds.get(figure, self.seeds["default"])
+    def seeds_of(self, figure: str, scale: str) -> list[int]:
+        return self.seeds.get(f"{scale}.{figure}", self.seeds.get(figure, self.seeds["default"]))
+
+    def graph_seeds(self, scale: str) -> list[int]:
+        """Seeds of the scale's own runs: those of the figures that show more of them than human/more has."""
+        return sorted({seed for name, row in self.figures.items() if row.reads and MORE not in row.reads
+                       for seed in self.seeds_of(name, scale)})
+
+    def more_seeds(self, scale: str) -> list[int]:
+        """Seeds of Figs 3 and 7 beyond those: each is one process (stage arm)."""
+        shown = {seed for name, row in self.figures.items() if MORE in row.reads for seed in self.seeds_of(name, scale)}
+        return sorted(shown - set(self.graph_seeds(scale)))
 
 
 def load(path: Path = PARAMS) -> Params:
@@ -93,7 +106,7 @@ def load(path: Path = PARAMS) -> Params:
             if figures[figure].sft == "shared" and arms[key].made_from() != scales[name].made_from():
                 raise UserError(f"{path}: {name}.arms.{figure}.{arm}: differs from {name} in what SFT is made from; "
                                 "expected the same source, model, base, sft and data")
-    return Params(_seeds(path, raw.get("seeds"), figures), scales, figures, arms)
+    return Params(_seeds(path, raw.get("seeds"), figures, list(scales)), scales, figures, arms)
 
 
 def load_scale(name: str, path: Path = PARAMS) -> Scale:
@@ -177,13 +190,15 @@ def _scale(path: Path, name: str, block: dict) -> Scale:
     return strict.check(Scale, block, str(path), name)
 
 
-def _seeds(path: Path, raw: Any, figures: dict[str, Figure]) -> dict[str, list[int]]:
+def _seeds(path: Path, raw: Any, figures: dict[str, Figure], scales: list[str]) -> dict[str, list[int]]:
+    """Seeds by `default`, by a figure, or by a figure at one scale, as mini.fig3."""
     if not isinstance(raw, dict) or "default" not in raw:
         raise UserError(f"{path}: seeds: expected a mapping with the key default, as {{default: [0, 1, 2]}}; got "
                         f"{strict.shown(raw)}")
     for name, seeds in raw.items():
-        if name not in {"default", *figures}:
-            raise UserError(f"{path}: seeds.{name}: unknown key{nearest(name, ['default', *figures])}")
+        known = ["default", *figures, *(f"{scale}.{figure}" for scale in scales for figure in figures)]
+        if name not in known:
+            raise UserError(f"{path}: seeds.{name}: unknown key{nearest(name, known)}")
         try:
             SEEDS.validate_python(seeds)
         except ValidationError as error:

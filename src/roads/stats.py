@@ -28,7 +28,7 @@ seeds agree. Every estimate therefore has `by_seed`, and a claim whose seeds dif
 from functools import lru_cache
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t
 
 RESAMPLES = 4000
 TIE = 1e-12  # sums of winrates that cancel leave rounding errors; they are ties
@@ -42,35 +42,64 @@ def _resamples(n_seeds: int, n_prompts: int, stream: int) -> tuple[np.ndarray, n
     return weights, rng.integers(n_seeds, size=(RESAMPLES, n_seeds))
 
 
-def bootstrap(scores: np.ndarray, stream: int = 0) -> np.ndarray:
-    """Means [RESAMPLES] of scores [seeds, prompts], seeds and prompts resampled independently (two-way).
+def by_post(scores: np.ndarray, post: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of scores [seeds, rows] over each post's rows, [seeds, posts], and how many rows each has, [posts].
+
+    Args:
+        post: [rows], the number of each row's post, from 0; None: each row is of a post of its own.
+    """
+    if post is None:
+        return scores, np.ones(scores.shape[1])
+    rows = np.bincount(post)
+    return np.stack([np.bincount(post, weights=row, minlength=len(rows)) for row in scores]), rows
+
+
+def bootstrap(scores: np.ndarray, stream: int = 0, post: np.ndarray | None = None) -> np.ndarray:
+    """Means [RESAMPLES] of scores [seeds, rows], seeds and posts resampled independently (two-way, clustered).
 
     Three seeds give few distinct draws: the interval is honest about prompts and only indicative about seeds,
     which is why every figure shows each seed's point as well.
     """
-    weights, rows = _resamples(*scores.shape, stream)
-    return np.take_along_axis(weights @ scores.T, rows, axis=1).mean(axis=1)
+    sums, rows = by_post(scores, post)
+    weights, draws = _resamples(*sums.shape, stream)
+    means = weights @ sums.T if post is None else (weights @ sums.T) / (weights @ rows)[:, None]
+    return np.take_along_axis(means, draws, axis=1).mean(axis=1)
 
 
-def total(parts: list[np.ndarray]) -> tuple[dict, np.ndarray]:
+def total(parts: list[np.ndarray], post: np.ndarray | None = None) -> tuple[dict, np.ndarray]:
     """Estimate of a sum of means, and its resampled values [RESAMPLES].
 
     Args:
         parts: arrays [seeds, prompts], each of a world of its own: their prompts and seeds are resampled apart.
+        post: [prompts], for one part whose prompts share posts (`by_post`).
     """
-    resampled = sum(bootstrap(part, stream) for stream, part in enumerate(parts))
+    resampled = sum(bootstrap(part, stream, post) for stream, part in enumerate(parts))
     low, high = np.quantile(resampled, [0.025, 0.975])
     found = {"mean": float(sum(part.mean() for part in parts)), "low": float(low), "high": float(high),
              "by_seed": np.asarray(sum(part.mean(axis=1) for part in parts)).tolist()}
     return found, resampled
 
 
-def estimate(scores: np.ndarray) -> dict:
+def estimate(scores: np.ndarray, post: np.ndarray | None = None) -> dict:
     """Mean of scores [seeds, prompts], its 95% interval and every seed's own mean."""
-    return total([scores])[0]
+    return total([scores], post)[0]
 
 
-def difference(treated: np.ndarray, control: np.ndarray) -> dict:
+def over_seeds(by_seed: list[float]) -> tuple[float, float] | None:
+    """95% t interval of the mean over seeds, each one value; None for one seed.
+
+    >>> [round(end, 3) for end in over_seeds([0.009, 0.046, 0.021])]
+    [-0.022, 0.072]
+    """
+    n = len(by_seed)
+    if n < 2:
+        return None
+    half = float(t.ppf(0.975, n - 1) * np.std(by_seed, ddof=1) / n**0.5)
+    mean = float(np.mean(by_seed))
+    return mean - half, mean + half
+
+
+def difference(treated: np.ndarray, control: np.ndarray, post: np.ndarray | None = None) -> dict:
     """Paired difference of two [seeds, prompts] arrays, with its interval and its standardised size.
 
     The standardised effect is the mean paired difference over the standard deviation of the control's score
@@ -78,18 +107,18 @@ def difference(treated: np.ndarray, control: np.ndarray) -> dict:
     """
     paired = treated - control
     spread = float(control.std(axis=1, ddof=1).mean())
-    found = estimate(paired)
+    found = estimate(paired, post)
     scale = 1 / spread if spread > 0 else float("nan")
     return found | {"standardised": {key: found[key] * scale for key in ("mean", "low", "high")}}
 
 
-def sign_test(paired: np.ndarray, alternative: str = "greater") -> float:
-    """Exact sign test of paired differences [seeds, prompts]: one vote per prompt, its mean over seeds; ties drop out.
+def sign_test(paired: np.ndarray, alternative: str = "greater", post: np.ndarray | None = None) -> float:
+    """Exact sign test of paired differences [seeds, prompts]: one vote per post, its mean over seeds; ties drop out.
 
     For 0/1 scores of one seed it is McNemar's exact test: prompts that only one of two policies wins are the
     discordant ones.
     """
-    votes = paired.mean(axis=0)
+    votes = by_post(paired, post)[0].mean(axis=0)
     up, down = int((votes > TIE).sum()), int((votes < -TIE).sum())
     return float(binomtest(up, up + down, alternative=alternative).pvalue) if up + down else 1.0
 

@@ -59,7 +59,7 @@ def _command() -> None:
     parser.add_argument("--figure", required=True, choices=["advantage"])
     a = parser.parse_args()
     params = config.load()
-    worlds, seeds = {a.scale: ("", "")}, params.seeds_of(a.figure)  # label -> figure and arm
+    worlds, seeds = {a.scale: ("", "")}, params.seeds_of(a.figure, a.scale)  # label -> figure and arm
     for folder in params.figures[a.figure].borrows:
         _, x_of, _, short, _, _ = dials.FIGURES[DIALS.get(folder, folder)]
         worlds |= {f"{short}={x_of(cfg):g}": (folder, arm) for arm, cfg in params.arms_of(a.scale, folder).items()}

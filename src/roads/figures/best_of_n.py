@@ -12,7 +12,8 @@ from roads.figures.figure import Bar
 
 CAPTIONS = {
     "fig8": ("Samples of the SFT policy (solid) and of the DPO policy (dashed), ranked by reward models trained on the "
-             "same pairs; the judge compares the one ranked first with the reference summary."),
+             "same pairs; the judge compares the one ranked first with the reference summary. In the synthetic world "
+             "Base is what pretraining alone picks: each attribute counts alike, for no preference has been seen."),
     "fig9": ("Samples of SFT policies, each ranked by global reward models of several sizes. An arm with a model of "
              "its own has a base, an SFT policy and, in the synthetic world, pairs of its own as well; one that only "
              "cuts the reward model to its first layers has the scale's own."),
@@ -20,11 +21,13 @@ CAPTIONS = {
 KINDS = {"Global RM": "reward", "Local RM": "local", "DPO RM": "dpo"}
 
 
-def lines(scale: str, name: str, sizes: list[str], rms: list[str]) -> dict[str, str]:
+def lines(scale: str, name: str, sizes: list[str], rms: list[str], synthetic: bool) -> dict[str, str]:
     """Name of a line -> place of its scores. sizes: blocks with a policy of their own; rms: with a reward model."""
     if name == "fig8":
+        base = {"Base on SFT": f"{scale}/human/best_of_n/sft/base",
+                "Base on DPO": f"{scale}/human/best_of_n/dpo/base/s{{seed}}"}
         return {f"{rm} on {policy.upper()}": f"{scale}/human/best_of_n/{policy}/{kind}/s{{seed}}"
-                for policy in ("sft", "dpo") for rm, kind in KINDS.items()}
+                for policy in ("sft", "dpo") for rm, kind in KINDS.items()} | (base if synthetic else {})
     return {f"Policy {size_of(policy, scale)}, RM {size_of(rm, scale)}":
             f"{scale}/human/best_of_n/sft/reward/s{{seed}}" if policy == rm == scale else
             f"{scale}/fig9/{policy}/{rm}/s{{seed}}" for policy in sizes for rm in rms}
@@ -61,8 +64,12 @@ def _command() -> None:
     sizes = [name for name in rms if name == a.scale or params.blocks[name].made_from() != own.made_from()]
     most = own.samples.best_of_n.n
     counts = [n for n in (1, 2, 5, 10, 25) if n <= most]
-    bars = [Bar(f"{line} N={n}", place, f"n{n}", line, n)
-            for line, place in lines(a.scale, a.figure, sizes, rms).items() for n in counts]
+    called = {f"Policy {size_of(policy, a.scale)}, RM {size_of(rm, a.scale)}": f"{which} policy, {rank} RM"
+              for which, policy in (("smallest", sizes[0]), ("largest", sizes[-1]))
+              for rank, rm in (("smallest", rms[0]), ("largest", rms[-1]))}
+    bars = [Bar(f"{line} N={n}", place, f"n{n}", line, n,
+                roles=(called[line],) * (n == counts[-1]) if line in called else ())
+            for line, place in lines(a.scale, a.figure, sizes, rms, own.synthetic).items() for n in counts]
     figure.save(a.out, a.figure, a.runs, bars, gaps(a.figure, sizes, rms, a.scale, counts[-1]), a.scale,
                 CAPTIONS[a.figure], "winrate against the reference summary",
                 partial(figure.lines, x_label="N", log=True))

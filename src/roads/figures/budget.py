@@ -41,7 +41,7 @@ def _command() -> None:
     parser.add_argument("--figure", required=True, choices=["budget"])
     a = parser.parse_args()
     params, bars = config.load(), []
-    own, seeds = params.scales[a.scale], params.seeds_of(a.figure)
+    own, seeds = params.scales[a.scale], params.seeds_of(a.figure, a.scale)
     for arm, cfg in {"": own, **params.arms_of(a.scale, a.figure)}.items():
         for policy in cfg.policies:
             if policy == "dpo" and arm and cfg.dpo == own.dpo:

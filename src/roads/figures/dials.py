@@ -5,7 +5,7 @@
 
 from functools import partial
 
-from roads import config, stage
+from roads import config, schema, stage
 from roads.figures import figure
 from roads.figures.figure import Bar
 from roads.figures.policies import NAMES
@@ -29,6 +29,14 @@ FIGURES = {  # caption, x of a block, its axis, its label in a bar's name, polic
 }
 
 
+def roles(cfg: schema.Scale, points: list[schema.Scale]) -> list[str]:
+    """What claims call a point by its pairs, whatever their number at a scale: fewest, all, or a share of all."""
+    n, counts = cfg.data.preferences, [point.data.preferences for point in points]
+    shares = {"half of the pairs": 2, "a quarter of the pairs": 4}
+    return (["fewest pairs"] * (n == min(counts)) + ["all pairs"] * (n == max(counts))
+            + [name for name, part in shares.items() if abs(n * part / max(counts) - 1) < 0.01])
+
+
 def _command() -> None:
     parser = stage.arguments(__doc__, "runs", "out")
     parser.add_argument("--figure", required=True, choices=list(FIGURES))
@@ -44,7 +52,7 @@ def _command() -> None:
             fewer = policy.startswith("online") and cfg.data.online != cfg.data.preferences
             series = NAMES[policy] + f", {cfg.data.online} prompts" * fewer
             bars.append(Bar(f"{series} {short}={x_of(cfg):g}", *figure.policy(a.scale, policy, folder, arm), series,
-                            x_of(cfg)))
+                            x_of(cfg), roles=tuple(f"{series} {role}" for role in roles(cfg, [p[2] for p in points]))))
     for online in [bar for bar in bars if bar.series.startswith("Online")]:
         at = f"{short}={online.x:g}"
         for control in policies[:-1]:

@@ -16,7 +16,7 @@ from roads.figures.provenance import provenance
 SYNTHETIC = "synthetic world: evidence about the mechanism, not about TL;DR"
 PAPER = Path("data/paper_numbers.json")
 COLOURS = {"SFT": "#9a9a9a", "DPO": "#4878a8", "DPO 2x": "#a3bcd4", "Online(SFT)": "#e9b44c", "Online(DPO)": "#d1762c",
-           "Global RM": "#d1762c", "Local RM": "#5f9e6e", "DPO RM": "#4878a8",
+           "Global RM": "#d1762c", "Local RM": "#5f9e6e", "DPO RM": "#4878a8", "Base": "#9a9a9a",
            "small": "#a3bcd4", "medium": "#4878a8", "large": "#1f3d5c"}
 MARKERS = "osD^v"
 
@@ -31,6 +31,7 @@ class Bar:
     series: str = ""  # the line that it is a point of; a bar is its own
     x: float | None = None
     unit: float = 1.0  # its scores are divided by it
+    roles: tuple[str, ...] = ()  # what claims call it where scales name it differently
 
 
 def note(scale: str) -> str:
@@ -44,26 +45,39 @@ def policy(scale: str, name: str, figure: str = "", arm: str = "") -> tuple[str,
     return f"{scale}/{figure}/{arm}/s{{seed}}", name
 
 
-def read(name: str, runs: Path, bars: list[Bar],
-         seeds: list[int]) -> tuple[dict[str, np.ndarray], dict[str, list[Path]]]:
+def placed(place: str, seed: int, more: list[int]) -> str:
+    """A place for one seed. Seeds beyond the graph's, `more`, have a folder human/more each (stage arm)."""
+    if seed in more and "/human/" in place and "{seed}" in place:
+        return place.replace("/human/", f"/human/more/s{seed}/").removesuffix("/s{seed}")
+    return place.format(seed=seed)
+
+
+def read(name: str, runs: Path, bars: list[Bar], seeds: list[int],
+         more: list[int]) -> tuple[dict[str, np.ndarray], dict[str, list[Path]]]:
     """Scores [seeds, prompts] of every bar, and the files they come from.
 
     Raises:
         UserError: a cell of the figure is missing.
     """
-    files = {bar.name: [runs / bar.place.format(seed=seed) / "scores.npz" for seed in seeds] for bar in bars}
+    files = {bar.name: [runs / placed(bar.place, seed, more) / "scores.npz" for seed in seeds] for bar in bars}
     for path in sorted({path for paths in files.values() for path in paths}):
         if not path.exists():
             raise stage.UserError(f"{path}: not found; `make {name}` makes it")
     return {bar.name: np.stack([np.load(path)[bar.key] / bar.unit for path in files[bar.name]]) for bar in bars}, files
 
 
+def posts_of(paths: list[Path], key: str) -> np.ndarray | None:
+    """The post of every row of an array, from the file of the first seed; None where no two rows share one."""
+    with np.load(paths[0]) as file:
+        names = [name for name in (f"{key}.post", "post") if name in file]
+        return file[names[0]] if names and len(file[names[0]]) == len(file[key]) else None
+
+
 def metrics_of(paths: list[Path], key: str, with_kl: bool = False) -> list[dict]:
     """The metrics of a bar for each seed: those of its key where a stage has several, with the training's; of scores,
     with the policy's KL from SFT where the figure reads it."""
     found = [stage.read_json(path.with_name("metrics.json")) for path in paths]
-    distances = [Path(path.as_posix().replace("/human/scores/", "/human/kl/")).with_name("metrics.json")
-                 for path in paths]
+    distances = [Path(path.as_posix().replace("/scores/", "/kl/")).with_name("metrics.json") for path in paths]
     if with_kl and all("kl" in path.parts and path.exists() for path in distances):
         found = [metrics | stage.read_json(path) for metrics, path in zip(found, distances, strict=True)]
     return [{"training": whole.get("training", {}), **whole[key]} if isinstance(whole.get(key), dict) else whole
@@ -248,34 +262,40 @@ def save(out: Path, name: str, runs: Path, bars: list[Bar], gaps: dict[str, dict
             scores.npz, for the same.
     """
     params = config.load()
-    seeds, title = params.seeds_of(name), params.figures[name].title
-    scores, files = read(name, runs, bars, seeds)
+    seeds, title = params.seeds_of(name, scale), params.figures[name].title
+    scores, files = read(name, runs, bars, seeds, params.more_seeds(scale))
     with_kl = "human/kl" in params.figures[name].reads
     metrics = {bar.name: metrics_of(files[bar.name], bar.key, with_kl) for bar in bars}
-    table = [{"bar": bar.name, "series": bar.series or bar.name, "x": bar.x, **stats.estimate(scores[bar.name]),
+    posts = {bar.name: posts_of(files[bar.name], bar.key) for bar in bars}
+    table = [{"bar": bar.name, "series": bar.series or bar.name, "x": bar.x, "roles": list(bar.roles),
+              **stats.estimate(scores[bar.name], posts[bar.name]),
               "n": scores[bar.name].shape[1], "scores": [path.as_posix() for path in files[bar.name]], "key": bar.key,
               "judge": judged(metrics[bar.name]), "trained": trained(metrics[bar.name])}
              for bar in bars]
 
-    def contrasts(values: dict[str, np.ndarray]) -> dict:
+    def contrasts(values: dict[str, np.ndarray], posts: dict[str, np.ndarray | None]) -> dict:
         found = {}
         for label, weights in gaps.items():
             treated, control = (sum(abs(w) * values[bar] for bar, w in weights.items() if (w > 0) == sign)
                                 for sign in (True, False))
-            found[label] = stats.difference(treated, control)
+            found[label] = stats.difference(treated, control, posts[next(iter(weights))])
         return found
 
     others = {other: {bar: function(values) for bar, values in scores.items()}
               for other, function in (also or {}).items()}
+    posts_of_others = dict.fromkeys(others, posts)
     for other, key in (also_keys or {}).items():
-        others[other] = {bar: np.stack([np.load(path)[key] for path in paths]) for bar, paths in files.items()}
+        keys = {bar.name: key if bar.key == "score" else f"{bar.key}.{key}" for bar in bars}  # an arm has several
+        others[other] = {bar: np.stack([np.load(path)[keys[bar]] for path in paths]) for bar, paths in files.items()}
+        posts_of_others[other] = {bar: posts_of(paths, keys[bar]) for bar, paths in files.items()}
 
     paper = stage.read_json(PAPER).get(name) if PAPER.exists() else None
     content = {
         "figure": name, "title": title, "caption": caption, "note": note(scale), "measure": measure, "seeds": seeds,
-        "bars": table, "gaps": contrasts(scores), "paper": paper,
-        "also": {other: {"bars": {bar: stats.estimate(found) for bar, found in values.items()},
-                         "gaps": contrasts(values)} for other, values in others.items()},
+        "bars": table, "gaps": contrasts(scores, posts), "paper": paper,
+        "also": {other: {"bars": {bar: stats.estimate(found, posts_of_others[other][bar])
+                                  for bar, found in values.items()},
+                         "gaps": contrasts(values, posts_of_others[other])} for other, values in others.items()},
         "provenance": provenance(sorted({path for paths in files.values() for path in paths})),
     }
     out.mkdir(parents=True, exist_ok=True)

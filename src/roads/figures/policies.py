@@ -11,7 +11,8 @@ from roads import config, schema, stage
 from roads.figures import figure
 from roads.figures.figure import Bar
 
-NAMES = {"sft": "SFT", "dpo": "DPO", "dpo_2x": "DPO 2x", "online_sft": "Online(SFT)", "online": "Online(DPO)"}
+NAMES = {"sft": "SFT", "dpo": "DPO", "dpo_2x": "DPO 2x", "online_sft": "Online(SFT)", "online": "Online(DPO)",
+         "online_2x": "Online(DPO) 2x"}
 WINRATE, ROUGE = "winrate against the reference summary", "ROUGE-L F1 against the preferred completion"
 VALUE = "value of Eq. 2, nats a pair; the SFT policy has -ln 2"
 FIGURES = {  # caption, measure, where the bars start
@@ -21,18 +22,21 @@ FIGURES = {  # caption, measure, where the bars start
     "fig4": ("Bradley-Terry log-likelihood of the preference set under a policy, less beta times its reverse KL from "
              "the SFT policy, which is estimated from samples of the policy; the interval covers their chance too. No "
              "judge is involved. Below each bar its parts, and the other reading of the first term: the log-likelihood "
-             "of the chosen completions.", VALUE, -np.log(2)),
+             "of the chosen completions. Held-out: the same value on pairs that no policy was fitted to.", VALUE,
+             -np.log(2)),
     "fig5": ("Online DPO from the SFT policy on the prompts of the preference set and on more; the reward model "
              "is the same, so no preference is added. More prompts are more steps too, where it does not say "
              "otherwise.", WINRATE, 0),
     "fig6": ("Two samples of the SFT policy at the sampling temperature of online DPO, and the judge says which is "
-             "better. Online(SFT) then only labels samples of the same kind again.", WINRATE, 0),
+             "better. Online(SFT) then only labels samples of the same kind again. Noisy: Fig. 3's annotators label "
+             "the same samples instead.", WINRATE, 0),
     "fig10": ("Two-word summaries: next to nothing to plan. Of posts the judge writes and labels them (at scale real "
               "they have five tokens at most and are labelled as ever); in the synthetic world they are two slots of "
               "six candidates each instead of eight of two, and the noise of the labels is scaled with the spread of "
               "quality.", WINRATE, 0),
     "fig11": ("Pairs are the best and the worst of 25 samples by ROUGE-L against a summary that the policy cannot see: "
-              "the reward is no simpler than the policy.", ROUGE, 0),
+              "the reward is no simpler than the policy. Where all samples tie there is no pair, so that online DPO "
+              "takes fewer steps; Online(DPO) 2x takes twice its epochs and comes nearer to as many.", ROUGE, 0),
     "told": ("Fig. 3 in a world whose base was told, by the tag at the end of every document, how good it is: "
              "its verifier was pretrained, and the pairs only show that it is the one to use.", WINRATE, 0),
     "recipe": ("schedule: DPO's learning rate falls as a cosine. rm-batch: twice the reward model's batch. loader: "
@@ -45,13 +49,15 @@ FIGURES = {  # caption, measure, where the bars start
                     WINRATE, 0.5),
 }
 GAPS = {"Online(DPO) - DPO": ("online", "dpo"), "Online(DPO) - DPO 2x": ("online", "dpo_2x"),
-        "Online(SFT) - DPO": ("online_sft", "dpo"), "DPO - SFT": ("dpo", "sft")}
+        "Online(SFT) - DPO": ("online_sft", "dpo"), "Online(DPO) 2x - DPO": ("online_2x", "dpo"),
+        "DPO - SFT": ("dpo", "sft")}
 
 
 def graph_bars(scale: str, name: str) -> list[Bar]:
     """The bars of Figs 3, 4 and 11: the scale's own policies."""
     task, folder = ("rouge" if name == "fig11" else "human"), ("value" if name == "fig4" else "scores")
-    shown = ["dpo", "dpo_2x", "online_sft", "online"]
+    longer = name == "fig11" and config.load_scale(scale).synthetic
+    shown = ["dpo", "dpo_2x", "online_sft", "online", *["online_2x"] * longer]
     seedless = [] if name == "fig4" else [Bar("SFT", f"{scale}/{task}/{folder}/sft")]
     return seedless + [Bar(NAMES[policy], f"{scale}/{task}/{folder}/{policy}/s{{seed}}") for policy in shown]
 
@@ -65,11 +71,13 @@ def arm_bars(scale: str, name: str, arms: dict[str, schema.Scale]) -> list[Bar]:
     if name == "fig5":
         ours = config.load_scale(scale)
         labels = {"Online(SFT)": ""} | {f"Online(SFT) {more_prompts(ours, cfg)}": arm for arm, cfg in arms.items()}
-        return [Bar(label, *figure.policy(scale, "online_sft", name, arm), series="Online(SFT)")
-                for label, arm in labels.items()]
+        most = max(labels, key=lambda label: arms[labels[label]].data.online if labels[label] else 0)
+        return [Bar(label, *figure.policy(scale, "online_sft", name, arm), series="Online(SFT)",
+                    roles=("Online(SFT) more prompts",) * (label == most)) for label, arm in labels.items()]
     shown = {"fig6": ["dpo", "online_sft", "online"], "told": ["dpo", "dpo_2x", "online_sft", "online"]}.get(
         name, ["dpo", "dpo_2x", "online"])
-    return [Bar(NAMES[policy], *figure.policy(scale, policy, name, next(iter(arms)))) for policy in ["sft", *shown]]
+    return [Bar(NAMES[policy] + f", {arm}" * (k > 0), *figure.policy(scale, policy, name, arm), series=NAMES[policy])
+            for k, arm in enumerate(arms) for policy in ["sft"] * (k == 0) + shown]
 
 
 def more_prompts(ours: schema.Scale, theirs: schema.Scale) -> str:
@@ -83,6 +91,10 @@ def contrasts(name: str, bars: list[Bar]) -> dict[str, dict[str, float]]:
     if name in ("recipe", "recipe_data"):
         labels = [bar.removeprefix("DPO ") for bar in names if bar.startswith("DPO ")]
         return {f"{label}: Online(DPO) - DPO": {f"Online(DPO) {label}": 1, f"DPO {label}": -1} for label in labels}
+    if name == "fig6":
+        suffixes = sorted({bar.name.removeprefix(bar.series) for bar in bars})
+        return {label + suffix: {NAMES[a] + suffix: 1, NAMES[b] + suffix: -1} for suffix in suffixes
+                for label, (a, b) in GAPS.items() if {NAMES[a] + suffix, NAMES[b] + suffix} <= set(names)}
     if name == "fig5":
         return {f"{bar.removeprefix(names[0] + ' ')} - 1x": {bar: 1, names[0]: -1} for bar in names[1:]}
     return {label: {NAMES[a]: 1, NAMES[b]: -1} for label, (a, b) in GAPS.items() if {NAMES[a], NAMES[b]} <= set(names)}
@@ -95,7 +107,7 @@ def _command() -> None:
     caption, measure, floor = FIGURES[a.figure]
     arms = config.load().arms_of(a.scale, a.figure)
     bars = arm_bars(a.scale, a.figure, arms) if arms else graph_bars(a.scale, a.figure)
-    parts = {"log-likelihood": "log_likelihood", "KL": "kl", "log pi(chosen)": "chosen_logps"}
+    parts = {"log-likelihood": "log_likelihood", "KL": "kl", "log pi(chosen)": "chosen_logps", "held-out": "held_out"}
     figure.save(a.out, a.figure, a.runs, bars, contrasts(a.figure, bars), a.scale, caption, measure,
                 partial(figure.bar_chart, floor=floor), also_keys=parts if a.figure == "fig4" else {})
 

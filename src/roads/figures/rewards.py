@@ -68,7 +68,7 @@ def _command() -> None:
     parser.add_argument("--figure", required=True, choices=["rewards"])
     a = parser.parse_args()
     params = config.load()
-    seeds, arms = params.seeds_of(a.figure), params.arms_of(a.scale, a.figure)
+    seeds, arms = params.seeds_of(a.figure, a.scale), params.arms_of(a.scale, a.figure)
     judges = {params.scales[a.scale].judge.kind: ""} | {cfg.judge.kind: arm for arm, cfg in arms.items()}
     places = {judge: (accuracy(a.runs, a.scale, a.figure, arm, seeds),
                       stage.read_json(a.runs / f"{a.scale}/human/judges/{arm or 'own'}/metrics.json")["beyond_words"])

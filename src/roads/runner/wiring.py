@@ -80,7 +80,8 @@ def arms_entry(name: str, figure: Figure) -> str:
 def figure_entry(name: str, figure: Figure) -> str:
     """A figure: which runs it shows, by folder, and which of their arms and seeds."""
     shown = [*figure.borrows, *[name] * bool(figure.sft)]
-    folders = [f'"runs/${{item.scale}}/{folder}"' for folder in [*figure.reads, *shown]]
+    reads = ["${more}" if folder == config.MORE else folder for folder in figure.reads]
+    folders = [f'"runs/${{item.scale}}/{folder}"' for folder in [*reads, *shown]]
     params = [*(f'"${{item.scale}}.arms.{other}"' for other in shown), f"figures.yaml: [{name}]",
               f"active.yaml: [figure_seeds.{name}]"]
     command = (f"python -m roads.figures.{figure.module} runs reports/${{item.scale}} --scale ${{item.scale}} "

@@ -1,10 +1,11 @@
 """Stage arm: one seed of the whole comparison from the SFT checkpoint on, in one process.
 
-    python -m roads.stages.arm DATA SFT OUT --scale mini-k4 --seed 0
+    python -m roads.stages.arm DATA SFT OUT --scale mini.horizon.k4 --seed 0
+    python -m roads.stages.arm DATA SFT OUT --scale mini --seed 3 --folders   # one more seed of the scale itself
 
 The points of a dial are many and small: this calls the same stages as the graph in the same order, keeps scores and
 metrics, and throws the models away. For a block that the graph runs as well both give the same bits. What a killed
-run had finished lies in runs/.scratch and is taken from there.
+run had finished is in runs/.scratch and is taken from there.
 """
 
 import contextlib
@@ -48,26 +49,36 @@ def splits(where: Path, cfg: schema.Scale) -> dict[str, dict[str, np.ndarray]]:
             "online": data.first(cfg.data.online, preferences, more)}
 
 
-def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int) -> None:
+def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int, *, folders: bool = False) -> None:
     """Write scores.npz: <policy> [N], a score per prompt of test_human, for SFT and every policy of the block, and
-    <policy>.quality [N] where it is known; metrics.json: each one's metrics and KL from SFT, those of the pairs, and
-    how well the reward models tell held-out pairs apart."""
+    <policy>.quality [N] where it is known; likelihood.<kind> [M], and .by_quality, of held-out pairs by every reward
+    model. metrics.json: each policy's metrics and KL from SFT, those of the pairs, and how well the reward models tell
+    held-out pairs apart.
+
+    Args:
+        folders: train the local RM too, and keep scores/<policy>, kl/<policy> and likelihood/<kind> as the graph does.
+    """
     torch.set_num_threads(cfg.machine.threads)
-    used = schema.used(cfg, "compute", "policies", "source", "data", "reward", "dpo", "samples", "judge")
+    used = schema.used(cfg, "compute", "policies", "source", "data", "reward", "dpo", "samples", "judge",
+                       *["local"] * folders)
     used["seed"] = seed
     del used["samples"]["rouge"], used["samples"]["best_of_n"]
     key = stage.fingerprint(used, [where, sft], "arm")
     with stage.output(out, used, [where, sft]) as folder:
-        run = Steps(distributed.SCRATCH / key, 6 + 2 * bool({"online", "online_sft"} & set(cfg.policies)) + sum(
-            {"dpo": 4, "dpo_2x": 3, "online_sft": 5, "online": 5}[name] for name in cfg.policies), out.as_posix())
+        has_online = bool({"online", "online_sft"} & set(cfg.policies))
+        run = Steps(distributed.SCRATCH / key, 6 + 2 * has_online + cfg.synthetic + 2 * folders + sum(
+            {"dpo": 5, "dpo_2x": 4, "online_sft": 6, "online": 6}[name] for name in cfg.policies), out.as_posix())
         run.where.mkdir(parents=True, exist_ok=True)
         for name, rows in splits(where, cfg).items():
             np.savez(run.where / f"{name}.npz", **rows)
-        pairs, reward_model, policies, metrics = {}, None, {"sft": sft}, {}
+        pairs, reward_model, policies, metrics, scores = {}, None, {"sft": sft}, {}, {}
 
         def held_out(net: Path, kind: str) -> dict[str, float]:
             """Mean probability and accuracy on held-out pairs (Fig 7)."""
             done = run(f"likelihood/{kind}", likelihood.likelihood, net, pairs["valid"], sft, ..., cfg, kind)
+            found = arrays.load(done / "scores.npz")
+            scores[f"likelihood.{kind}"] = found.pop("score")
+            scores.update({f"likelihood.{kind}.{name}": values for name, values in found.items()})
             found = stage.read_json(done / "metrics.json")
             return {"likelihood": found["mean_score"], "accuracy": found["accuracy"]}
 
@@ -78,7 +89,7 @@ def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int) -> None
             drawn = run(f"candidates/{name}", sample.sample, sft, prompts, ..., cfg, "human", 0)
             pairs[name] = run(f"pairs/{name}", rank.rank, drawn, ..., cfg, "human", data=where)
         metrics["pairs"] = stage.read_json(pairs["preferences"] / "metrics.json")
-        if {"online", "online_sft"} & set(cfg.policies):
+        if has_online:
             reward_model = run("reward", reward.reward, pairs["preferences"], sft, ..., cfg, seed)
             metrics |= {"global": held_out(reward_model, "reward")} if "valid" in pairs else {}
         for name in cfg.policies:
@@ -93,7 +104,10 @@ def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int) -> None
                 policies[name] = run(name, dpo.dpo, ranked, start, ..., cfg, seed, online=True)
         if "dpo" in policies and "valid" in pairs:
             metrics["dpo_rm"] = held_out(policies["dpo"], "dpo")
-        scores = {}
+        if cfg.synthetic:
+            metrics["zero_shot"] = held_out(sft, "base")
+        if folders:
+            held_out(run("local", dpo.dpo, pairs["preferences"], sft, ..., cfg, seed, local=True), "local")
         for name, policy in policies.items():
             drawn = run(f"completions/{name}", sample.sample, policy, where / "test_human.npz", ..., cfg, "evaluate",
                         seed if name != "sft" else 0)
@@ -102,9 +116,11 @@ def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int) -> None
             scores |= {name: found["score"]} | ({f"{name}.quality": found["quality"]} if "quality" in found else {})
             metrics[name] = stage.read_json(done / "metrics.json")
             if name != "sft":
-                with contextlib.redirect_stderr(io.StringIO()):
-                    metrics[name] |= kl.mean_kl(policy, sft, where / kl.PROMPTS, cfg, seed)
+                done = run(f"kl/{name}", kl.kl, policy, sft, where, ..., cfg, seed)
+                metrics[name] |= stage.read_json(done / "metrics.json")
         np.savez(folder / "scores.npz", **scores)
+        for kept in ("scores", "kl", "likelihood") if folders else ():
+            shutil.copytree(run.where / kept, folder / kept)
         stage.write_json(folder / "metrics.json", metrics)
     shutil.rmtree(run.where)
 
@@ -112,8 +128,9 @@ def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int) -> None
 def _command() -> None:
     parser = stage.arguments(__doc__, "data", "sft", "out")
     parser.add_argument("--seed", type=stage.seed, required=True)
+    parser.add_argument("--folders", action="store_true", help="keep what figures read of the graph's own seeds")
     a = parser.parse_args()
-    arm(a.data, a.sft, a.out, config.load_scale(a.scale), a.seed)
+    arm(a.data, a.sft, a.out, config.load_scale(a.scale), a.seed, folders=a.folders)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Stage best_of_n: the winrate of the sample that a reward model ranks first among N (Figs 8 and 9).
 
-    python -m roads.stages.best_of_n COMPLETIONS DATA MODEL SFT OUT --scale mini --kind reward|local|dpo
+    python -m roads.stages.best_of_n COMPLETIONS DATA MODEL SFT OUT --scale mini --kind reward|local|dpo|base
 """
 
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from roads import arrays, candidates, config, model, schema, stage
+from roads import arrays, candidates, config, model, schema, stage, zero_shot
 from roads.judge import protocol
 from roads.tldr import PAD
 
@@ -33,6 +33,8 @@ def best_of_n(completions: Path, data: Path, path: Path, reference: Path, out: P
             rewards = candidates.in_batches(candidates.rewards, rm, query, sampled, label=kind)
             if (unfinished := cfg.samples.best_of_n.unfinished) is not None:
                 rewards[(sampled != PAD).sum(2) == sampled.shape[2]] = unfinished
+        elif kind == "base":
+            rewards = candidates.in_batches(candidates.rewards, zero_shot.load(path, cfg), query, sampled, label=kind)
         else:
             rewards = candidates.implicit_rewards(path, reference if kind == "dpo" else None, query, sampled,
                                                   cfg.compute)
@@ -51,7 +53,7 @@ def best_of_n(completions: Path, data: Path, path: Path, reference: Path, out: P
 
 def _command() -> None:
     parser = stage.arguments(__doc__, "completions", "data", "model", "reference", "out")
-    parser.add_argument("--kind", required=True, choices=["reward", "local", "dpo"])
+    parser.add_argument("--kind", required=True, choices=["reward", "local", "dpo", "base"])
     a = parser.parse_args()
     best_of_n(a.completions, a.data, a.model, a.reference, a.out, config.load_scale(a.scale), a.kind)
 

@@ -17,7 +17,8 @@ from roads.tldr import PAD
 def evaluate(completions: Path, data: Path, out: Path, cfg: schema.Scale, task: str) -> None:
     """Write scores.npz: score [N], one per prompt of test_<task>, and tokens [N, 2], ours and the reference's.
 
-    Task human has the judge's consistent [N] and failed [N] as well, and the quality [N] of ours where it is known.
+    post [N] where prompts share posts. Task human has the judge's consistent [N] and failed [N] as well, and the
+    quality [N] of ours where it is known.
     """
     used = schema.used(cfg, "source", "judge") if task == "human" else {}
     with stage.output(out, {"task": task, **used}, [completions, data]) as folder:
@@ -49,7 +50,7 @@ def evaluate(completions: Path, data: Path, out: Path, cfg: schema.Scale, task: 
             from roads.tldr import load_tokenizer
 
             found = {"score": rouge_scores(sampled, references, load_tokenizer(data / "tokenizer.json"))[:, 0]}
-        np.savez(folder / "scores.npz", tokens=tokens, **found)
+        np.savez(folder / "scores.npz", tokens=tokens, **found, **arrays.posts(query))
         stage.write_json(folder / "metrics.json", metrics | {"mean_score": float(found["score"].mean())})
 
 

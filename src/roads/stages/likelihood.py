@@ -1,6 +1,6 @@
 """Stage likelihood: how likely a reward model finds the choices of held-out pairs (Fig 7).
 
-    python -m roads.stages.likelihood MODEL PAIRS OUT --scale mini --kind reward|local|dpo --reference SFT
+    python -m roads.stages.likelihood MODEL PAIRS OUT --scale mini --kind reward|local|dpo|base --reference SFT
 """
 
 from pathlib import Path
@@ -8,18 +8,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from roads import candidates, config, model, preferences, schema, stage
+from roads import arrays, candidates, config, model, preferences, schema, stage, zero_shot
+from roads.world import World
 
 
 def margins(path: Path, pairs: Path, reference: Path, cfg: schema.Scale, kind: str) -> torch.Tensor:
     """r(chosen) - r(rejected) of every pair, [N].
 
-    reward: the global RM's scalar (Eq. 6). local: beta * log pi (Eq. 1). dpo: beta * log(pi / pi_ref).
+    reward: the global RM's scalar (Eq. 6). local: beta * log pi (Eq. 1). dpo: beta * log(pi / pi_ref). base: what the
+    model expects of a document's tag, in buckets (a world's, zero_shot.py).
     """
     query, *sides = preferences.load(pairs, reference)
     both = torch.stack(sides, 1)
-    if kind == "reward":
-        rm = model.RewardModel.load(path, cfg.compute).eval()
+    if kind in ("reward", "base"):
+        rm = model.RewardModel.load(path, cfg.compute).eval() if kind == "reward" else zero_shot.load(path, cfg)
         scores = candidates.in_batches(candidates.rewards, rm, query, both, label=kind)
     else:
         of = reference if kind == "dpo" else None
@@ -27,25 +29,38 @@ def margins(path: Path, pairs: Path, reference: Path, cfg: schema.Scale, kind: s
     return scores[:, 0] - scores[:, 1]
 
 
-def likelihood(path: Path, pairs: Path, reference: Path, out: Path, cfg: schema.Scale, kind: str) -> None:
-    """Write scores.npz: score [N], the Bradley-Terry probability of the chosen completion of each pair.
+def quality_gap(pairs: Path, reference: Path, cfg: schema.Scale) -> np.ndarray:
+    """True quality of the chosen less that of the rejected completion of every pair, [N], in a world."""
+    query, chosen, rejected = (side.numpy() for side in preferences.load(pairs, reference))
+    world = World(cfg.source)
+    return world.quality(query, chosen) - world.quality(query, rejected)
 
-    Their mean is what the paper calls validation likelihood; log loss and accuracy go with it.
+
+def likelihood(path: Path, pairs: Path, reference: Path, out: Path, cfg: schema.Scale, kind: str) -> None:
+    """Write scores.npz: score [N], the Bradley-Terry probability of the chosen completion of each pair; in a world also
+    by_quality [N], 1 where the model prefers the side of the higher true quality. post [N] where pairs share posts.
+
+    The mean of score is what the paper calls validation likelihood; log loss and accuracy go with it.
     """
     torch.set_num_threads(cfg.machine.threads)
-    with stage.output(out, {"kind": kind, **schema.used(cfg, kind)}, [path, pairs, reference]) as folder:
+    used = {"kind": kind, **schema.used(cfg, *[kind] * (kind != "base"), *["source"] * cfg.synthetic)}
+    with stage.output(out, used, [path, pairs, reference]) as folder:
         margin = margins(path, pairs, reference, cfg, kind).double()
-        score = torch.sigmoid(margin).numpy()
-        np.savez(folder / "scores.npz", score=score)
+        scores = {"score": torch.sigmoid(margin).numpy()}
+        if cfg.synthetic:
+            scores["by_quality"] = (margin.numpy() * quality_gap(pairs, reference, cfg) > 0).astype(float)
+        query = preferences.load(pairs, reference)[0].numpy()
+        np.savez(folder / "scores.npz", **scores, **arrays.posts(query))
         stage.write_json(folder / "metrics.json", {
-            "training": stage.training(path), "pairs": len(score),
-            "mean_score": float(score.mean()), "accuracy": float((margin > 0).double().mean()),
+            "training": stage.training(path), "pairs": len(margin),
+            **({"by_quality": float(scores["by_quality"].mean())} if cfg.synthetic else {}),
+            "mean_score": float(scores["score"].mean()), "accuracy": float((margin > 0).double().mean()),
             "log_loss": float(-torch.nn.functional.logsigmoid(margin).mean())})
 
 
 def _command() -> None:
     parser = stage.arguments(__doc__, "model", "pairs", "out")
-    parser.add_argument("--kind", required=True, choices=["reward", "local", "dpo"])
+    parser.add_argument("--kind", required=True, choices=["reward", "local", "dpo", "base"])
     parser.add_argument("--reference", type=Path, required=True, help="the SFT policy")
     a = parser.parse_args()
     likelihood(a.model, a.pairs, a.reference, a.out, config.load_scale(a.scale), a.kind)
