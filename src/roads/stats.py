@@ -1,7 +1,8 @@
 """Statistics of the claims: intervals that resample prompts and seeds, tests, and what a verdict takes.
 
-A claim is a contrast of bars (weights that sum to 0), computed per prompt and seed, and one of two tests. `margin` is
-the smallest effect of interest, in the figure's unit, fixed before results; both tests use it.
+A claim is a contrast of bars (weights that sum to 0), computed per prompt and seed, and one of four tests. `margin` is
+the smallest effect of interest, in the figure's unit, fixed before results. Where rows share posts (a post has several
+human comparisons) posts are resampled, and vote in the sign test, and not rows.
 
 `greater`, the contrast is above 0: p is the larger of a sign test over prompts and of the bootstrap's.
     not supported   the interval's upper end is below the margin: the effect, if any, is smaller than what matters
@@ -11,9 +12,13 @@ the smallest effect of interest, in the figure's unit, fixed before results; bot
     supported       the adjusted p is below alpha
     not supported   the interval lies outside [-margin, margin]
     undecided       otherwise
+`different`, the contrast is not 0: p is twice the smaller of the bootstrap's two one-sided ones.
+    supported       the adjusted p is below alpha; the estimate's sign says which way
+    undecided       otherwise
+`correlated`, Pearson's r of some models' means in two figures is above 0: as `greater`, by the bootstrap alone.
 So a large p is never evidence of no difference, and one contrast is never both greater than 0 and equivalent to 0 at
-one margin. Intervals are 95%, two-sided, not adjusted; p-values are one-sided, adjusted by Holm over all claims of a
-report that were run. A bootstrap p is at least 1 / (RESAMPLES + 1).
+one margin. Intervals are 95%, two-sided, not adjusted; p-values are one-sided but for `different`, adjusted by
+Holm over the claims of a family that were run: the paper's, or ours. A bootstrap p is at least 1 / (RESAMPLES + 1).
 
 The sign test asks whether most of the prompts that move go up, not whether their mean does: where few prompts move far
 and many a little the other way, a claim stays undecided. It is for paired prompts; across worlds the bootstrap alone
@@ -22,7 +27,8 @@ decides.
 Three seeds are few. Resampling 3 understates their spread (it sees 2/3 of the variance, and 1 draw in 9 repeats one
 seed), so where seeds differ much an interval is too short and a verdict too sure: with a spread of seeds four times
 the standard error that prompts give, `greater` is supported in about 8% of cases without an effect, against 1% where
-seeds agree. Every estimate therefore has `by_seed`, and a claim whose seeds differ in sign says so.
+seeds agree. Every estimate therefore has `by_seed` and `over_seeds`, a t interval of the seeds' means; a claim whose
+seeds differ in sign says so, and so does one that is supported though that interval has 0 in it.
 """
 
 from functools import lru_cache
@@ -78,6 +84,23 @@ def total(parts: list[np.ndarray], post: np.ndarray | None = None) -> tuple[dict
     found = {"mean": float(sum(part.mean() for part in parts)), "low": float(low), "high": float(high),
              "by_seed": np.asarray(sum(part.mean(axis=1) for part in parts)).tolist()}
     return found, resampled
+
+
+def correlation(x: list[np.ndarray], y: list[np.ndarray]) -> tuple[dict, np.ndarray]:
+    """Pearson's r of some models' means, and its resampled values [RESAMPLES].
+
+    Args:
+        x, y: for each model scores [seeds, prompts]; the prompts of x and of y are not the same, the seeds are.
+    """
+    def r(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        left, right = left - left.mean(0), right - right.mean(0)
+        return (left * right).sum(0) / np.sqrt((left**2).sum(0) * (right**2).sum(0))
+
+    resampled = r(*(np.stack([bootstrap(scores, stream) for scores in side]) for stream, side in enumerate((x, y))))
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    seeds = r(*(np.stack([scores.mean(axis=1) for scores in side]) for side in (x, y)))
+    mean = r(*(np.array([[scores.mean()] for scores in side]) for side in (x, y)))[0]
+    return {"mean": float(mean), "low": float(low), "high": float(high), "by_seed": seeds.tolist()}, resampled
 
 
 def estimate(scores: np.ndarray, post: np.ndarray | None = None) -> dict:
@@ -147,7 +170,11 @@ def verdict(test: str, found: dict, p_adjusted: float, margin: float, alpha: flo
     low, high = found["low"], found["high"]
     sure = p_adjusted < alpha
     p = f"adjusted p {p_adjusted:.2g}"
-    if test == "greater":
+    if test == "different":
+        if sure:
+            return "supported", f"{'above' if low > 0 else 'below'} 0, {p}"
+        return "undecided", f"not shown to differ from 0, {p}"
+    if test in ("greater", "correlated"):
         if high < 0:
             return "not supported", "the interval is below 0"
         if high < margin:

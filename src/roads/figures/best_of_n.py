@@ -64,11 +64,14 @@ def _command() -> None:
     sizes = [name for name in rms if name == a.scale or params.blocks[name].made_from() != own.made_from()]
     most = own.samples.best_of_n.n
     counts = [n for n in (1, 2, 5, 10, 25) if n <= most]
-    called = {f"Policy {size_of(policy, a.scale)}, RM {size_of(rm, a.scale)}": f"{which} policy, {rank} RM"
-              for which, policy in (("smallest", sizes[0]), ("largest", sizes[-1]))
-              for rank, rm in (("smallest", rms[0]), ("largest", rms[-1]))}
+    ends, called = {"smallest": sizes[0], "largest": sizes[-1]}, {}
+    for which, policy in ends.items():
+        rivals = {"own": policy, "smallest": rms[0], "largest": rms[-1]}
+        for rank, rm in rivals.items():
+            line = f"Policy {size_of(policy, a.scale)}, RM {size_of(rm, a.scale)}"
+            called[line] = (*called.get(line, ()), f"{which} policy, {rank} RM")
     bars = [Bar(f"{line} N={n}", place, f"n{n}", line, n,
-                roles=(called[line],) * (n == counts[-1]) if line in called else ())
+                roles=called.get(line, ()) if n == counts[-1] else ())
             for line, place in lines(a.scale, a.figure, sizes, rms, own.synthetic).items() for n in counts]
     figure.save(a.out, a.figure, a.runs, bars, gaps(a.figure, sizes, rms, a.scale, counts[-1]), a.scale,
                 CAPTIONS[a.figure], "winrate against the reference summary",

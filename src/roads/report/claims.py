@@ -7,80 +7,21 @@ import argparse
 import csv
 import hashlib
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
 
-from roads import config, stage, stats, strict
+from roads import stage, stats
+from roads.report.claim import Claim, Claims, Measure, load
 from roads.report.schema import Bar, Figure, read
 from roads.stage import UserError
-from roads.strict import Positive, Strict, nearest
+from roads.strict import nearest
 
-Weight = Annotated[float, Field(allow_inf_nan=False)]
-Text = Annotated[str, Field(min_length=1)]
 VERDICTS = ("supported", "not supported", "undecided", "not run")
-
-
-class Claim(Strict):
-    id: Annotated[str, Field(pattern="^[a-z0-9-]{1,40}$")]  # the table's first column
-    sentence: Text
-    source: Text  # a place in the paper, or 'ours'
-    figure: Text
-    contrast: dict[str, Weight]  # bar -> weight, per prompt and seed
-    test: Literal["greater", "equivalent"]
-    margin: Positive  # the smallest effect of interest, in the figure's unit
-    paired: bool = True  # false: bars of different x are of different worlds, whose prompts have no order in common
-
-    @field_validator("contrast")
-    @classmethod
-    def _contrast(cls, weights: dict[str, float]) -> dict[str, float]:
-        if not weights or not all(weights.values()) or abs(sum(weights.values())) > 1e-9:
-            raise ValueError(f"expected weights other than 0 that sum to 0, got {weights}")
-        return weights
-
-
-class Hypothesis(Strict):
-    id: Text
-    says: Text
-    predicts: Text
-    claims: list[str]  # ids of the claims that bear on it
-
-
-class Claims(Strict):
-    alpha: Annotated[float, Field(gt=0, lt=1)]
-    hypotheses: list[Hypothesis]
-    claims: Annotated[list[Claim], Field(min_length=1)]
-
-    @model_validator(mode="after")
-    def _ids(self) -> "Claims":
-        ids = [claim.id for claim in self.claims]
-        for name, found in (("claims", ids), ("hypotheses", [each.id for each in self.hypotheses])):
-            twice = [key for key, count in Counter(found).items() if count > 1]
-            if twice:
-                raise ValueError(f"{name}: expected distinct ids, got {twice[0]!r} twice")
-        for hypothesis in self.hypotheses:
-            for key in hypothesis.claims:
-                if key not in ids:
-                    raise ValueError(f"hypotheses.{hypothesis.id}.claims: no claim {key!r}{nearest(key, ids)}")
-        return self
-
-
-def load(path: Path) -> Claims:
-    """Read and check the claims.
-
-    Raises:
-        UserError: one line with the file, the claim, the key and what was expected.
-    """
-    raw = strict.read(path, f"the keys {', '.join(Claims.model_fields)}")
-    found, table = strict.check(Claims, raw, str(path)), Path(path).with_name(config.FIGURES.name)
-    known = config.load_figures(table) if table.exists() else {claim.figure: None for claim in found.claims}
-    for claim in found.claims:
-        if claim.figure not in known:
-            raise UserError(f"{path}: claims.{claim.id}.figure: no figure {claim.figure!r} in {table.name}"
-                            f"{nearest(claim.figure, known)}")
-    return found
+# What a claim is about where that is not the score: a function of scores, or an array of scores.npz.
+MEASURES = {"accuracy": lambda p: (p > 0.5).astype(float), "log-likelihood": np.log}
+ARRAYS = {"by quality": "by_quality", "held-out": "held_out"}
 
 
 def read_figure(path: Path) -> Figure | None:
@@ -92,101 +33,175 @@ def read_figure(path: Path) -> Figure | None:
     return read(path, Figure, f"make {path.stem}") if path.exists() else None
 
 
-def read_scores(figure: Figure, bar: Bar, path: Path) -> np.ndarray:
-    """Scores [seeds, prompts] of a bar, from the very files that the figure was made from.
+def read_scores(figure: Figure, bar: Bar, path: Path, measure: Measure | None = None,
+                seeds: list[int] | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Scores [seeds, prompts] of a bar, from the very files that the figure was made from, and the prompts' posts where
+    they share some; of a measure, and of some of the figure's seeds.
 
     Raises:
         UserError: a file is missing, has changed since, or holds something else.
     """
-    rows, make = [], f"`make {path.stem}`"
+    rows, make, post = [], f"`make {path.stem}`", None
+    array = ARRAYS.get(measure, "")
+    key = bar.key if not array else array if bar.key == "score" else f"{bar.key}.{array}"
     for name in bar.scores:
         if not Path(name).exists():
             raise UserError(f"{name}: not found; claims need every prompt's score: {make} makes it")
         if hashlib.sha256(Path(name).read_bytes()).hexdigest() != figure.provenance.files.get(name):
             raise UserError(f"{name}: not the file that {path} was made from (sha256 differs); {make} makes both anew")
         with np.load(name) as arrays:
-            if bar.key not in arrays:
-                raise UserError(f"{name}: no array {bar.key!r}{nearest(bar.key, arrays.files)}")
-            rows.append(arrays[bar.key].astype(float))
+            if key not in arrays:
+                raise UserError(f"{name}: no array {key!r}{nearest(key, arrays.files)}")
+            rows.append(arrays[key].astype(float))
+            of = [arrays[label] for label in (f"{key}.post", "post") if label in arrays]
+            post = of[0] if of and len(of[0]) == len(rows[-1]) else None
     if len(rows) != len(figure.seeds) or len({row.shape for row in rows}) != 1 or rows[0].ndim != 1:
         raise UserError(f"{path}: {bar.bar}: expected as many prompts for each of the seeds {figure.seeds}, "
                         f"got arrays of shape {[row.shape for row in rows]}")
-    scores = np.stack(rows)
+    scores = np.stack([row for row, seed in zip(rows, figure.seeds) if seeds is None or seed in seeds])
     if not np.isfinite(scores).all():
         raise UserError(f"{path}: {bar.bar}: a score is not a finite number")
-    return scores
+    return MEASURES[measure](scores) if measure in MEASURES else scores, post
 
 
-def contrast(claim: Claim, figure: Figure, path: Path) -> list[np.ndarray]:
-    """The claim's contrast [seeds, prompts]; where prompts are not paired, one part for each world.
+class Lacking(Exception):
+    """Why a claim cannot be decided from the figures that exist."""
+
+
+class Bars:
+    """The bars that claims name, of all figures of a folder of reports."""
+
+    def __init__(self, reports: Path, names: Iterable[str]):
+        self.reports, self.figures = reports, {name: read_figure(reports / f"{name}.json") for name in names}
+
+    def find(self, claim: Claim, name: str) -> tuple[Figure, Bar, Path]:
+        """A bar by its name or a role, in the claim's figure or in another.
+
+        Raises:
+            Lacking: its figure was not made, or the scale has no such bar.
+            UserError: mini's figure, which claims are written for, lacks it: a mistake in claims.yaml.
+        """
+        other, _, rest = name.partition("/")
+        wanted, label = (other, rest) if rest and other in self.figures else (claim.figure, name)
+        figure, path = self.figures[wanted], self.reports / f"{wanted}.json"
+        if figure is None:
+            raise Lacking(f"{path} is not there; `make {wanted}` makes it")
+        found = [bar for bar in figure.bars if label == bar.bar or label in bar.roles]
+        if not found:
+            known = [bar.bar for bar in figure.bars]
+            _exists_at_mini(claim, label, path)
+            raise Lacking(f"{path} has no bar {label!r}; it has: {', '.join(known)}")
+        return figure, found[0], path
+
+    def needed(self, claim: Claim) -> dict[str, tuple[Figure, Bar, Path]]:
+        """Every bar that a claim names.
+
+        Raises:
+            Lacking: as `find`; or two roles are one bar at this scale.
+        """
+        found = {name: self.find(claim, name) for name in [*claim.contrast, *claim.against]}
+        if len({(path, bar.bar) for _, bar, path in found.values()}) < len(found):
+            raise Lacking(f"at this scale {' and '.join(map(repr, claim.contrast))} are one bar")
+        return found
+
+
+def common(found: dict[str, tuple[Figure, Bar, Path]]) -> list[int]:
+    """The seeds that all figures of a claim have."""
+    first, *others = [figure.seeds for figure, _, _ in found.values()]
+    return [seed for seed in first if all(seed in seeds for seeds in others)]
+
+
+def contrast(claim: Claim, found: dict[str, tuple[Figure, Bar, Path]]) -> tuple[list[np.ndarray], np.ndarray | None]:
+    """The claim's contrast [seeds, prompts]; where prompts are not paired, one part for each world. And its prompts'
+    posts.
 
     Raises:
         UserError: bars whose prompts cannot be paired.
     """
-    bars = {bar.bar: bar for bar in figure.bars}
-    parts = {}
+    parts, post, seeds = {}, None, common(found)
     for name, weight in claim.contrast.items():
-        world = None if claim.paired else bars[name].x
+        figure, bar, path = found[name]
+        world = None if claim.paired else bar.x
         if not claim.paired and world is None:
             raise UserError(f"claim {claim.id}: {path}: {name} has no x; `paired: false` tells worlds apart by it")
-        term = weight * read_scores(figure, bars[name], path)
+        scores, post = read_scores(figure, bar, path, claim.measure, seeds)
+        term = weight * scores
         if world in parts and parts[world].shape != term.shape:
             raise UserError(f"claim {claim.id}: {path}: {name} has {term.shape[1]} prompts, expected "
                             f"{parts[world].shape[1]}; `paired: false` is for bars of different worlds")
         parts[world] = parts.get(world, 0) + term
-    return list(parts.values())
+    return list(parts.values()), post if claim.paired else None
 
 
-def measure(claim: Claim, figure: Figure, path: Path) -> dict:
-    """Estimate and unadjusted p of a claim."""
-    parts = contrast(claim, figure, path)
-    found, resampled = stats.total(parts)
+def measure(claim: Claim, bars: Bars) -> dict:
+    """Estimate and unadjusted p of a claim.
+
+    Raises:
+        Lacking: a bar does not exist.
+    """
+    found = bars.needed(claim)
+    seeds = common(found)
+    if claim.test == "correlated":
+        sides = [[read_scores(*found[name], claim.measure, seeds)[0] for name in names]
+                 for names in (claim.contrast, claim.against)]
+        estimate, resampled = stats.correlation(*sides)
+        return {"estimate": estimate, "p": stats.p_above(resampled), "n": sides[0][0].shape[1], "seeds": seeds}
+    parts, post = contrast(claim, found)
+    estimate, resampled = stats.total(parts, post)
     if claim.test == "equivalent":
         p = stats.p_equivalent(resampled, claim.margin)
+    elif claim.test == "different":
+        p = min(1.0, 2 * min(stats.p_above(resampled), stats.p_above(-resampled)))
     else:
-        p = max(stats.p_above(resampled), stats.sign_test(parts[0]) if claim.paired else 0.0)
-    return {"estimate": found, "p": p, "n": min(part.shape[1] for part in parts), "seeds": figure.seeds}
+        p = max(stats.p_above(resampled), stats.sign_test(parts[0], post=post) if claim.paired else 0.0)
+    return {"estimate": estimate, "p": p, "n": min(part.shape[1] for part in parts), "seeds": seeds}
 
 
 def decide(claims: Claims, reports: Path) -> list[dict]:
-    """Every claim with its verdict, in the order of claims.yaml; Holm over those whose figure was made."""
-    figures = {name: read_figure(reports / f"{name}.json") for name in {claim.figure for claim in claims.claims}}
-    rows = []
+    """Every claim with its verdict, in the order of claims.yaml; Holm in each family, over those decided."""
+    others = [name.partition("/")[0] for claim in claims.claims for name in [*claim.contrast, *claim.against]
+              if "/" in name]
+    bars, rows = Bars(reports, {claim.figure for claim in claims.claims} | set(others)), []
     for claim in claims.claims:
-        row = claim.model_dump(exclude={"paired"} if claim.paired else None)
-        figure, path = figures[claim.figure], reports / f"{claim.figure}.json"
-        lacking = figure and [name for name in claim.contrast if name not in (known := [b.bar for b in figure.bars])]
-        if figure and not lacking:
-            row |= measure(claim, figure, path)
-        else:  # a scale can have other points of a dial than mini, about which the claims are
-            if lacking:
-                _exists_at_mini(claim, lacking[0], path)
-            why = (f"{path} has no bar {lacking[0]!r}; it has: {', '.join(known)}" if figure else
-                   f"{path} is not there; `make {claim.figure}` makes it")
+        row = claim.model_dump(exclude={"paired"} if claim.paired else None) | {"family": claim.family}
+        try:
+            row |= measure(claim, bars)
+        except Lacking as why:  # a scale can have other points of a dial than mini
             row |= {"estimate": None, "p": None, "p_adjusted": None, "n": None, "seeds": [], "verdict": "not run",
-                    "why": why}
+                    "why": str(why)}
         rows.append(row)
-    run = [row for row in rows if row["estimate"]]
-    for row, adjusted in zip(run, stats.holm([row["p"] for row in run])):
-        row["p_adjusted"] = adjusted
-        row["verdict"], row["why"] = stats.verdict(row["test"], row["estimate"], adjusted, row["margin"], claims.alpha)
-        seeds = row["estimate"]["by_seed"]
-        if min(seeds) < 0 < max(seeds):
-            row["why"] += f"; seeds of both signs: {', '.join(f'{x:+.4f}' for x in seeds)}"
+    for family in ("the paper's", "ours"):
+        run = [row for row in rows if row["estimate"] and row["family"] == family]
+        for row, adjusted in zip(run, stats.holm([row["p"] for row in run])):
+            row["p_adjusted"] = adjusted
+            _judge(row, claims.alpha)
     return rows
+
+
+def _judge(row: dict, alpha: float) -> None:
+    """Verdict of a claim and why, with what its seeds say."""
+    found = row["estimate"]
+    row["verdict"], row["why"] = stats.verdict(row["test"], found, row["p_adjusted"], row["margin"], alpha)
+    row["beyond_margin"] = row["test"] != "equivalent" and found["low"] > row["margin"]
+    seeds, found["over_seeds"] = found["by_seed"], stats.over_seeds(found["by_seed"])
+    if min(seeds) < 0 < max(seeds):
+        row["why"] += f"; seeds of both signs: {', '.join(f'{x:+.4f}' for x in seeds)}"
+    elif row["verdict"] == "supported" and row["test"] == "greater" and (t := found["over_seeds"]) and t[0] < 0:
+        row["why"] += f"; over seeds alone the t interval [{t[0]:+.4f}, {t[1]:+.4f}] has 0 in it"
 
 
 def _exists_at_mini(claim: Claim, bar: str, path: Path) -> None:
     """Raises UserError where mini's report of the figure, which the claims are about, lacks a bar: a mistake."""
     figure = read_figure(path.parents[1] / "mini" / path.name)
-    if figure and bar not in (names := [other.bar for other in figure.bars]):
-        raise UserError(f"claims.{claim.id}.contrast: {claim.figure} has no bar {bar!r}{nearest(bar, names)}")
+    names = [name for other in figure.bars for name in (other.bar, *other.roles)] if figure else []
+    if figure and bar not in names:
+        raise UserError(f"claims.{claim.id}.contrast: {path.stem} has no bar {bar!r}{nearest(bar, names)}")
 
 
 def save(claims: Claims, rows: list[dict], reports: Path) -> None:
     """Write claims.json and claims.csv under `reports`, each complete or not at all."""
-    columns = ["id", "verdict", "mean", "low", "high", "test", "margin", "p", "p_adjusted", "n", "figure", "source",
-               "sentence", "why"]
+    columns = ["id", "family", "verdict", "beyond_margin", "mean", "low", "high", "by_seed", "over_seeds", "test",
+               "margin", "p", "p_adjusted", "n", "figure", "source", "sentence", "changed", "why"]
     with stage.writing_all(reports / "claims.json", reports / "claims.csv") as (as_json, as_csv):
         stage.write_json(as_json, {
             "scale": reports.resolve().name, "alpha": claims.alpha, "claims": rows,
@@ -207,7 +222,8 @@ def table(rows: list[dict]) -> str:
         if found:
             interval = f"[{found['low']:+.4f}, {found['high']:+.4f}]"
             numbers = f"{found['mean']:+.4f}  {interval:18}  {row['p_adjusted']:<10.4f}"
-        sign = {"greater": "> 0, margin ", "equivalent": "within +-"}[row["test"]]
+        sign = {"greater": "> 0, margin ", "equivalent": "within +-", "different": "not 0, margin ",
+                "correlated": "r > 0, margin "}[row["test"]]
         lines.append(f"{row['id']:{wide}}  {row['verdict']:13}  {numbers}  {sign}{row['margin']:g}")
     missing = sorted({row["figure"] for row in rows if row["why"].endswith("makes it")})
     odd = [row for row in rows if row["verdict"] == "not run" and row["figure"] not in missing]

@@ -17,6 +17,7 @@ class Estimate(BaseModel):
     low: float
     high: float
     by_seed: list[float] = []
+    over_seeds: tuple[float, float] | None = None  # t interval of the seeds' means
 
 
 class Bar(Estimate):
@@ -25,6 +26,7 @@ class Bar(Estimate):
     bar: str
     series: str
     x: float | None
+    roles: list[str] = []  # what claims call it where scales name it differently
     n: int  # prompts
     scores: list[str]  # a scores.npz per seed
     key: str  # its array in them
@@ -87,8 +89,12 @@ class Claim(BaseModel):
     source: str
     figure: str
     contrast: dict[str, float]
-    test: Literal["greater", "equivalent"]
+    test: Literal["greater", "equivalent", "different", "correlated"]
     margin: float
+    family: str = ""
+    measure: str | None = None
+    changed: str | None = None
+    beyond_margin: bool = False
     verdict: Literal["supported", "not supported", "undecided", "not run"]
     estimate: Estimate | None = None
     p: float | None = None
