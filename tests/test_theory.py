@@ -13,12 +13,12 @@ from roads.theory import tree as t
 
 REPORTS = ROOT / "reports/theory"
 SEEDS = range(1000, 1004)  # one for each shape of tree; neither the report's nor development seeds
-CASES = [(name, kind) for name, (_, kinds) in statements.STATEMENTS.items() for kind in kinds]
+CASES = [(name, kind) for name, (_, kinds) in run.STATEMENTS.items() for kind in kinds]
 
 
 @pytest.mark.parametrize("name, kind", CASES, ids=[f"{name}-{'-'.join(kind) or 'all'}" for name, kind in CASES])
 def test_a_statement_holds(name, kind):
-    function, _ = statements.STATEMENTS[name]
+    function, _ = run.STATEMENTS[name]
     assert max(function(statements.problem(seed, **kind)) for seed in SEEDS) < run.TOLERANCE
 
 
@@ -42,7 +42,7 @@ def test_an_error_in_one_side_shows(name, monkeypatch):
         return exact(tree, rho, reward / 1.01, logits, ref)
 
     monkeypatch.setattr(t, "soft_return", off)
-    function, _ = statements.STATEMENTS[name]
+    function, _ = run.STATEMENTS[name]
     assert function(statements.problem(SEEDS[0])) > 1e-4
 
 
@@ -125,7 +125,7 @@ def test_errors_of_many_pairs_are_those_of_the_delta_method(monkeypatch):
 
 def test_the_committed_report_holds_to_the_tolerance():
     rows = list(csv.DictReader((REPORTS / "statements.csv").open(encoding="utf-8")))
-    assert {row["statement"] for row in rows} == set(statements.STATEMENTS)
+    assert {row["statement"] for row in rows} == set(run.STATEMENTS)
     for row in rows:
         assert int(row["n"]) >= 100 and float(row["max_error"]) < 1e-6 and row["status"] == "holds"
 

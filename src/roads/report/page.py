@@ -76,6 +76,8 @@ def label(name: str, title: str) -> tuple[str, str]:
 
 def contrast(claim: Claim) -> str:
     """What is tested, as a formula: "Online(DPO) − DPO > 0"; bars of one setting ("... K=2") side by side."""
+    if claim.test == "correlated":
+        return f"r of {', '.join(claim.contrast)} with {', '.join(claim.against)} >\u00a00"
     def setting_first(item: tuple[str, float]) -> tuple[str, float]:
         last = item[0].rpartition(" ")[2]
         return last if "=" in last else "", -item[1]
@@ -85,7 +87,8 @@ def contrast(claim: Claim) -> str:
         size = "" if abs(weight) == 1 else f"{abs(weight):g} × "
         terms += (" − " if weight < 0 else " + ") + size + bar
     terms = terms.removeprefix(" + ").strip()
-    return f"{terms} >\u00a00" if claim.test == "greater" else f"|{terms}| <\u00a0{claim.margin:g}"
+    return {"greater": f"{terms} >\u00a00", "different": f"{terms} ≠\u00a00",
+            "equivalent": f"|{terms}| <\u00a0{claim.margin:g}"}[claim.test]
 
 
 def forest(estimate: Estimate, far: float, margin: float = 0.0) -> dict:
@@ -140,7 +143,8 @@ def figure_section(folder: Path, name: str, figure: Figure, claims: list[dict]) 
 
 def claim_rows(claims: list[Claim], figures: dict[str, Figure], table: dict[str, config.Figure]) -> list[dict]:
     """Claims as rows of the table; those of one measure share the scale of their forest plots."""
-    measures = {claim.id: figures[claim.figure].measure if claim.figure in figures else "" for claim in claims}
+    measures = {claim.id: "correlation" if claim.test == "correlated" else claim.measure or (
+        figures[claim.figure].measure if claim.figure in figures else "") for claim in claims}
     rows = []
     for claim in claims:
         alike = [other for other in claims if other.estimate and measures[other.id] == measures[claim.id]]

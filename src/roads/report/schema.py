@@ -93,6 +93,7 @@ class Claim(BaseModel):
     margin: float
     family: str = ""
     measure: str | None = None
+    against: list[str] = []
     changed: str | None = None
     beyond_margin: bool = False
     verdict: Literal["supported", "not supported", "undecided", "not run"]

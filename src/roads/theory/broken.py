@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from scipy.sparse.csgraph import connected_components
 
+from roads.theory import further
 from roads.theory import statements as s
 from roads.theory import tree as t
 
@@ -206,8 +207,9 @@ def unrealizable_policy(seed: int) -> float:
 
 
 def simple_but_wrong(seed: int) -> float:
-    """The true reward is not in R_sim, all policies: the theorem holds all the same."""
-    return s.theorem_3_1(s.problem(seed))
+    """Infinite data of a table of rewards, which is not in R_sim, all policies: the theorem holds all the same."""
+    p = s.problem(seed)
+    return s.theorem_3_1(p._replace(pairs=t.population_pairs(p.tree, p.reward)))
 
 
 def simple_but_wrong_regret(seed: int) -> float:
@@ -229,9 +231,7 @@ def two_samplings(seed: int, transitive: bool) -> float:
     if transitive:
         chosen = (p.reward[first] - p.reward[second]).sigmoid()
     else:
-        size = len(p.reward) // p.tree.prompts
-        ahead = (second - first) % size  # around a circle, each beats the half that follows
-        chosen = torch.where(2 * ahead == size, 0.5, torch.where(2 * ahead < size, 0.8, 0.2)).double()
+        chosen = further.cycles(p).weight
     often = torch.rand(len(p.reward), len(p.reward), generator=draw, dtype=torch.float64) ** 3 + 0.01
     often = (often + often.T)[first, second]
     fits = [s.fit_reward(p._replace(pairs=t.Pairs(first, second, weight)), "left")
@@ -240,8 +240,16 @@ def two_samplings(seed: int, transitive: bool) -> float:
 
 
 def two_sides_on_cycles(seed: int) -> float:
-    """Theorem 2.2 on counts with cycles, which its proof never needed to be absent."""
-    return s.theorem_2_2(s.problem(seed))
+    """Theorem 2.2 on Condorcet cycles with uneven counts, which its proof never needed to be absent."""
+    p = s.problem(seed)
+    pairs = further.cycles(p)
+    uneven = torch.rand(len(pairs.weight), generator=generator(seed), dtype=torch.float64) + 0.1
+    return s.theorem_2_2(p._replace(pairs=pairs._replace(weight=pairs.weight * uneven)))
+
+
+def verifier_without_intercept(seed: int) -> float:
+    """The remark on 0/1 verifiers where neither side has a free constant for each prompt."""
+    return further.remark_verifier(s.problem(seed), intercept=False)
 
 
 # Statement, what is dropped, function of a seed.
@@ -261,12 +269,17 @@ PARTING = [
     ("Theorem 3.1", "r_π in R_sim alone: two rewards", unrealizable_policy),
     ("Theorem 3.1", "nothing; true reward outside R_sim: regret of both sides, nats", simple_but_wrong_regret),
     ("Eqs. 4-6", "transitive preferences: cycles, pairs sampled in two ways", partial(two_samplings, transitive=False)),
+    ("Eqs. 4-6", "the same: KL to the nearest Bradley-Terry model, nats a pair", further.nearest_bradley_terry),
+    ("Eq. 2", "nothing; minimised as printed, against DPO", partial(further.literal_objective, ref=True)),
+    ("Eq. 3", "nothing; minimised as printed, against π_mle", further.literal_objective),
+    ("Remark, verifier", "a free constant for each prompt", verifier_without_intercept),
+    ("Data processing", "nothing; bits that the data have and a simple reward model has not", further.lost),
 ]
 # The same where the statement holds all the same: statement, what it does not need, function of a seed.
 UNNEEDED = [
     ("Theorem 2.2", "R = R(Π), on infinite data of a reward in the smaller R", restricted_rewards_realizable),
-    ("Theorem 2.2", "Bradley-Terry preferences: counts with cycles", two_sides_on_cycles),
-    ("Theorem 3.1", "true reward in R_sim, with all policies", simple_but_wrong),
+    ("Theorem 2.2", "transitive preferences: Condorcet cycles", two_sides_on_cycles),
+    ("Theorem 3.1", "true reward in R_sim, on its infinite data", simple_but_wrong),
     ("Eqs. 4-6", "one sampling of pairs, on Bradley-Terry data", partial(two_samplings, transitive=True)),
 ]
 PER_TRAJECTORY = [1, 2, 4, 8, 16, 32, 64]  # comparisons per trajectory, for `few_pairs`

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from roads import stage
-from roads.theory import broken, complexity, figures, statements
+from roads.theory import broken, complexity, figures, further, statements
 from roads.theory.complexity import HORIZON, HORIZONS, MIX_PAIRS, MIXTURES, PAIRS, N
 from roads.theory.figures import digits, interval
 
+STATEMENTS = statements.STATEMENTS | further.STATEMENTS
 STATEMENT_SEEDS, BROKEN_SEEDS = range(100), range(40)
 TOLERANCE = 1e-6
 WORKERS = 2
@@ -25,7 +26,7 @@ TWO_STAGE = [name for name in figures.LOOKS if name.startswith("two-stage")]
 
 def check(name: str, kind: dict) -> dict:
     """The largest distance of a statement over instances of one kind, in which its assumptions hold."""
-    function, _ = statements.STATEMENTS[name]
+    function, _ = STATEMENTS[name]
     error = max(function(statements.problem(seed, **kind)) for seed in STATEMENT_SEEDS)
     policies = "network" if name == "Theorem 2.4" else "prefix-blind" if kind.get("blind") else "all"
     return {"statement": name, "policies": policies, "max_error": digits(error, 2), "n": len(STATEMENT_SEEDS),
@@ -103,7 +104,10 @@ def report(checked: list[dict], dropped: list[dict], pairs: list[dict], rows: li
 
 Written by `make theory`. Trees (prompts x tokens x steps): {trees}; every trajectory enumerated, float64.
 The two sides of a statement are built by different routes, from different starts. What each assumes is in the
-docstrings of `src/roads/theory/statements.py`.
+docstrings of `src/roads/theory/statements.py` and `further.py`.
+
+## What it says
+{lead(rows, gains, dropped)}
 
 ## Statements
 Largest difference of the two sides over {len(STATEMENT_SEEDS)} seeds; below {TOLERANCE:g} a statement holds.
@@ -118,6 +122,13 @@ What the wording needs:
   of optima, not of what a solver returns: see "Finite data" below.
 - R = R(Π) is needed up to that shift only; and "r_π in R_sim" (Theorem 3.1) must be read so, for as printed it asks
   R_sim to contain log-normalised rewards.
+- Eqs. 2 and 3 are what neither method minimises as printed: both end at π_mle, where the likelihood is greatest and the
+  second term still has a slope (rows "minimised as printed" below). They optimise the two terms one after the other.
+- Eq. 36 lacks the normaliser log Z(s0) of its right side. Nothing depends on it.
+- The remark of section 2.3 is true of SFT as it stands. For labels of a 0/1 verifier each side needs a free constant
+  for every prompt, since a reward can be positive and a log-probability cannot.
+- Data processing (section 3.1): a reward model has at most the bits of its data about the true reward, samples with its
+  labels at most those of the reward model. A simple one keeps fewer (row "bits" below).
 - Eq. 13 is a bijection between rewards up to a shift for every prompt and Q-functions up to a shift for every prefix.
 - Eq. 21 normalises over all trajectories, not prompt by prompt. The projection (Lemma A.1) is the same.
 - The last display in the proof of Theorem 2.4 has a sign too many; as its value is zero, nothing follows from it.
@@ -220,6 +231,27 @@ def findings(rows: list[dict], gains: list[dict], limits: list[dict]) -> str:
   {VALUE.format(**floor)} nats at N = {last}, because the soft-optimal policy is not in that class."""
 
 
+def lead(rows: list[dict], gains: list[dict], dropped: list[dict]) -> str:
+    """The results that matter most, first."""
+    def of(kept: list[dict], **where: object) -> str:
+        (row,) = (row for row in kept if where.items() <= row.items())
+        return VALUE.format(**row)
+
+    here = {"horizon": HORIZON, "pairs": N, "share": 0.0}
+    restricted, wide = (of(rows, **here, estimator=name) for name in ("MLE over Π(R_sim)", "MLE over Π"))
+    regret = of(dropped, assumption="the same on infinite data: regret of offline minus online, nats")
+    return f"""\
+- **What helps is the restriction to simple rewards, and not the detour.** Where the reward is simple, maximum
+  likelihood over the policies that are best for simple rewards, with no reward model and no sampling, is as good as
+  the two stages: an error of {restricted} nats, against {wide} over all policies
+  (H = {HORIZON}, N = {N}). The two stages over all rewards, with no bias to simple ones, gain
+  {of(gains, **here, estimator=TWO_STAGE[1])}. So H6 is a statement about the class of rewards that training prefers.
+- **Online training can win for a reason that H6 does not speak of.** With a policy class that is too small it gives
+  the better policy on unlimited data, however complex the reward: the regret of offline training is larger by
+  {regret} nats.
+- Every statement of the paper holds, and so does what it says in passing, with the wording below."""
+
+
 def write(out: Path) -> None:
     """Compute everything and write statements, broken, finite_pairs, fig2, complexity and theory.md under `out`."""
     out.mkdir(parents=True, exist_ok=True)
@@ -229,7 +261,7 @@ def write(out: Path) -> None:
     # Where the class contains the reward.
     closed = [(horizon, share, simple) for share, simple in [(0.0, True), (0.0, False), (1.0, False)]
               for horizon in LIMIT_HORIZONS]
-    kinds = [(name, kind) for name, (_, kinds) in statements.STATEMENTS.items() for kind in kinds]
+    kinds = [(name, kind) for name, (_, kinds) in STATEMENTS.items() for kind in kinds]
     assumptions = [(kind, i) for kind in ("PARTING", "UNNEEDED") for i in range(len(getattr(broken, kind)))]
     with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         started = [[pool.submit(function, *arguments) for arguments in todo] for function, todo in [
