@@ -8,7 +8,7 @@ $(error figures.yaml: expected a file with a row for every figure; `git checkout
 endif
 PAPER := $(filter fig%,$(FIGURES))
 EXTRA := $(filter-out fig%,$(FIGURES))
-.PHONY: help setup test test-fast test-gpu check-gpu bench-gpu test-vllm $(PAPER) $(EXTRA) figures extras claims report judges theory kit unpack status plan graph dag times bench search lint lint-image image lock clean
+.PHONY: help setup test test-fast test-gpu check-gpu bench-gpu test-vllm $(PAPER) $(EXTRA) figures extras claims report results judges theory kit unpack status plan graph dag times bench search lint lint-image image lock clean
 
 VENV := .venv
 # What make is given may hold anything, as the name of a folder may. It is taken as it is written, `$` and all, and gets
@@ -127,7 +127,7 @@ figures: setup  ## the paper's figures, 3 to 12, that the scale allows
 	@$(SET_SCALE)
 	@$(REPRO) $(PAPER)
 
-extras: setup  ## what the paper could not do: eight more figures
+extras: setup  ## what the paper could not do: ten more figures
 	@$(SET_SCALE)
 	@$(REPRO) $(EXTRA)
 
@@ -143,6 +143,9 @@ claims: setup  ## decide the claims of claims.yaml from the figures that are the
 
 report: setup  ## claims, figures and theory on one page: reports/<scale>/index.html
 	@$(PY) -m roads.report.page "reports/$(if $(SCALE),$$SCALE,$(SCALE_NOW))"
+
+results: setup  ## the numbers and verdicts of docs/results.md and README.md, from reports/mini
+	@$(PY) -m roads.report.results reports/mini docs/results.md README.md
 
 judges: setup  ## what the judges of a scale of real posts like, with examples: reports/<scale>/judges.md
 	@$(SET_SCALE)

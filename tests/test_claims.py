@@ -44,7 +44,7 @@ BARS = {
     "more_data": _pairs([6000, 12000, 24000]) | {"Online(SFT), 6000 prompts n=24000": 24000},
     "recipe": [f"{method} {switch}" for switch in ("paper", "schedule", "rm-batch", "loader", "logits", "author-code")
                for method in ("DPO", "Online(DPO)")],
-    "budget": ["DPO bold", "Online(DPO) bolder"],
+    "budget": ["DPO bold", "Online(DPO) bold", "Online(DPO) bolder"],
 }  # fmt: skip
 ROLES = {"fig5": {"Online(SFT) 3x prompts": ["Online(SFT) more prompts"]},
          "fig9": {f"Policy {size}, RM {rm} N=25": [f"{policy} policy, {rank} RM"]

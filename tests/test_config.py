@@ -46,7 +46,7 @@ def test_the_files_in_the_repository_are_good(params):
     assert now.scale == "mini" and {"mini", "tiny", "real-cpu"} < set(loaded.scales)
     assert {name for name, scales in now.figures.items() if not scales} == {"rewards", "recipe_data"}  # of posts
     assert all(scales in ([], ["mini"]) for scales in now.figures.values())
-    assert set(now.figures) == set(loaded.figures) and len(now.figures) == 20
+    assert set(now.figures) == set(loaded.figures) and len(now.figures) == 22
     # What were 260 lines with 74 scales and arms: an arm is a line or two, and a scale no more than it has to say.
     assert len(TEXT["params.yaml"].splitlines()) <= 260 / 74 * (len(loaded.scales) + len(loaded.arms))
     assert not re.search(r"[&*]\w|<<:", TEXT["params.yaml"])
@@ -68,14 +68,14 @@ def test_an_arm_is_its_scale_with_what_its_line_says():
     ours = loaded.scales["mini"].model_dump(exclude={"arms", "policies"})
     changed = {name: differ(ours, cfg.model_dump(exclude={"arms", "policies"})) for name, cfg in loaded.arms.items()
                if name.startswith("mini.")}
-    assert len(changed) == 31 and all(changed.values())
+    assert len(changed) == 34 and all(changed.values())
     assert changed["mini.fig10.k2"] == {"source.slots", "source.candidates", "source.tau"}
     assert changed["mini.fig12.n750"] == {"data.preferences", "data.online"}
     assert changed["mini.recipe.loader"] == {"dpo.shards"} and changed["mini.fig5.prompts"] == {"data.online"}
     assert changed["mini.recipe.author-code"] == (
         changed["mini.recipe.schedule"] | changed["mini.recipe.rm-batch"] | changed["mini.recipe.loader"])
     trained = {name: cfg.policies for name, cfg in loaded.arms.items()}
-    assert trained["mini.fig5.prompts"] == ["online_sft"] and trained["mini.budget.bold"] == ["dpo"]
+    assert trained["mini.fig5.prompts"] == ["online_sft"] and trained["mini.budget.warm"] == ["dpo", "online"]
     assert trained["mini.horizon.k4"] == ["dpo", "dpo_2x", "online"]
     assert config.load_scale("mini.horizon.k4", ROOT / "params.yaml") == loaded.arms["mini.horizon.k4"]
 
@@ -95,15 +95,17 @@ def test_a_new_arm_is_one_line_in_one_place(params):
     ("default: [0, 1, 2]", "default: [0, 1, 0]", "seeds.default: expected distinct values, got [0, 1, 0]"),
     ("default: [0, 1, 2]", "default: [0, -1]", "seeds.default.1: input should be greater than or equal to 0, got -1"),
     ("default: [0, 1, 2]", "default: [0, 1.5]", "seeds.default.1: input should be a valid integer, got 1.5"),
-    ("{default: [0, 1, 2]}", "[0, 1, 2]", "seeds: expected a mapping with the key default, as {default: [0, 1, 2]}"),
-    ("{default: [0, 1, 2]}", "{default: [0], fig33: [1]}", "seeds.fig33: unknown key; did you mean 'fig3'?"),
+    ("{default: [0, 1, 2]", "{defalt: [0, 1, 2]", "seeds: expected a mapping with the key default, as {default:"),
+    ("{default: [0, 1, 2]", "{default: [0], fig33: [1]", "seeds.fig33: unknown key; did you mean 'fig3'?"),
+    ("mini.fig3:", "mini.fig33:", "seeds.mini.fig33: unknown key; did you mean 'mini.fig3'?"),
     ("seeds: {default", "seds: {default", "seds: unknown key; did you mean 'seeds'?"),
-    ("beta: 0.05", "beta: 0", "mini.dpo.beta: input should be"),
-    ("beta: 0.05", "beta: .nan", "mini.dpo.beta: input should be"),
-    ("beta: 0.05", "bata: 0.05", "mini.dpo.bata: unknown key; did you mean 'beta'?"),
-    ("beta: 0.05", 'beta: "0.05"', "mini.dpo.beta: input should be a valid number, got '0.05'"),
-    ("    tau: ", "    taus: ", "mini.source.taus: unknown key; did you mean 'tau'?"),
-    ("karma_noise: 0.5, ", "", "mini.source.karma_noise: missing"),
+    ("epochs: 2, beta: 0.1", "epochs: 2, beta: 0", "mini.dpo.beta: input should be"),
+    ("epochs: 2, beta: 0.1", "epochs: 2, beta: .nan", "mini.dpo.beta: input should be"),
+    ("epochs: 2, beta: 0.1", "epochs: 2, bata: 0.1", "mini.dpo.bata: unknown key; did you mean 'beta'?"),
+    ("epochs: 2, beta: 0.1", 'epochs: 2, beta: "0.1"', "mini.dpo.beta: input should be a valid number, got '0.1'"),
+    ("tau: 3.5", "taus: 3.5", "mini.source.taus: unknown key; did you mean 'tau'?"),
+    ("tag_noise: 0.5, ", "", "mini.source.tag_noise: missing"),
+    ("taste: [1.0, -1.0]", "taste: [0.0]", "mini.source.taste: expected a weight for each attribute, not all 0"),
     ("kind: world", "kind: wrold", "mini.source: input tag 'wrold'"),
     ("rouge: {n: 25", "rouge: {n: 1", "mini.samples.rouge.n: input should be greater than or equal to 2, got 1"),
     ("    human: {n: 2, temperature: 1.0, labels: annotators}\n", "", "mini.samples.human: missing"),
@@ -115,7 +117,7 @@ def test_a_new_arm_is_one_line_in_one_place(params):
      "mini.arms.fig12.n750.data.onlin: unknown key; did you mean 'online'?"),
     ("n750: {data: {preferences: 750, online: 750}}", "n750: {sft: {lr: 1.0}}",
      "mini.arms.fig12.n750: differs from mini in what SFT is made from"),
-    ("n750: {data: {preferences: 750, online: 750}}", "n750: {dpo: {beta: 0.05}}",
+    ("n750: {data: {preferences: 750, online: 750}}", "n750: {dpo: {beta: 0.1}}",
      "mini.arms.fig12.n750: changes nothing"),
     ("n750: {data", "750: {data", "mini.arms.fig12.750: "),
     ("    fig12:", "    fig3:", "mini.arms.fig3: no figure with arms"),
@@ -123,7 +125,7 @@ def test_a_new_arm_is_one_line_in_one_place(params):
     ("  compute: {device: cpu", "  policies: [dpo]\n  compute: {device: cpu", "mini.policies: unknown key; an arm has"),
     ("\nmini:", "\ntasks:", "tasks: a key of active.yaml cannot name a scale"),
     ("\nmini:", "\nstudies: {}\nmini:", "studies: a params.yaml of before; what is active is in active.yaml now"),
-    ("seed: 0, subreddits", "seed: 1000000000000000000000000000000, subreddits",
+    ("seed: 3, subreddits", "seed: 1000000000000000000000000000000, subreddits",
      "mini.source.seed: input should be less than 4294967296"),
     ("hidden_size: 64", "hidden_size: 200000000", "mini.model.hidden_size: input should be less than"),
     ("hidden_size: 64", "hidden_size: 66", "mini.model.heads: expected heads of an even width"),
@@ -159,7 +161,7 @@ def test_a_mistake_is_named(params, old, new, message):
     ("scale: mini", "scale: $(x)", "scale: no block named '$(x)'"),
     ("tasks: [human, rouge]", "tasks: [rouge]", "tasks: expected ['human', 'rouge'] for scale mini"),
     ("fig3: [mini]", "fig3: [tiny]", "figures: expected {'fig3': ['mini']"),
-    ("fig6: [judge]", "fig6: [$(x)]", "arms: expected {'fig5': ['prompts'"),
+    ("fig6: [judge, noisy]", "fig6: [$(x)]", "arms: expected {'fig5': ['prompts'"),
     ("sizes: [mini", "sizes: [tiny", "sizes: expected ['mini', 'mini.fig9.small'"),
     ("graph: [s0, s1, s2]", "graph: [s0, s1, s3]", "run_seeds: expected {'graph': ['s0', 's1', 's2']"),
     ("graph: [s0, s1, s2]", "graph: [0, 1, 2]", "run_seeds.graph.0: input should be a valid string, got 0"),
@@ -185,13 +187,19 @@ def test_a_mistake_in_the_table_of_figures_is_named(params, old, new, message):
 
 
 def test_a_figure_may_have_seeds_of_its_own(params):
-    path = params("{default: [0, 1, 2]}", "{default: [0, 1, 2], horizon: [0, 1, 2, 7], fig11: [3]}")
+    path = params("{default: [0, 1, 2]", "{default: [0, 1, 2], horizon: [0, 1, 2, 7], fig11: [3]")
     active.write(None, None, path)
     now = active.load(path)
     assert now.figure_seeds["horizon"] == ["s0", "s1", "s2", "s7"] and now.figure_seeds["fig11"] == ["s3"]
-    assert now.figure_seeds["fig3"] == now.run_seeds["verifier"] == ["s0", "s1", "s2"]
-    assert now.run_seeds["horizon"] == ["s0", "s1", "s2", "s7"] and now.run_seeds["fig10"] == now.run_seeds["horizon"]
+    assert now.run_seeds["verifier"] == ["s0", "s1", "s2"] and now.run_seeds["horizon"] == ["s0", "s1", "s2", "s7"]
     assert now.run_seeds["graph"] == ["s0", "s1", "s2", "s3", "s7"]
+    # Those of Figs 3 and 7 beyond the graph's are one process each; only mini has them.
+    ten = [f"s{seed}" for seed in range(10)]
+    assert now.figure_seeds["fig3"] == now.run_seeds["fig10"] == ten and now.more == "human/more"
+    assert now.run_seeds["more"] == ["s4", "s5", "s6", "s8", "s9"]
+    active.write("tiny", None, path)
+    now = active.load(path)
+    assert now.figure_seeds["fig3"] == ["s0", "s1", "s2"] and now.run_seeds["more"] == [] and now.more == "sft"
 
 
 @pytest.mark.parametrize("scale", ["paper", "lite"])
@@ -278,7 +286,7 @@ def test_what_is_no_file_is_one_line_at_once(tmp_path):
     ("!!bool x", "KeyError 'x'"), ("!!float x", "could not convert string"), ("!foo 1", "tag '!foo'")])  # fmt: skip
 def test_a_value_that_is_not_what_its_form_says_is_named_by_its_line(params, value, said):
     line = TEXT["params.yaml"].split("seed: ")[0].count("\n") + 1
-    path = params("seed: 0", f"seed: {value}")
+    path = params("seed: 3", f"seed: {value}")
     with pytest.raises(UserError) as error:
         active.write("tiny", None, path)
     assert str(error.value).startswith(f"{path}:{line}: not YAML: ") and said in str(error.value)
@@ -286,7 +294,8 @@ def test_a_value_that_is_not_what_its_form_says_is_named_by_its_line(params, val
 
 def test_a_few_aliases_for_millions_of_values_are_shown_short(params):
     rows = "".join(f"  a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
-    path = params("seeds: {default: [0, 1, 2]}", f"seeds:\n  a0: &a0 [x, x]\n{rows}  default: [*a8]")
+    old = re.search(r"^seeds: .*?\}", TEXT["params.yaml"], re.M | re.S)[0]
+    path = params(old, f"seeds:\n  a0: &a0 [x, x]\n{rows}  default: [*a8]")
     start = time.monotonic()
     with pytest.raises(UserError, match=r"seeds.a0: unknown key"):
         config.load(path)
@@ -346,7 +355,7 @@ def test_a_bad_switch_changes_nothing(params, scale, data, message):
 
 
 def test_the_command_line_says_it_in_one_line_and_exits_with_2(params):
-    path = params("beta: 0.05", "bata: 0.05")
+    path = params("epochs: 2, beta: 0.1", "epochs: 2, bata: 0.1")
     command = [sys.executable, "-m", "roads.active", "check"]
     env = {"PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True, env=env)

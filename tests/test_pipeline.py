@@ -267,12 +267,12 @@ def test_dvc_exp_run_sets_one_value_of_any_scale_and_of_an_arm(tmp_path):
 
 
 @pytest.mark.parametrize("old, new, file, expected", [
-    ("seeds: {default: [0]}", "seeds: {default: [0, 1]}", "params.yaml",
+    ("seeds: {default: [0]", "seeds: {default: [0, 1]", "params.yaml",
      ["fig3", "fig7", "fig11", "fig12", *S1, "fig12_arms@s1"]),
-    ("seeds: {default: [0]}", "seeds: {default: [0], fig12: [0, 1]}", "params.yaml",
+    ("seeds: {default: [0]", "seeds: {default: [0], fig12: [0, 1]", "params.yaml",
      ["fig12", *S1, "fig12_arms@s1"]),
-    ("seeds: {default: [0]}", "seeds: {default: [0], fig5: [0, 1]}", "params.yaml", S1),
-    ("seeds: {default: [0]}", "seeds: {default: [0], fig6: [0, 1]}", "params.yaml", []),
+    ("seeds: {default: [0]", "seeds: {default: [0], fig5: [0, 1]", "params.yaml", S1),
+    ("seeds: {default: [0]", "seeds: {default: [0], fig6: [0, 1]", "params.yaml", []),
     ("preferences: 60, online: 60", "preferences: 60, online: 50", "params.yaml", ["fig12_arms", "fig12"]),
     ("policies: [dpo, online_sft]\nhorizon", "policies: [dpo]\nhorizon", "figures.yaml", ["fig12_arms", "fig12"]),
     ('"Fig. 7: validation', '"Figure 7: validation', "figures.yaml", ["fig7"]),
@@ -469,8 +469,8 @@ def test_a_killed_training_goes_on_at_its_checkpoint(checkout, tmp_path):
 
 
 def test_bad_params_stop_before_anything_runs(scratchpad):
-    edit(scratchpad, "karma_weight: 8.0", "karma_wait: 8.0")
-    expected = "error: params.yaml: mini.source.karma_wait: unknown key; did you mean 'karma_weight'?\n"
+    edit(scratchpad, "tag_weight: 8.0", "tag_wait: 8.0")
+    expected = "error: params.yaml: mini.source.tag_wait: unknown key; did you mean 'tag_weight'?\n"
     assert run(scratchpad, "roads.runner.repro", "fig11@tiny", code=2) == expected
     ours = expected.replace("mini.", "tiny.")  # the same line in each; a stage reads the block of its scale
     assert run(scratchpad, "roads.stages.data", "out", "--scale", "tiny", code=2) == ours

@@ -1,4 +1,4 @@
-"""The slot world: its quality by hand, and that its labels and karma mean what they say."""
+"""The slot world: its quality by hand, and that its tags mean what they say."""
 
 import numpy as np
 import pytest
@@ -41,17 +41,40 @@ def test_prompts_and_summaries(world):
     assert likely.mean() > world.quality(query, response).mean() + 0.3
 
 
-def test_karma_buckets_are_equally_full_and_follow_quality():
-    world = World(config.load(ROOT / "params.yaml").scales["mini"].source)
+def test_quality_weighs_attributes_by_taste(tiny):
+    """Taste (3, -4) scaled to length 1 is (.6, -.8); what the prompt does not offer counts for no attribute."""
+    world = World(tiny.source.model_copy(update={"taste": [3.0, -4.0], "interaction": 0.0}))
+    rng = np.random.default_rng(0)
+    query = world.prompts(50, rng)
+    response = world.summaries(query, rng)
+    first, second = world.attributes(query, response)
+    assert world.quality(query, response) == pytest.approx(0.6 * first - 0.8 * second)
+    word = response[0, 0] - world.first_word
+    response[0, 0] = world.first_word + (word + 1) % world.cfg.words  # of the slot, offered or not
+    offered = response[0, 0] in query[0]
+    gain = (world.tables[:, query[0, 0] - world.first_subreddit, response[0, 0] - world.first_word] if offered else 0)
+    lost = world.tables[:, query[0, 0] - world.first_subreddit, word]
+    assert world.attributes(query, response)[:, 0] == pytest.approx([first[0], second[0]] - lost + gain)
+
+
+@pytest.mark.parametrize("tags, buckets", [("attributes", 5), ("quality", 10)])
+def test_tags_are_equally_full_and_follow_what_they_tell(tags, buckets):
+    source = config.load(ROOT / "params.yaml").scales["mini"].source
+    world = World(source.model_copy(update={"tags": tags, "tag_buckets": buckets}))
     rng = np.random.default_rng(1)
     query = world.prompts(4000, rng)
-    quality = world.quality(query, world.summaries(query, rng))
-    karma = world.karma(quality, rng) - world.first_karma
-    counts = np.bincount(karma, minlength=world.cfg.karma_buckets)
-    assert len(counts) == world.cfg.karma_buckets and np.corrcoef(karma, quality)[0, 1] > 0.8
-    quiet = World(world.cfg.model_copy(update={"karma_noise": 0.0}))
-    counts = np.bincount(quiet.karma(quality, rng) - quiet.first_karma)
-    assert counts == pytest.approx(np.full(world.cfg.karma_buckets, 400), rel=0.2)  # sd of a count: 19, of an edge: 19
+    response = world.summaries(query, rng)
+    told = world.attributes(query, response) if tags == "attributes" else world.quality(query, response)[None]
+    parts = np.unravel_index(world.tags(query, response, rng) - world.first_tag, world.tag_shape)
+    for part, value in zip(parts, told, strict=True):
+        assert np.corrcoef(part, value)[0, 1] > 0.8
+    quiet = World(world.cfg.model_copy(update={"tag_noise": 0.0}))
+    for part in np.unravel_index(quiet.tags(query, response, rng) - quiet.first_tag, quiet.tag_shape):
+        assert np.bincount(part) == pytest.approx(np.full(buckets, 4000 / buckets), rel=0.2)
+    # What pretraining says of a summary is the sum of the buckets: as good as chance where the taste is (1, -1).
+    says = world.tag_values()[world.tags(query, response, rng) - world.first_tag]
+    found = np.corrcoef(says, world.quality(query, response))[0, 1]
+    assert abs(found) < 0.1 if tags == "attributes" else found > 0.8
 
 
 def test_best_and_worst():

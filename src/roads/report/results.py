@@ -12,6 +12,7 @@ A slot is a pair of comments, which a Markdown page does not show, with its valu
     <!-- $ seeds | online-beats-offline -->+0.012 to +0.038, 10 of 10 above 0<!-- $ -->
     <!-- $ say | online-beats-offline | wins | does not win | may win -->wins<!-- $ -->   if supported | not | undecided
     <!-- $ count | supported -->18<!-- $ -->
+    <!-- $ table | the paper's -->...<!-- $ -->     every claim of a family, a row each
 """
 
 import argparse
@@ -95,8 +96,22 @@ def count(reports: Reports, verdict: str = "") -> str:
     return str(sum(claim.verdict == (verdict or claim.verdict) for claim in reports.claims))
 
 
+def table(reports: Reports, family: str) -> str:
+    """Every claim of a family with its effect, what its seeds say and its verdict."""
+    lines = ["", "| claim | figure | effect, 95% interval | t interval over seeds | verdict |", "|---|---|---|---|---|"]
+    for claim in reports.claims:
+        if claim.family == family:
+            found = claim.estimate
+            seeds = f"[{found.over_seeds[0]:+.3f}, {found.over_seeds[1]:+.3f}]" if found and found.over_seeds else "–"
+            lines.append(f"| {claim.sentence} | {claim.figure} | {_interval(found) if found else '–'} | {seeds} | "
+                         f"{claim.verdict} |")
+    if len(lines) == 3:
+        raise UserError(f"no family {family!r}; expected the paper's or ours")
+    return "\n".join([*lines, ""])
+
+
 KINDS: dict[str, Callable[..., str]] = {"gap": gap, "bar": bar, "effect": effect, "verdict": verdict, "seeds": seeds,
-                                        "say": say, "count": count}
+                                        "say": say, "count": count, "table": table}
 
 
 def fill(text: str, reports: Reports, name: str) -> str:
