@@ -79,6 +79,22 @@ def edit(path, **changes) -> None:
     stage.write_json(path, stage.read_json(path) | changes)
 
 
+def test_a_claim_shows_its_seeds_what_was_changed_and_what_another_scale_says(folder):
+    content = stage.read_json(folder / "claims.json")
+    content["claims"][0] |= {"changed": "2026-11-27: had been left out", "beyond_margin": True, "family": "ours"}
+    content["claims"][0]["estimate"] |= {"over_seeds": [0.0151, 0.0349]}
+    stage.write_json(folder / "claims.json", content)
+    text = page.write(folder).read_text(encoding="utf-8")
+    assert "Added or changed 2026-11-27: had been left out" in text and "beyond its margin</small>" in text
+    assert "t interval" in text and "+0.015" in text and "At scale real" not in text
+    other = folder.with_name("real")
+    other.mkdir()
+    content["claims"][0] |= {"verdict": "undecided", "estimate": estimate(0.111)}
+    stage.write_json(other / "claims.json", content | {"scale": "real"})
+    text = page.write(folder).read_text(encoding="utf-8")
+    assert text.count("At scale real") == 3 and "+0.111" in text  # one was not run there
+
+
 def test_what_is_on_the_page(folder):
     text = page.write(folder).read_text(encoding="utf-8")
     where = [text.index(f'<h3 id="figure-{name}"') for name in ("fig3", "fig11", "horizon")]

@@ -19,8 +19,8 @@ def reports(tmp_path):
     figure = {"figure": "fig3", "title": "", "caption": "", "note": "", "measure": "", "seeds": [0], "bars": bars,
               "gaps": {"Online - DPO": estimate}, "also": also, "paper": None,
               "provenance": {"files": {}, "commit": None, "lock": None, "params": {}}}
-    claim = {"id": "a", "sentence": "S.", "source": "Sec. 3", "figure": "fig3", "contrast": {"DPO": 1}, "test": "greater",
-             "margin": 0.02, "family": "the paper's", "verdict": "undecided", "estimate": estimate}
+    claim = {"id": "a", "sentence": "S.", "source": "Sec. 3", "figure": "fig3", "contrast": {"DPO": 1},
+             "test": "greater", "margin": 0.02, "family": "the paper's", "verdict": "undecided", "estimate": estimate}
     not_run = claim | {"id": "b", "verdict": "not run", "estimate": None, "family": "ours"}
     (tmp_path / "fig3.json").write_text(json.dumps(figure))
     (tmp_path / "claims.json").write_text(json.dumps({"alpha": 0.05, "claims": [claim, not_run], "hypotheses": []}))

@@ -141,8 +141,16 @@ def figure_section(folder: Path, name: str, figure: Figure, claims: list[dict]) 
     }
 
 
-def claim_rows(claims: list[Claim], figures: dict[str, Figure], table: dict[str, config.Figure]) -> list[dict]:
-    """Claims as rows of the table; those of one measure share the scale of their forest plots."""
+def elsewhere(folder: Path) -> dict[str, dict[str, Claim]]:
+    """What other scales' reports say of the same claims: scale -> id -> claim, of those that were run there."""
+    paths = sorted(path for path in folder.resolve().parent.glob("*/claims.json") if path.parent != folder.resolve())
+    found = {path.parent.name: read(path, Claims, f"make claims SCALE={path.parent.name}") for path in paths}
+    return {scale: {claim.id: claim for claim in other.claims if claim.estimate} for scale, other in found.items()}
+
+
+def claim_rows(claims: list[Claim], figures: dict[str, Figure], table: dict[str, config.Figure],
+               others: dict[str, dict[str, Claim]]) -> list[dict]:
+    """Claims as rows of the table, with what other scales say; those of one measure share the scale of their plots."""
     measures = {claim.id: "correlation" if claim.test == "correlated" else claim.measure or (
         figures[claim.figure].measure if claim.figure in figures else "") for claim in claims}
     rows = []
@@ -153,7 +161,8 @@ def claim_rows(claims: list[Claim], figures: dict[str, Figure], table: dict[str,
         rows.append({"claim": claim, "id": f"claim-{slug(claim.id)}", "contrast": contrast(claim),
                      "measure": measures[claim.id], "short": label(claim.figure, "")[0],
                      "link": f"figure-{slug(claim.figure)}" if known else None,
-                     "forest": forest(estimate, far, claim.margin) if estimate else None})
+                     "forest": forest(estimate, far, claim.margin) if estimate else None,
+                     "others": {scale: told[claim.id] for scale, told in others.items() if claim.id in told}})
     return rows
 
 
@@ -228,7 +237,7 @@ def page(folder: Path) -> str:
     figures = {name: read(folder / f"{name}.json", Figure, f"make {name} SCALE={scale}") for name in order}
     path = folder / "claims.json"
     found = read(path, Claims, f"make claims SCALE={scale}") if path.exists() else None
-    claims = claim_rows(found.claims if found else [], figures, table)
+    claims = claim_rows(found.claims if found else [], figures, table, elsewhere(folder))
     by_id = {row["claim"].id: row for row in claims}
     verdicts = [row["claim"].verdict for row in claims]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
