@@ -54,7 +54,7 @@ def rows(folder: Path) -> None:
         path = folder / part / f"{'validation' if (part, split) == ('comparisons', 'valid') else split}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values), encoding="utf-8")
-        text = "".join(json.dumps(astuple(row), ensure_ascii=False) + "\n" for row in kept)
+        text = "".join(sorted(json.dumps(astuple(row), ensure_ascii=False) + "\n" for row in kept))
         found = {"files": path.name, "rows": len(kept), "sha256": sha256(text.encode()).hexdigest()}
         wanted[part]["splits"][split] = found
 

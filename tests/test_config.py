@@ -44,9 +44,10 @@ def refused(read, path, named, message):
 def test_the_files_in_the_repository_are_good(params):
     loaded, now = config.load(params()), active.load(params())
     assert now.scale == "mini" and {"mini", "tiny", "real-cpu"} < set(loaded.scales)
-    assert {name for name, scales in now.figures.items() if not scales} == {"rewards", "recipe_data"}  # of posts
+    assert {name for name, scales in now.figures.items() if not scales} == {
+        "rewards", "recipe_data", "sizes", "sizes_judges"}  # of posts
     assert all(scales in ([], ["mini"]) for scales in now.figures.values())
-    assert set(now.figures) == set(loaded.figures) and len(now.figures) == 22
+    assert set(now.figures) == set(loaded.figures) and len(now.figures) == 24
     # What were 260 lines with 74 scales and arms: an arm is a line or two, and a scale no more than it has to say.
     assert len(TEXT["params.yaml"].splitlines()) <= 260 / 74 * (len(loaded.scales) + len(loaded.arms))
     assert not re.search(r"[&*]\w|<<:", TEXT["params.yaml"])
@@ -209,6 +210,19 @@ def test_the_large_scales_have_all_of_the_papers_figures(params, scale):
     there = active.load(path)
     assert {f"fig{n}" for n in range(3, 13)} <= {name for name, scales in there.figures.items() if scales}
     assert there.data_from == "data/openai.json" and there.tasks == ["human", "rouge"]
+
+
+def test_the_second_size_of_the_paper_is_one_command(params):
+    """Figs 3, 5 and 7 at 2.8B: `make sizes sizes_judges`, with all but the model and Fig 5's prompts the same."""
+    loaded = config.load(params())
+    own, large = loaded.scales["paper"], loaded.arms["paper.sizes.p2800m"]
+    changed = differ(own.model_dump(exclude={"arms"}), large.model_dump(exclude={"arms"}))
+    assert changed == {"model.name", "model.parameters"} and large.policies == own.policies
+    prompts = loaded.arms["paper.sizes.p2800m-prompts"]
+    assert prompts.data.online == loaded.arms["paper.fig5.prompts"].data.online and prompts.model == large.model
+    found = active.follow("paper", None, loaded)
+    assert found.figures["sizes"] == found.figures["sizes_judges"] == ["paper"]
+    assert {"sizes.p2800m", "sizes.p2800m-prompts"} <= set(found.arms_with_sft)
 
 
 def test_real_has_all_of_the_papers_figures_and_a_dial_of_its_own():

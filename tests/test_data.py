@@ -6,7 +6,8 @@ import runpy
 import shutil
 import subprocess
 import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
@@ -236,7 +237,8 @@ def test_parquet_is_read_as_jsonl_is(tmp_path, checkpoints):
 @pytest.mark.parametrize("change, message", [
     (lambda spec, rows: rows.pop(), "comparisons.valid: expected 40 rows of comparisons, got 39 (5 batches, of which "
      "{'batch0_cnndm': 2, 'cnndm0': 2, 'cnndm2': 2} left out; first id t3_"),
-    (lambda spec, rows: rows.reverse(), "comparisons.valid: the rows of comparisons are others than those pinned: "),
+    (lambda spec, rows: rows[7].update(choice=1 - rows[7]["choice"]),
+     "comparisons.valid: the rows of comparisons are others than those pinned: "),
     (lambda spec, rows: rows[7].pop("choice"), "validation.jsonl:8: expected an object info, two summaries and a"),
     (lambda spec, rows: rows[7].update(choice=2), "validation.jsonl:8: expected an object info, two summaries and a"),
     (lambda spec, rows: rows[7]["info"].update(post=None), "validation.jsonl:8: field 'post' is null"),
@@ -255,6 +257,48 @@ def test_other_rows_than_expected_are_told(tmp_path, change, message):
         data.data(names, tmp_path / "out", scale("rehearsal"))
     assert message in str(error.value) and "\n" not in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows"]
+
+
+def test_a_second_source_gives_the_same_rows_when_the_first_is_gone(tmp_path, checkpoints, monkeypatch, capsys):
+    """OpenAI's own files: both splits of the comparisons in each, in another order, as they are on a web server."""
+    monkeypatch.chdir(tmp_path)
+    web, cfg = tmp_path / "web", scale("rehearsal", model={"name": str(checkpoints / "llama")})
+    shutil.copytree(REHEARSAL / "sft", web / "sft")
+    (web / "comparisons").mkdir()
+    splits = {"train": "train.jsonl", "valid": "validation.jsonl"}
+    rows = [json.loads(line) | {"split": "train" if split == "train" else f"valid{1 + i % 2}"}
+            for split, file in splits.items()
+            for i, line in enumerate((REHEARSAL / "comparisons" / file).read_text().splitlines())]
+    for name, part in (("batch3.json", rows[::-2]), ("batch4.json", rows[-2::-2])):
+        (web / "comparisons" / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=web))
+    Thread(target=server.serve_forever, daemon=True).start()
+    spec, both = stage.read_json(REHEARSAL / "openai.json"), ["batch3.json", "batch4.json"]
+    here = f"http://127.0.0.1:{server.server_port}"
+    posts = {split: {"files": [f"{split}.jsonl"]} for split in ("train", "valid", "test")}
+    spec["sft"] |= {"repository": "gone/rows", "otherwise": {"base": f"{here}/sft/", "splits": posts}}
+    spec["comparisons"] |= {"repository": "gone/pairs", "otherwise": {"base": f"{here}/comparisons/", "splits": {
+        "train": {"files": both, "split": ["train"]}, "valid": {"files": both, "split": ["valid1", "valid2"]}}}}
+    spec["comparisons"]["splits"]["train"]["sha256"] = None
+    stage.write_json(Path("openai.json"), spec)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("datasets.config.DOWNLOADED_DATASETS_PATH", tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    try:
+        data.data(Path("openai.json"), Path("second"), cfg)
+    finally:
+        server.shutdown()
+        server.server_close()
+    data.data(REHEARSAL / "openai.json", Path("first"), cfg)
+    for file in sorted(Path("first").glob("*.npz")):
+        first, second = np.load(file), np.load(Path("second") / file.name)
+        assert all(np.array_equal(first[name], second[name]) for name in first.files), file
+    pinned = stage.read_json(REHEARSAL / "openai.json")["comparisons"]["splits"]["train"]["sha256"]
+    assert stage.read_json(Path("hub.lock.json")) == {"rows comparisons.train of openai.json": pinned}
+    assert f"taking {here}/sft/" in capsys.readouterr().out
+    with pytest.raises(stage.UserError, match=rf"sft.\w+: {here}/sft/\w+.jsonl: not downloaded"):
+        shutil.rmtree(tmp_path / "cache")
+        data.data(Path("openai.json"), Path("third"), cfg)
 
 
 def test_sums_that_are_not_pinned_are_printed(tmp_path, checkpoints, capsys):

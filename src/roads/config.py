@@ -55,6 +55,7 @@ class Figure(Strict):
     sft: Literal["shared", "own"] | None = None  # whose SFT checkpoint its arms start from; null: it has no arms
     policies: list[Policy] = []  # that each of its arms trains, unless it says otherwise
     borrows: list[str] = []  # figures whose arms it shows too
+    folders: bool = False  # its arms keep what the graph's own runs keep, the local RM's likelihood included
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,9 @@ def in_folder(folder: Path, source: schema.OpenAI) -> tuple[dict, dict]:
 def download(source: Path) -> tuple[dict, dict, dict]:
     """Posts and comparisons that a file like data/openai.json names, checked against what it expects of them.
 
-    Each split comes in an order drawn once, so that the first n rows are a sample of them all.
+    They come from a repository of the hub, or where that is gone from the files under `otherwise`. Both are held to the
+    same rows: their order does not count, neither for the SHA-256 nor for the order that each split then has, which is
+    drawn once, so that the first n rows are a sample of them all.
 
     Returns:
         Posts by split, comparisons by split, and what was found: rows, SHA-256 and commit of each.
@@ -40,20 +42,36 @@ def download(source: Path) -> tuple[dict, dict, dict]:
         wanted = stage.read_json(source)
         parts = {part: [(name, split["files"], split["rows"], split["sha256"]) for name, split in
                         wanted[part]["splits"].items()] for part in ("sft", "comparisons")}
-        places = {part: (wanted[part]["repository"], wanted[part]["revision"]) for part in parts}
+        places = {part: (wanted[part]["repository"], wanted[part]["revision"], wanted[part].get("otherwise"))
+                  for part in parts}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise stage.UserError(f"{source}: {type(error).__name__} {error}; expected what data/openai.json has") from None
     rows, found = {}, {}
     for part, splits in parts.items():
-        name, revision = places[part]
-        beside = source.parent / name
-        folder, commit = hub.fetch(str(beside) if beside.is_dir() else name, revision,
-                                   [files for _, files, _, _ in splits], "dataset")
+        name, revision, otherwise = places[part]
+        beside, commit, second = source.parent / name, None, None
+        try:
+            folder, commit = hub.fetch(str(beside) if beside.is_dir() else name, revision,
+                                       [files for _, files, _, _ in splits], "dataset")
+        except stage.UserError as gone:
+            if not otherwise:
+                raise
+            print(f"{gone}; taking {otherwise['base']}", flush=True)
+            second, name = otherwise, otherwise["base"]
         rows[part] = {}
         for split, files, count, digest in splits:
-            read, batches = _read(folder, files, f"{source}: {part}.{split}", part == "comparisons")
-            text = "".join(json.dumps(astuple(row), ensure_ascii=False) + "\n" for row in read)
-            sha256 = hashlib.sha256(text.encode()).hexdigest()
+            label, compared = f"{source}: {part}.{split}", part == "comparisons"
+            if second:
+                paths, of = _fetch(second, split, label), second["splits"][split].get("split")
+            else:
+                paths, of = sorted(folder.glob(files)), None
+                if not paths:
+                    raise stage.UserError(f"{label}: no file {files} in {folder}")
+            read, batches = _read(paths, label, compared, of)
+            lines = [json.dumps(astuple(row), ensure_ascii=False) + "\n" for row in read]
+            order = sorted(range(len(read)), key=lines.__getitem__)
+            read = [read[i] for i in order]
+            sha256 = hashlib.sha256("".join(lines[i] for i in order).encode()).hexdigest()
             dropped = {batch: n for batch, n in sorted(batches.items()) if batch in tldr.CNN_DM}
             seen = (f"{len(batches)} batches, of which {dropped or 'none'} left out; " if batches else "") + (
                 f"first id {read[0].id}" if read else "nothing left")
@@ -63,8 +81,8 @@ def download(source: Path) -> tuple[dict, dict, dict]:
             if digest is not None and sha256 != digest:
                 raise stage.UserError(f"{source}: {part}.{split}: the rows of {name} are others than those pinned: "
                                       f"expected SHA-256 {digest}, got {sha256} ({len(read)} rows; {seen})")
-            if digest is None and commit:
-                hub.pin(f"rows {part}.{split} of {name}", sha256)
+            if digest is None and (commit or second):
+                hub.pin(f"rows {part}.{split} of {source.name}", sha256)  # whichever of the two they came from
             if digest is None:
                 print(f"{part}.{split}: {len(read)} rows, SHA-256 {sha256}: pin it in {source}", flush=True)
             found[f"{part}.{split}"] = {"rows": len(read), "sha256": sha256, "commit": commit}
@@ -72,11 +90,25 @@ def download(source: Path) -> tuple[dict, dict, dict]:
     return rows["sft"], rows["comparisons"], found
 
 
-def _read(folder: Path, files: str, where: str, compared: bool) -> tuple[list, Counter]:
-    """Rows of the jsonl or parquet files of a split, and how many of each batch the comparisons were."""
-    paths, rows, batches = sorted(folder.glob(files)), [], Counter()
-    if not paths:
-        raise stage.UserError(f"{where}: no file {files} in {folder}")
+def _fetch(otherwise: dict, split: str, label: str) -> list[Path]:
+    """The files of a split, downloaded once (HF_HOME keeps them)."""
+    from datasets.download import DownloadConfig, DownloadManager
+
+    manager = DownloadManager(download_config=DownloadConfig(max_retries=3))
+    paths = []
+    for file in otherwise["splits"][split]["files"]:
+        try:
+            paths.append(Path(manager.download(otherwise["base"] + file)))
+        except (OSError, ConnectionError) as error:
+            raise stage.UserError(f"{label}: {otherwise['base']}{file}: not downloaded "
+                                  f"({str(error).splitlines()[0][:120]})") from None
+    return paths
+
+
+def _read(paths: list[Path], where: str, compared: bool, of: list[str] | None) -> tuple[list, Counter]:
+    """Rows of the jsonl or parquet files of a split, and how many of each batch the comparisons were; of files that
+    hold several splits, the comparisons whose `split` is among `of`."""
+    rows, batches = [], Counter()
     for path in paths:
         if path.suffix != ".parquet":
             values = list(tldr.objects(path))
@@ -89,6 +121,8 @@ def _read(folder: Path, files: str, where: str, compared: bool) -> tuple[list, C
             if missing:
                 raise stage.UserError(f"{where}: {path.name} has no column {', '.join(sorted(missing))}")
             values = [(value, f"{path}: row {i}") for i, value in enumerate(table.select_columns(names))]
+        if of:
+            values = [(value, at) for value, at in values if value.get("split") in of]
         if compared:
             batches.update(str(value.get("batch")) for value, _ in values)
             values = [(value, at) for value, at in values if value.get("batch") not in tldr.CNN_DM]

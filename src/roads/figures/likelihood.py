@@ -9,8 +9,8 @@ from functools import partial
 
 import numpy as np
 
-from roads import config, stage
-from roads.figures import figure
+from roads import config, schema, stage
+from roads.figures import figure, policies
 from roads.figures.figure import Bar
 
 KINDS = {"Global RM": "reward", "Local RM": "local", "DPO RM": "dpo", "Base": "base"}
@@ -27,25 +27,32 @@ TOLD = (" Base: what the base, which has seen no preference, expects of the tag 
         "the side that is truly better, which the labels, being noisy, do not say.")
 
 
-def bars_of(scale: str, name: str, synthetic: bool, arms: list[str]) -> list[Bar]:
-    """The scale's reward models, or those of the arm that is borrowed, which trains no local one."""
-    if name == "fig7":
+def bars_of(scale: str, name: str, synthetic: bool, arms: dict[str, schema.Scale]) -> list[Bar]:
+    """The scale's reward models; with those of other sizes; or those of the arm `told`, which trains no local one."""
+    if name in ("fig7", "sizes_judges"):
         kinds = {bar: kind for bar, kind in KINDS.items() if synthetic or kind != "base"}
-        return [Bar(bar, f"{scale}/human/likelihood/{kind}" + "/s{seed}" * (kind != "base"))
+        own = f" {policies.size_label(config.load_scale(scale))}" * (name == "sizes_judges")
+        bars = [Bar(bar + own, f"{scale}/human/likelihood/{kind}" + "/s{seed}" * (kind != "base"), series=bar)
                 for bar, kind in kinds.items()]
+        return bars + [Bar(f"{bar} {policies.size_label(cfg)}", f"{scale}/sizes/{arm}/s{{seed}}/likelihood/{kind}",
+                           series=bar)
+                       for arm, cfg in arms.items() if not arm.endswith("-prompts") for bar, kind in kinds.items()]
     return [Bar(bar, f"{scale}/told/{arm}/s{{seed}}", f"likelihood.{kind}") for arm in arms
             for bar, kind in KINDS.items() if kind != "local"]
 
 
 def _command() -> None:
     parser = stage.arguments(__doc__, "runs", "out")
-    parser.add_argument("--figure", required=True, choices=["fig7", "told_judges"])
+    parser.add_argument("--figure", required=True, choices=["fig7", "told_judges", "sizes_judges"])
     a = parser.parse_args()
     params = config.load()
     synthetic = params.scales[a.scale].synthetic
-    bars = bars_of(a.scale, a.figure, synthetic, list(params.arms_of(a.scale, "told")))
-    names = {bar.name for bar in bars}
-    gaps = {label: weights for label, weights in GAPS.items() if set(weights) <= names}
+    arms = params.arms_of(a.scale, borrowed[0]) if (borrowed := params.figures[a.figure].borrows) else {}
+    bars = bars_of(a.scale, a.figure, synthetic, arms)
+    gaps = {f"{label}{size}".strip(): {f"{bar}{size}": weight for bar, weight in weights.items()}
+            for label, weights in GAPS.items() for size in dict.fromkeys(bar.name.removeprefix(bar.series or bar.name)
+                                                                         for bar in bars)
+            if {f"{bar}{size}" for bar in weights} <= {bar.name for bar in bars}}
     figure.save(a.out, a.figure, a.runs, bars, gaps, a.scale, CAPTION + TOLD * synthetic,
                 "mean probability of the chosen completion", partial(figure.bar_chart, floor=0.5), also=ALSO,
                 also_keys={"by quality": "by_quality"} if synthetic else {})

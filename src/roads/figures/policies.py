@@ -1,4 +1,4 @@
-"""Figures that compare policies: 3, 4, 5, 6, 10, 11, told and the switches of the recipe.
+"""Figures that compare policies: 3, 4, 5, 6, 10, 11, told, sizes and the switches of the recipe.
 
     python -m roads.figures.policies runs reports/mini --scale mini --figure fig3
 """
@@ -37,6 +37,8 @@ FIGURES = {  # caption, measure, where the bars start
     "fig11": ("Pairs are the best and the worst of 25 samples by ROUGE-L against a summary that the policy cannot see: "
               "the reward is no simpler than the policy. Where all samples tie there is no pair, so that online DPO "
               "takes fewer steps; Online(DPO) 2x takes twice its epochs and comes nearer to as many.", ROUGE, 0),
+    "sizes": ("Every policy of Fig. 3, and Online(SFT) on more prompts (Fig. 5), at each size, which base, SFT policy, "
+              "reward model and policies all have.", WINRATE, 0),
     "told": ("Fig. 3 in a world whose base was told, by the tag at the end of every document, how good it is: "
              "its verifier was pretrained, and the pairs only show that it is the one to use.", WINRATE, 0),
     "recipe": ("schedule: DPO's learning rate falls as a cosine. rm-batch: twice the reward model's batch. loader: "
@@ -68,6 +70,8 @@ def arm_bars(scale: str, name: str, arms: dict[str, schema.Scale]) -> list[Bar]:
         labels = {"paper": ""} | {arm: arm for arm in arms}
         return [Bar(f"{NAMES[policy]} {label}", *figure.policy(scale, policy, name, arm), series=NAMES[policy])
                 for label, arm in labels.items() for policy in ("dpo", "online")]
+    if name == "sizes":
+        return size_bars(scale, arms)
     if name == "fig5":
         ours = config.load_scale(scale)
         labels = {"Online(SFT)": ""} | {f"Online(SFT) {more_prompts(ours, cfg)}": arm for arm, cfg in arms.items()}
@@ -78,6 +82,28 @@ def arm_bars(scale: str, name: str, arms: dict[str, schema.Scale]) -> list[Bar]:
         name, ["dpo", "dpo_2x", "online"])
     return [Bar(NAMES[policy] + f", {arm}" * (k > 0), *figure.policy(scale, policy, name, arm), series=NAMES[policy])
             for k, arm in enumerate(arms) for policy in ["sft"] * (k == 0) + shown]
+
+
+def size_bars(scale: str, arms: dict[str, schema.Scale]) -> list[Bar]:
+    """Fig 3's policies and Fig 5's at the scale's own size and at those of its arms; ARM-prompts is Fig 5's."""
+    more = max(config.load().arms_of(scale, "fig5").items(), key=lambda arm: arm[1].data.online)[0]
+    sizes = {size_label(config.load_scale(scale)): ("", ("fig5", more))}
+    sizes |= {size_label(cfg): (arm, ("sizes", f"{arm}-prompts")) for arm, cfg in arms.items()
+              if not arm.endswith("-prompts")}
+    bars = []
+    for label, (arm, (folder, prompts)) in sizes.items():
+        bars += [Bar(f"{NAMES[policy]} {label}", *figure.policy(scale, policy, "sizes", arm), series=NAMES[policy])
+                 for policy in ("sft", "dpo", "dpo_2x", "online_sft", "online")]
+        if folder == "fig5" or prompts in arms:
+            bars.append(Bar(f"Online(SFT) more prompts {label}", *figure.policy(scale, "online_sft", folder, prompts),
+                            series="Online(SFT)"))
+    return bars
+
+
+def size_label(cfg: schema.Scale) -> str:
+    """1.4B, or the width of a model that is trained from scratch."""
+    found = cfg.model
+    return f"width {found.hidden_size}" if found.kind == "new" else f"{found.parameters / 1e9:.2g}B"
 
 
 def more_prompts(ours: schema.Scale, theirs: schema.Scale) -> str:
@@ -91,6 +117,12 @@ def contrasts(name: str, bars: list[Bar]) -> dict[str, dict[str, float]]:
     if name in ("recipe", "recipe_data"):
         labels = [bar.removeprefix("DPO ") for bar in names if bar.startswith("DPO ")]
         return {f"{label}: Online(DPO) - DPO": {f"Online(DPO) {label}": 1, f"DPO {label}": -1} for label in labels}
+    if name == "sizes":
+        labels = [bar.removeprefix("SFT ") for bar in names if bar.startswith("SFT ")]
+        pairs = {label: (NAMES[a], NAMES[b]) for label, (a, b) in GAPS.items()}
+        pairs["more prompts - 1x"] = "Online(SFT) more prompts", "Online(SFT)"
+        return {f"{size}: {label}": {f"{a} {size}": 1, f"{b} {size}": -1} for size in labels
+                for label, (a, b) in pairs.items() if {f"{a} {size}", f"{b} {size}"} <= set(names)}
     if name == "fig6":
         suffixes = sorted({bar.name.removeprefix(bar.series) for bar in bars})
         return {label + suffix: {NAMES[a] + suffix: 1, NAMES[b] + suffix: -1} for suffix in suffixes

@@ -67,9 +67,9 @@ def arms_entry(name: str, figure: Figure) -> str:
     home = "${item.scale}" if figure.sft == "shared" else block
     out = f"runs/${{item.scale}}/{name}/${{item.arm}}/${{item.seed}}"
     command = (f"python -m roads.stages.arm runs/{home}/data runs/{home}/sft {out} --scale {block} "
-               "--seed ${item.seed}").split(" ")
-    params = [f'"${{item.scale}}.{key}"' for key in ARM_READS] + [f'"${{item.scale}}.arms.{name}.${{item.arm}}"',
-                                                                 f"figures.yaml: [{name}.policies]"]
+               "--seed ${item.seed}").split(" ") + ["--folders"] * figure.folders
+    blocks = [*ARM_READS, *["local"] * figure.folders, f"arms.{name}.${{item.arm}}"]
+    params = [f'"${{item.scale}}.{block}"' for block in blocks] + [f"figures.yaml: [{name}.policies]"]
     return (f"  {name}_arms:\n    desc: {ARMS.format(name=name)}\n"
             f'    matrix: {{scale: ["${{scale}}"], arm: "${{arms.{name}}}", seed: "${{run_seeds.{name}}}"}}\n'
             + wrapped("cmd", command, " ", "")
