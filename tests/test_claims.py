@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from roads import stage
+from roads import active, config, stage
+from roads.figures import best_of_n, dials, likelihood
+from roads.figures import policies as policy_figures
 from roads.report import claims
 from roads.stage import UserError
 
@@ -127,6 +129,33 @@ def test_the_claims_of_the_repository_name_bars_that_the_figures_have():
     odd = [each.id for each in loaded.claims if each.test != "correlated"
            and each.margin != others.get(each.measure, units.get(each.figure, 0.02))]
     assert odd == ["rouge-second-epoch-adds"]
+
+
+@pytest.mark.parametrize("scale", ["mini", "real", "lite", "paper"])
+def test_every_claim_of_the_paper_can_be_decided_at_every_scale_that_has_its_figure(scale, monkeypatch):
+    """Its bars or roles are among those that the figures' own code names for the scale's arms."""
+    monkeypatch.chdir(ROOT)
+    params = config.load()
+    shown = [name for name, scales in active.follow(scale, None, params).figures.items() if scales]
+    bars = {}
+    for name in shown:
+        module = {"policies": policy_figures, "best_of_n": best_of_n, "likelihood": likelihood, "dials": dials}.get(
+            params.figures[name].module)
+        bars[name] = module.bars_of(scale, name) if module else []
+    known = {name: {label for bar in found for label in (bar.name, *bar.roles)} for name, found in bars.items()}
+    checked = 0
+    for each in claims.load(ROOT / "claims.yaml").claims:
+        if each.family == "ours" or each.figure not in shown:
+            continue
+        for name in [*each.contrast, *each.against]:
+            figure, _, bar = name.rpartition("/")
+            assert bar in known[figure or each.figure], (each.id, name)
+        checked += 1
+    assert checked == sum(each.family != "ours" for each in claims.load(ROOT / "claims.yaml").claims) > 25
+    # At scale real every reward model is at most as large as the policy: one claim is about none.
+    (large,) = [each for each in claims.load(ROOT / "claims.yaml").claims if each.id == "bon-large-reward-model"]
+    ends = [bar.name for bar in bars["fig9"] for role in bar.roles if role in large.contrast]
+    assert len(set(ends)) == (1 if scale == "real" else 2)
 
 
 def test_the_claims_of_the_repository_run_on_figures_of_their_kind(reports, capsys, monkeypatch):

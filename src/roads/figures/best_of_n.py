@@ -48,32 +48,40 @@ def gaps(name: str, sizes: list[str], rms: list[str], scale: str, most: int) -> 
             for policy in map(partial(size_of, scale=scale), sizes) for other in others}
 
 
-def _command() -> None:
-    parser = stage.arguments(__doc__, "runs", "out")
-    parser.add_argument("--figure", required=True, choices=list(CAPTIONS))
-    a = parser.parse_args()
+def blocks_of(scale: str) -> tuple[list[str], list[str]]:
+    """The blocks with a policy of their own, and those with a reward model of their own, smallest first."""
     params = config.load()
-    blocks = [a.scale, *(f"{a.scale}.fig9.{arm}" for arm in params.arms_of(a.scale, "fig9"))]
-    own = params.scales[a.scale]
+    blocks, own = [scale, *(f"{scale}.fig9.{arm}" for arm in params.arms_of(scale, "fig9"))], params.scales[scale]
 
     def size(name: str) -> tuple[float, float]:
         block = params.blocks[name]
         return getattr(block.model, "parameters", 0) or block.model.hidden_size, block.reward.layers or math.inf
 
     rms = sorted(blocks, key=size)
-    sizes = [name for name in rms if name == a.scale or params.blocks[name].made_from() != own.made_from()]
-    most = own.samples.best_of_n.n
-    counts = [n for n in (1, 2, 5, 10, 25) if n <= most]
+    return [name for name in rms if name == scale or params.blocks[name].made_from() != own.made_from()], rms
+
+
+def bars_of(scale: str, name: str) -> list[Bar]:
+    """A bar for every line and N."""
+    (sizes, rms), own = blocks_of(scale), config.load_scale(scale)
+    counts = [n for n in (1, 2, 5, 10, 25) if n <= own.samples.best_of_n.n]
     ends, called = {"smallest": sizes[0], "largest": sizes[-1]}, {}
     for which, policy in ends.items():
         rivals = {"own": policy, "smallest": rms[0], "largest": rms[-1]}
         for rank, rm in rivals.items():
-            line = f"Policy {size_of(policy, a.scale)}, RM {size_of(rm, a.scale)}"
+            line = f"Policy {size_of(policy, scale)}, RM {size_of(rm, scale)}"
             called[line] = (*called.get(line, ()), f"{which} policy, {rank} RM")
-    bars = [Bar(f"{line} N={n}", place, f"n{n}", line, n,
-                roles=called.get(line, ()) if n == counts[-1] else ())
-            for line, place in lines(a.scale, a.figure, sizes, rms, own.synthetic).items() for n in counts]
-    figure.save(a.out, a.figure, a.runs, bars, gaps(a.figure, sizes, rms, a.scale, counts[-1]), a.scale,
+    return [Bar(f"{line} N={n}", place, f"n{n}", line, n, roles=called.get(line, ()) if n == counts[-1] else ())
+            for line, place in lines(scale, name, sizes, rms, own.synthetic).items() for n in counts]
+
+
+def _command() -> None:
+    parser = stage.arguments(__doc__, "runs", "out")
+    parser.add_argument("--figure", required=True, choices=list(CAPTIONS))
+    a = parser.parse_args()
+    bars = bars_of(a.scale, a.figure)
+    most = int(max(bar.x for bar in bars))
+    figure.save(a.out, a.figure, a.runs, bars, gaps(a.figure, *blocks_of(a.scale), a.scale, most), a.scale,
                 CAPTIONS[a.figure], "winrate against the reference summary",
                 partial(figure.lines, x_label="N", log=True))
 

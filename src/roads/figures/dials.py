@@ -37,22 +37,29 @@ def roles(cfg: schema.Scale, points: list[schema.Scale]) -> list[str]:
             + [name for name, part in shares.items() if abs(n * part / max(counts) - 1) < 0.01])
 
 
-def _command() -> None:
-    parser = stage.arguments(__doc__, "runs", "out")
-    parser.add_argument("--figure", required=True, choices=list(FIGURES))
-    a = parser.parse_args()
+def bars_of(scale: str, name: str) -> list[Bar]:
+    """A bar for every policy at every point of the dial, in the order of x."""
     params = config.load()
-    caption, x_of, x_label, short, policies, log = FIGURES[a.figure]
-    points = [("", "", params.scales[a.scale])]  # figure, arm and block; none of the former for the scale's own
-    for name in (*params.figures[a.figure].borrows, a.figure):
-        points += [(name, arm, cfg) for arm, cfg in params.arms_of(a.scale, name).items()]
-    bars, gaps, gaps_at = [], {}, {}
+    _, x_of, _, short, policies, _ = FIGURES[name]
+    points = [("", "", params.scales[scale])]  # figure, arm and block; none of the former for the scale's own
+    for figure_of in (*params.figures[name].borrows, name):
+        points += [(figure_of, arm, cfg) for arm, cfg in params.arms_of(scale, figure_of).items()]
+    bars = []
     for folder, arm, cfg in sorted(points, key=lambda point: x_of(point[2])):
         for policy in [policy for policy in policies if policy in cfg.policies]:
             fewer = policy.startswith("online") and cfg.data.online != cfg.data.preferences
             series = NAMES[policy] + f", {cfg.data.online} prompts" * fewer
-            bars.append(Bar(f"{series} {short}={x_of(cfg):g}", *figure.policy(a.scale, policy, folder, arm), series,
+            bars.append(Bar(f"{series} {short}={x_of(cfg):g}", *figure.policy(scale, policy, folder, arm), series,
                             x_of(cfg), roles=tuple(f"{series} {role}" for role in roles(cfg, [p[2] for p in points]))))
+    return bars
+
+
+def _command() -> None:
+    parser = stage.arguments(__doc__, "runs", "out")
+    parser.add_argument("--figure", required=True, choices=list(FIGURES))
+    a = parser.parse_args()
+    caption, _, x_label, short, policies, log = FIGURES[a.figure]
+    bars, gaps, gaps_at = bars_of(a.scale, a.figure), {}, {}
     for online in [bar for bar in bars if bar.series.startswith("Online")]:
         at = f"{short}={online.x:g}"
         for control in policies[:-1]:

@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from roads import config, schema, stage
+from roads import config, stage
 from roads.figures import figure, policies
 from roads.figures.figure import Bar
 
@@ -20,15 +20,16 @@ ALSO = {"accuracy": lambda p: (p > 0.5).astype(float), "log loss": lambda p: -np
 CAPTION = ("Bradley-Terry probability of the chosen completion of held-out pairs, from reward models trained from the "
            "same checkpoint on the same pairs. Accuracy and log loss stand beside it because the mean probability also "
            "grows with the mere scale of a reward.")
-
-
 TOLD = (" Base: what the base, which has seen no preference, expects of the tag at a document's end, each attribute "
         "counting alike; in buckets, so that its accuracy is what to compare. By quality: how often a model prefers "
         "the side that is truly better, which the labels, being noisy, do not say.")
 
 
-def bars_of(scale: str, name: str, synthetic: bool, arms: dict[str, schema.Scale]) -> list[Bar]:
+def bars_of(scale: str, name: str) -> list[Bar]:
     """The scale's reward models; with those of other sizes; or those of the arm `told`, which trains no local one."""
+    params = config.load()
+    synthetic, borrowed = params.scales[scale].synthetic, params.figures[name].borrows
+    arms = params.arms_of(scale, borrowed[0]) if borrowed else {}
     if name in ("fig7", "sizes_judges"):
         kinds = {bar: kind for bar, kind in KINDS.items() if synthetic or kind != "base"}
         own = f" {policies.size_label(config.load_scale(scale))}" * (name == "sizes_judges")
@@ -45,10 +46,7 @@ def _command() -> None:
     parser = stage.arguments(__doc__, "runs", "out")
     parser.add_argument("--figure", required=True, choices=["fig7", "told_judges", "sizes_judges"])
     a = parser.parse_args()
-    params = config.load()
-    synthetic = params.scales[a.scale].synthetic
-    arms = params.arms_of(a.scale, borrowed[0]) if (borrowed := params.figures[a.figure].borrows) else {}
-    bars = bars_of(a.scale, a.figure, synthetic, arms)
+    bars, synthetic = bars_of(a.scale, a.figure), config.load_scale(a.scale).synthetic
     gaps = {f"{label}{size}".strip(): {f"{bar}{size}": weight for bar, weight in weights.items()}
             for label, weights in GAPS.items() for size in dict.fromkeys(bar.name.removeprefix(bar.series or bar.name)
                                                                          for bar in bars)

@@ -17,7 +17,9 @@ WINRATE, ROUGE = "winrate against the reference summary", "ROUGE-L F1 against th
 VALUE = "value of Eq. 2, nats a pair; the SFT policy has -ln 2"
 FIGURES = {  # caption, measure, where the bars start
     "fig3": ("Everything starts from the same SFT checkpoint and the same pairs, with the same learning rate, beta "
-             "and epochs. DPO and Online(SFT) take the same number of steps; so do DPO 2x and Online(DPO).",
+             "and epochs. DPO and Online(SFT) are trained on as many prompts; so are DPO 2x and DPO with Online(DPO) "
+             "on top. A prompt whose 25 samples all tie has no pair, so that online DPO may take fewer steps: the json "
+             "has them, under `trained`.",
              WINRATE, 0),
     "fig4": ("Bradley-Terry log-likelihood of the preference set under a policy, less beta times its reverse KL from "
              "the SFT policy, which is estimated from samples of the policy; the interval covers their chance too. No "
@@ -84,6 +86,11 @@ def arm_bars(scale: str, name: str, arms: dict[str, schema.Scale]) -> list[Bar]:
             for k, arm in enumerate(arms) for policy in ["sft"] * (k == 0) + shown]
 
 
+def bars_of(scale: str, name: str) -> list[Bar]:
+    arms = config.load().arms_of(scale, name)
+    return arm_bars(scale, name, arms) if arms else graph_bars(scale, name)
+
+
 def size_bars(scale: str, arms: dict[str, schema.Scale]) -> list[Bar]:
     """Fig 3's policies and Fig 5's at the scale's own size and at those of its arms; ARM-prompts is Fig 5's."""
     more = max(config.load().arms_of(scale, "fig5").items(), key=lambda arm: arm[1].data.online)[0]
@@ -137,8 +144,7 @@ def _command() -> None:
     parser.add_argument("--figure", required=True, choices=list(FIGURES))
     a = parser.parse_args()
     caption, measure, floor = FIGURES[a.figure]
-    arms = config.load().arms_of(a.scale, a.figure)
-    bars = arm_bars(a.scale, a.figure, arms) if arms else graph_bars(a.scale, a.figure)
+    bars = bars_of(a.scale, a.figure)
     parts = {"log-likelihood": "log_likelihood", "KL": "kl", "log pi(chosen)": "chosen_logps", "held-out": "held_out"}
     figure.save(a.out, a.figure, a.runs, bars, contrasts(a.figure, bars), a.scale, caption, measure,
                 partial(figure.bar_chart, floor=floor), also_keys=parts if a.figure == "fig4" else {})
