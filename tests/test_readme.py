@@ -17,7 +17,8 @@ from roads import active, config, schema
 from roads.report import results
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+PAGES = README + (ROOT / "docs/commands.md").read_text(encoding="utf-8")
+COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", PAGES, re.S)
             for line in block.splitlines() if line.strip()]
 PARTS_OF_MORE = [*(f"scores/{policy}" for policy in schema.POLICIES),
                  *(f"likelihood/{kind}" for kind in ("reward", "local", "dpo"))]
@@ -37,6 +38,15 @@ def test_the_first_two_commands_are_among_those_that_ci_runs():
     assert COMMANDS[:2] == ["make fig11", "make test"]
     ci = (ROOT / ".ci/run").read_text(encoding="utf-8")
     assert all(f"\n{command}" in ci for command in CI) and set(COMMANDS) >= CI
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    assert len(README.split()) <= 1000
+    pages = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in ("results", "commands", "code", "cloud"))]
+    for page in pages:
+        path = ROOT / page
+        for link in re.findall(r"\]\((?!http|#)([^)#]+)", path.read_text(encoding="utf-8")):
+            assert (path.parent / link).exists(), (page, link)
 
 
 def in_order(commands: set[str]) -> list:

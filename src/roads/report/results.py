@@ -25,7 +25,7 @@ from roads.report.schema import Claim, Claims, Estimate, Figure, read
 from roads.stage import UserError
 from roads.strict import nearest
 
-SLOT = re.compile(r"(<!-- \$ (.+?) -->)(.*?)(<!-- \$ -->)", re.S)
+SLOT = re.compile(r"(<!-- ?\$ ?([^>]+?) ?-->)(.*?)(<!-- ?\$ ?-->)", re.S)
 
 
 class Reports:

@@ -243,7 +243,7 @@ def _kl(c: Command, prompts: int, more: int = 0) -> Work:
 
 
 def _value(c: Command) -> Work:
-    rows = c.rows(c.places[1]) + c.rows(c.places[2])
+    rows = c.rows(c.places[1]) + min(c.rows(c.places[2]), 5000)  # value.HELD_OUT
     return replace(_kl(c, rows, more=2), size=4 * 8 * rows)
 
 

@@ -11,6 +11,8 @@ from torch.nn.functional import logsigmoid
 
 from roads import arrays, candidates, config, generate, model, preferences, schema, stage
 
+HELD_OUT = 5000  # pairs at most: there are 83,802 at scale paper, and a quarter of Fig 4's time would go to them
+
 
 def value(policy: Path, pairs: Path, held_out: Path, reference: Path, out: Path, cfg: schema.Scale,
           seed: int) -> None:
@@ -21,8 +23,8 @@ def value(policy: Path, pairs: Path, held_out: Path, reference: Path, out: Path,
     kl              log pi/pi_ref, mean over samples of pi at the pair's prompt: an unbiased estimate of the reverse KL
     chosen_logps    log pi(chosen), the other reading of Eq. 2's first term
 
-    and held_out [M], the score of held-out pairs: offline DPO was fitted to those of the preference set. Where pairs
-    share posts also post [N] and held_out.post [M].
+    and held_out [M], the score of the first held-out pairs: offline DPO was fitted to those of the preference set.
+    Where pairs share posts also post [N] and held_out.post [M].
 
     beta is DPO's, pi_ref the SFT policy for every policy, whatever it was trained from.
     """
@@ -30,9 +32,9 @@ def value(policy: Path, pairs: Path, held_out: Path, reference: Path, out: Path,
     used = {"samples": {"value": cfg.samples.value.model_dump()}, "beta": cfg.dpo.beta, "seed": seed}
     with stage.output(out, used, [policy, pairs, held_out, reference]) as folder:
         scores = of_pairs(policy, pairs, reference, cfg, seed)
-        scores["held_out"] = of_pairs(policy, held_out, reference, cfg, seed)["score"]
-        shared = [arrays.posts(preferences.load(folder_of, policy)[0].numpy(), name)
-                  for folder_of, name in ((pairs, "post"), (held_out, "held_out.post"))]
+        scores["held_out"] = of_pairs(policy, held_out, reference, cfg, seed, HELD_OUT)["score"]
+        shared = [arrays.posts(preferences.load(folder_of, policy)[0].numpy()[:limit], name)
+                  for folder_of, name, limit in ((pairs, "post", None), (held_out, "held_out.post", HELD_OUT))]
         np.savez(folder / "scores.npz", **{name: values.numpy() for name, values in scores.items()},
                  **shared[0], **shared[1])
         metrics = {"training": stage.training(policy)}
@@ -42,10 +44,11 @@ def value(policy: Path, pairs: Path, held_out: Path, reference: Path, out: Path,
         stage.write_json(folder / "metrics.json", metrics | {"kl_standard_error": error})
 
 
-def of_pairs(policy: Path, pairs: Path, reference: Path, cfg: schema.Scale, seed: int) -> dict[str, torch.Tensor]:
-    """Eq. 2 of a policy on a folder of pairs: score, log_likelihood, kl and chosen_logps, each [N]."""
+def of_pairs(policy: Path, pairs: Path, reference: Path, cfg: schema.Scale, seed: int,
+             limit: int | None = None) -> dict[str, torch.Tensor]:
+    """Eq. 2 of a policy on a folder of pairs, or the first of them: score, log_likelihood, kl and chosen_logps, [N]."""
     beta = cfg.dpo.beta
-    query, chosen, rejected = preferences.load(pairs, policy)
+    query, chosen, rejected = (side[:limit] for side in preferences.load(pairs, policy))
     sampled = generate.completions(policy, query, chosen.shape[1], cfg.samples.value, seed, cfg)
     # The pair's two completions and the policy's own share their prompt.
     both = torch.cat([torch.stack([chosen, rejected], 1), sampled], 1)
