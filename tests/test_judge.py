@@ -130,10 +130,13 @@ def test_the_value_of_eq_2_by_hand(tmp_path, policy, rows, tiny):
     (tmp_path / "pairs").mkdir()
     chosen, rejected = response, response[[1, 2, 3, 0]]
     np.savez(tmp_path / "pairs/pairs.npz", query=query, chosen=chosen, rejected=rejected)
+    (tmp_path / "held-out").mkdir()  # the same pairs the other way round, two of them of one post
+    np.savez(tmp_path / "held-out/pairs.npz", query=query[[0, 1, 2, 2]], chosen=rejected, rejected=chosen)
     tiny = tiny.model_copy(update={"samples": tiny.samples.model_copy(update={
         "value": tiny.samples.value.model_copy(update={"n": 400})})})
     for name in ("reference", "other"):
-        value.value(tmp_path / name, tmp_path / "pairs", tmp_path / "reference", tmp_path / f"out-{name}", tiny, 0)
+        value.value(tmp_path / name, tmp_path / "pairs", tmp_path / "held-out", tmp_path / "reference",
+                    tmp_path / f"out-{name}", tiny, 0)
     same, found = (dict(np.load(tmp_path / f"out-{name}/scores.npz")) for name in ("reference", "other"))
     assert same["kl"] == pytest.approx(0, abs=1e-5) and same["log_likelihood"] == pytest.approx(np.log(0.5), abs=1e-5)
 
@@ -147,6 +150,9 @@ def test_the_value_of_eq_2_by_hand(tmp_path, policy, rows, tiny):
     assert found["log_likelihood"] == pytest.approx(by_hand.log().numpy(), abs=1e-5)
     assert found["chosen_logps"] == pytest.approx(logps(other, chosen).numpy(), rel=1e-5)
     assert found["score"] == pytest.approx(found["log_likelihood"] - tiny.dpo.beta * found["kl"])
+    assert same["held_out"] == pytest.approx(np.log(0.5), abs=1e-5) and not np.allclose(found["held_out"], np.log(0.5))
+    assert same["held_out.post"].tolist() == [0, 1, 2, 2] or len(set(same["held_out.post"])) == 3
+    assert "post" not in same
     # KL of the first token alone, exactly, is at most that of the whole completion.
     first = [torch.log_softmax(net(query[1:2]).logits[0, -1].double(), -1).detach() for net in (other, policy)]
     exact = (first[0].exp() * (first[0] - first[1])).sum().item()
