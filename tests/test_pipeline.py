@@ -22,7 +22,7 @@ import torch
 from conftest import ENV, FIGURES, ROOT, clone, edit, make, run
 from ruamel.yaml import YAML
 
-from roads import config, model
+from roads import config, model, schema
 from roads.runner import wiring
 from roads.tldr import EOS, PAD
 
@@ -45,7 +45,7 @@ ALL = ["SFT", "DPO", "DPO 2x", "Online(SFT)", "Online(DPO)"]
 
 
 @pytest.mark.parametrize("figure, bars", [
-    ("fig3", ALL), ("fig7", ["Global RM", "Local RM", "DPO RM"]), ("fig11", ALL),
+    ("fig3", ALL), ("fig7", ["Global RM", "Local RM", "DPO RM", "Base"]), ("fig11", [*ALL, "Online(DPO) 2x"]),
     ("fig12", ["DPO n=60", "Online(SFT) n=60", "DPO n=120", "Online(SFT) n=120"]),
 ])  # fmt: skip
 def test_a_figure_is_png_csv_and_json(checkout, figure, bars):
@@ -66,7 +66,9 @@ def test_a_figure_is_png_csv_and_json(checkout, figure, bars):
 def test_every_stage_says_what_it_read_and_wrote_and_what_it_used(checkout):
     log = (checkout / "log").read_text(encoding="utf-8")
     folders = {path.parent for path in checkout.glob("runs/tiny/**/params.json")}
-    assert len(folders) == len(set(re.findall(r"^start (?!fig\d+@)(\S+)$", log, re.M))) > 30
+    started = set(re.findall(r"^start (?!fig\d+@)(\S+)$", log, re.M))
+    # rouge_online_2x is three commands, a folder each.
+    assert len(folders) == len(started) + 2 * sum(name.startswith("rouge_online_2x@") for name in started) > 30
     for folder in folders:
         name = folder.relative_to(checkout).as_posix()
         assert re.search(rf"-> {name} \([\d.]+ MiB\) in [\d.]+ s", log), name
@@ -162,27 +164,30 @@ def test_nothing_runs_twice(scratchpad):
     assert time.monotonic() - start < 10
 
 
-TRAINED = ["dpo", "dpo_2x", "online", "online_sft", "likelihood@human-dpo-s0", "fig12_arms"]
+TRAINED = ["dpo", "dpo_2x", "online", "online_sft", "rouge_online_2x", "likelihood@human-dpo-s0", "fig12_arms"]
 S1 = ["reward@s1", "local@human-s1", "dpo@s1", "dpo_2x@s1", "online_candidates@s1", "online_pairs@s1", "online@s1",
-      "online_sft_pairs@s1", "online_sft@s1", "completions@s1", "scores@s1", "likelihood@human-s1", "kl@s1"]
+      "online_sft_pairs@s1", "online_sft@s1", "completions@s1", "scores@s1", "likelihood@human-s1", "kl@s1",
+      "rouge_online_2x@s1"]
 SAMPLED = ["candidates@human", "candidates@rouge", "online_candidates", "online_sft_candidates", "completions_sft",
            "completions"]
 # Line of params.yaml that begins so, of the block tiny -> what is out of date when any of its values changes.
 KEYS = {
-    "compute": ["base", "sft", *SAMPLED, "online_pairs", "online_sft_pairs", "reward", "local", "likelihood", "kl",
-                *TRAINED],
-    "source": ["world_data", "pairs", "scores_sft", "scores", "fig12_arms"],
+    "compute": ["base", "sft", *SAMPLED, "online_pairs", "online_sft_pairs", "reward", "local", "likelihood",
+                "likelihood_base", "kl", *TRAINED],
+    "source": ["world_data", "pairs", "scores_sft", "scores", "likelihood", "likelihood_base", "fig12_arms"],
     "data": ["world_data", "fig12_arms"], "model": ["world_data", "base"], "base": ["base"], "sft": ["sft"],
     "reward": ["reward", "likelihood@human-reward-s0", "fig12_arms"],
     "local": ["local", "likelihood@human-local-s0"],
     "dpo": TRAINED, "machine": [],
     "human": ["candidates@human", "pairs@human", "fig12_arms"], "rouge": ["candidates@rouge", "pairs@rouge"],
     "online": ["online_candidates", "online_sft_candidates", "online_pairs", "online_sft_pairs", "online", "online_sft",
-               "fig12_arms"],
-    "evaluate": ["completions_sft", "completions", "fig12_arms"], "value": ["kl", "fig12_arms"], "best_of_n": [],
+               "rouge_online_2x", "fig12_arms"],
+    "evaluate": ["completions_sft", "completions", "rouge_online_2x", "fig12_arms"], "value": ["kl", "fig12_arms"],
+    "best_of_n": [],
     "judge": ["world_data", "pairs", "scores_sft", "scores", "fig12_arms"],
 }  # fmt: skip
 OTHER = {"cpu": "gpu", "fp32": "bf16", "sdpa": "flash", "tree": "vllm", "cosine": "linear", "linear": "cosine",
+         "attributes": "quality",
          "world": "posts", "new": "packaged", "annotators": "judge", "gold": "openai", "null": "2", "false": "true"}
 
 
@@ -215,7 +220,7 @@ def edited(text: str) -> dict[str, tuple[str, list[str]]]:
     found = {}
     for key, expected in KEYS.items():
         line = re.search(rf"^ +{key}: \{{.*?\}}", tiny, re.M | re.S)[0]
-        for name, value in re.findall(r"(\w+): ([^\s,{}]+)", line.partition("{")[2]):
+        for name, value in re.findall(r"(\w+): ([^\s,{}\[]+)", line.partition("{")[2]):
             new = OTHER.get(value) or (f"{float(value) * 1.5:g}" if "." in value else str(int(value) + 1))
             changed = tiny.replace(line, re.sub(rf"\b{name}: {re.escape(value)}", f"{name}: {new}", line, count=1))
             assert changed != tiny
@@ -278,7 +283,7 @@ def test_dvc_exp_run_sets_one_value_of_any_scale_and_of_an_arm(tmp_path):
     ('"Fig. 7: validation', '"Figure 7: validation', "figures.yaml", ["fig7"]),
     ("Stage reward:", "Stage reward, edited:", "src/roads/stages/reward.py", ["reward", "fig12_arms"]),
     ("Stage arm:", "Stage arm, edited:", "src/roads/stages/arm.py", ["fig12_arms"]),
-    ("Figure 7:", "Fig. 7:", "src/roads/figures/likelihood.py", ["fig7"]),
+    ("Figure 7, and", "Fig. 7, and", "src/roads/figures/likelihood.py", ["fig7"]),
 ])  # fmt: skip
 def test_a_change_reruns_what_depends_on_it(scratchpad, old, new, file, expected):
     edit(scratchpad, old, new, file)
@@ -503,13 +508,21 @@ def test_a_missing_cell_of_a_figure_is_named(checkout, tmp_path):
 
 def test_a_cell_gives_the_very_scores_of_the_graph(checkout, tmp_path):
     out = tmp_path / "cell"
-    run(checkout, "roads.stages.arm", "runs/tiny/data", "runs/tiny/sft", str(out), "--scale", "tiny", "--seed", "0")
+    run(checkout, "roads.stages.arm", "runs/tiny/data", "runs/tiny/sft", str(out), "--scale", "tiny", "--seed", "0",
+        "--folders")
     found, metrics = np.load(out / "scores.npz"), json.loads((out / "metrics.json").read_text())
     for policy in ("sft", "dpo", "dpo_2x", "online_sft", "online"):
         place = checkout / "runs/tiny/human/scores" / policy / ("" if policy == "sft" else "s0")
         assert (found[policy] == np.load(place / "scores.npz")["score"]).all(), policy
     graph = json.loads((checkout / "runs/tiny/human/likelihood/dpo/s0/metrics.json").read_text())
     assert metrics["dpo_rm"]["accuracy"] == graph["accuracy"]
+    # A seed that the graph does not run has the same folders (human/more).
+    for part in [*(f"scores/{policy}" for policy in schema.POLICIES), "likelihood/local", "likelihood/reward"]:
+        there = checkout / f"runs/tiny/human/{part}/s0"
+        ours, theirs = (np.load(place / "scores.npz") for place in (out / part, there))
+        assert set(ours.files) == set(theirs.files) and all((ours[name] == theirs[name]).all() for name in ours.files)
+    of_dpo = "kl/dpo", "runs/tiny/human/kl/dpo/s0"
+    assert (out / of_dpo[0] / "metrics.json").read_bytes() == (checkout / of_dpo[1] / "metrics.json").read_bytes()
     assert not list(checkout.glob("runs/.scratch/*"))
 
 
