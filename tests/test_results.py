@@ -28,12 +28,12 @@ def reports(tmp_path):
 
 
 @pytest.mark.parametrize("slot, value", [
-    ("gap | fig3 | Online - DPO", "+0.025 [+0.006, +0.046]"),
-    ("gap | fig3 | accuracy | Online - DPO", "+0.025 [+0.006, +0.046]"),
-    ("bar | fig3 | DPO", "0.700"), ("bar | fig3 | accuracy | DPO", "0.600"),
-    ("effect | a", "+0.025 [+0.006, +0.046]"), ("verdict | a", "undecided"),
-    ("seeds | a", "-0.020 to +0.050, 2 of 3 above 0"), ("say | a | yes | no | perhaps", "perhaps"),
-    ("count | undecided", "1"), ("count", "2"),
+    ("gap ; fig3 ; Online - DPO", "+0.025 [+0.006, +0.046]"),
+    ("gap ; fig3 ; accuracy ; Online - DPO", "+0.025 [+0.006, +0.046]"),
+    ("bar ; fig3 ; DPO", "0.700"), ("bar ; fig3 ; accuracy ; DPO", "0.600"),
+    ("effect ; a", "+0.025 [+0.006, +0.046]"), ("verdict ; a", "undecided"),
+    ("seeds ; a", "-0.020 to +0.050, 2 of 3 above 0"), ("say ; a ; yes ; no ; perhaps", "perhaps"),
+    ("count ; undecided", "1"), ("count", "2"),
 ])
 def test_a_slot_is_filled(reports, slot, value):
     text = f"before <!-- $ {slot} -->stale<!-- $ --> after"
@@ -42,17 +42,17 @@ def test_a_slot_is_filled(reports, slot, value):
 
 
 def test_a_table_has_a_row_for_every_claim_of_a_family(reports):
-    filled = results.fill("<!-- $ table | the paper's --><!-- $ -->", reports, "x.md")
+    filled = results.fill("<!-- $ table ; the paper's --><!-- $ -->", reports, "x.md")
     assert "| S. | fig3 | +0.025 [+0.006, +0.046] | [-0.070, +0.100] | undecided |" in filled
-    assert "| S. | fig3 | – | – | not run |" in results.fill("<!-- $ table | ours --><!-- $ -->", reports, "x.md")
+    assert "| S. | fig3 | – | – | not run |" in results.fill("<!-- $ table ; ours --><!-- $ -->", reports, "x.md")
 
 
 @pytest.mark.parametrize("slot, said", [
-    ("gap | fig3 | Online - DP", "no 'Online - DP'; did you mean 'Online - DPO'?"),
-    ("gap | fig4 | x", "no figure 'fig4' in"), ("bar | fig3 | accurcy | DPO", "did you mean 'accuracy'?"),
-    ("verdict | c", "no claim 'c'"), ("effect | b", "claim b was not run; `make fig3 claims` decides it"),
-    ("verdct | a", "no kind of slot 'verdct'; did you mean 'verdict'?"), ("table | theirs", "no family 'theirs'"),
-    ("say | a | yes", "missing 2 required positional arguments"),
+    ("gap ; fig3 ; Online - DP", "no 'Online - DP'; did you mean 'Online - DPO'?"),
+    ("gap ; fig4 ; x", "no figure 'fig4' in"), ("bar ; fig3 ; accurcy ; DPO", "did you mean 'accuracy'?"),
+    ("verdict ; c", "no claim 'c'"), ("effect ; b", "claim b was not run; `make fig3 claims` decides it"),
+    ("verdct ; a", "no kind of slot 'verdct'; did you mean 'verdict'?"), ("table ; theirs", "no family 'theirs'"),
+    ("say ; a ; yes", "missing 2 required positional arguments"),
 ])
 def test_a_mistake_is_named_with_its_line(reports, slot, said):
     with pytest.raises(UserError) as error:

@@ -2,17 +2,18 @@
 
     python -m roads.report.results reports/mini docs/results.md README.md     # rewrites the two in place
 
-A slot is a pair of comments, which a Markdown page does not show, with its value between them:
+A slot is a pair of comments, which a Markdown page does not show, with its value between them. Its words are parted by
+semicolons, as a bar would end a cell of a table:
 
-    <!-- $ gap | fig3 | Online(DPO) - DPO -->+0.025 [+0.006, +0.046]<!-- $ -->
-    <!-- $ gap | fig7 | accuracy | Global - Local -->...     a measure that stands beside the one drawn
-    <!-- $ bar | fig3 | DPO -->0.723<!-- $ -->
-    <!-- $ effect | online-beats-offline -->+0.025 [+0.006, +0.046]<!-- $ -->
-    <!-- $ verdict | online-beats-offline -->supported<!-- $ -->
-    <!-- $ seeds | online-beats-offline -->+0.012 to +0.038, 10 of 10 above 0<!-- $ -->
-    <!-- $ say | online-beats-offline | wins | does not win | may win -->wins<!-- $ -->   if supported | not | undecided
-    <!-- $ count | supported -->18<!-- $ -->
-    <!-- $ table | the paper's -->...<!-- $ -->     every claim of a family, a row each
+    <!-- $ gap ; fig3 ; Online(DPO) - DPO -->+0.025 [+0.006, +0.046]<!-- $ -->
+    <!-- $ gap ; fig7 ; accuracy ; Global - Local -->...     a measure that stands beside the one drawn
+    <!-- $ bar ; fig3 ; DPO -->0.723<!-- $ -->
+    <!-- $ effect ; online-beats-offline -->+0.025 [+0.006, +0.046]<!-- $ -->
+    <!-- $ verdict ; online-beats-offline -->supported<!-- $ -->
+    <!-- $ seeds ; online-beats-offline -->+0.012 to +0.038, 10 of 10 above 0<!-- $ -->
+    <!-- $ say ; online-beats-offline ; wins ; does not win ; may win -->wins<!-- $ -->   if supported | not | undecided
+    <!-- $ count ; supported -->18<!-- $ -->
+    <!-- $ table ; the paper's -->...<!-- $ -->     every claim of a family, a row each
 """
 
 import argparse
@@ -121,7 +122,7 @@ def fill(text: str, reports: Reports, name: str) -> str:
         UserError: one line with the file, the slot and what it lacks.
     """
     def value(slot: re.Match) -> str:
-        kind, *words = [word.strip() for word in slot[2].split("|")]
+        kind, *words = [word.strip() for word in slot[2].split(";")]
         try:
             if kind not in KINDS:
                 raise UserError(f"no kind of slot {kind!r}{nearest(kind, KINDS)}")
