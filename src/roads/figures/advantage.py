@@ -19,7 +19,7 @@ from roads.figures.policies import NAMES
 DIALS = {"fig10": "horizon"}  # a figure whose arms another dial's figure names
 CAPTION = ("Every world of the other figures is a point: x is the accuracy of the global reward model on held-out "
            "pairs less that of DPO's own reward, both trained on the same pairs; y is what Online(DPO) wins over "
-           "DPO 2x, which sees as many prompts. If online learning pays by what its reward model knows, the points rise "
+           "DPO 2x, which sees as many prompts. If online learning pays by what its reward model knows, points rise "
            "from the lower left.")
 
 
