@@ -63,10 +63,10 @@ def stages(out: Path, cfg: schema.Scale, reads: Path | None) -> None:
     ranked = run("online_pairs", rank.rank, drawn, ..., cfg, "reward", model=judge)
     online = run("online", dpo.dpo, ranked, offline, ..., cfg, 0, online=True)
     best = run("best", sample.sample, start, where / "test_best_of_n.npz", ..., cfg, "best_of_n", 0)
-    for kind, net in {"reward": judge, "local": local, "dpo": offline}.items():
+    for kind, net in {"reward": judge, "local": local, "dpo": offline, "base": start}.items():
         run(f"likelihood-{kind}", likelihood.likelihood, net, pairs, start, ..., cfg, kind)
         run(f"best_of_n-{kind}", best_of_n, best, where, net, start, ..., cfg, kind)
-    run("value", value, online, pairs, start, ..., cfg, 0)
+    run("value", value, online, pairs, pairs, start, ..., cfg, 0)
     run("kl", kl.kl, online, start, where, ..., cfg, 0)
     drawn = run("completions", sample.sample, online, where / "test_human.npz", ..., cfg, "evaluate", 0)
     run("scores", evaluate.evaluate, drawn, where, ..., cfg, "human")

@@ -28,6 +28,7 @@ CI = {"make fig11", "make test", "make theory"}
 ELSEWHERE = CI | {"make search", "make bench", "make clean", "make image", "make test-fast", "make test-gpu",
                   "make check-gpu", "make test-vllm"}
 TESTED = {"make figures": "test_rehearsal.py runs this at scale rehearsal",
+          "make results": "test_results.py runs its command: the checkout has no reports of mini",
           "make figures SCALE=rehearsal": "test_rehearsal.py runs this",
           "make fig11 SCALE=real-tiny": "test_real.py runs this where the packages are",
           "make kit SCALE=real": "test_real.py tests its parts; the whole needs a package index",
