@@ -274,6 +274,15 @@ def test_a_bar_may_be_named_by_its_role_and_be_of_another_figure_with_more_seeds
     assert row["verdict"] == "not run" and "`make fig4`" in row["why"]
 
 
+def test_figures_without_a_seed_in_common_are_no_claim(reports):
+    draw(reports, "fig3", {"DPO": np.zeros((2, 9))})
+    draw(reports, "fig12", {"DPO n=750": np.ones((2, 9))})
+    content = json.loads((reports / "fig12.json").read_text())
+    stage.write_json(reports / "fig12.json", content | {"seeds": [7, 8]})
+    (row,) = decide(reports, claim(figure="fig12", contrast="{DPO n=750: 1, fig3/DPO: -1}"))
+    assert row["verdict"] == "not run" and row["why"] == "fig12.json and fig3.json have no seed in common"
+
+
 def test_two_roles_of_one_bar_are_no_claim(reports):
     draw(reports, "fig9", {"Policy small, RM small N=25": np.ones((1, 4))})
     path = reports / "fig9.json"

@@ -141,6 +141,8 @@ def measure(claim: Claim, bars: Bars) -> dict:
     """
     found = bars.needed(claim)
     seeds = common(found)
+    if not seeds:
+        raise Lacking(f"{' and '.join(sorted({path.name for _, _, path in found.values()}))} have no seed in common")
     if claim.test == "correlated":
         sides = [[read_scores(*found[name], claim.measure, seeds)[0] for name in names]
                  for names in (claim.contrast, claim.against)]
