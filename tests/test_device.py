@@ -41,7 +41,7 @@ def stages(library):
 def test_every_stage_runs_on_another_device_as_on_the_cpu(stages):
     cpu, other = stages("cpu", "fp32"), stages("other", "fp32")
     names = sorted(path.parent.name for path in cpu.glob("*/metrics.json"))
-    assert len(names) == 23
+    assert len(names) == 25
     for name in names:
         for number, (ours, theirs) in enumerate(zip(*(numbers(stage.read_json(out / name / "metrics.json"))
                                                       for out in (cpu, other)), strict=True)):
