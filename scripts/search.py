@@ -112,7 +112,8 @@ def online(cfg: schema.Scale, task: str, values: dict) -> dict:
     cfg = changed(cfg, "dpo", **same)
     cfg = cfg.model_copy(update={"samples": changed(
         cfg.samples, "online", temperature=values["temperature"], logits_divided_by=values["temperature"])})
-    out, seed = place(cfg, task, "online", values), cfg.source.seed
+    # What its samples are ranked by is part of the place: another learning rate in params.yaml is another cell.
+    out, seed = place(cfg, task, f"online/{rm.name}", values), cfg.source.seed
     drawn, pairs, policy = out / "candidates", out / "pairs", out / "policy"
     once(drawn, sample.sample, offline, home(cfg) / "data/preferences.npz", drawn, cfg, "online", seed)
     once(pairs, rank.rank, drawn, pairs, cfg, "reward", model=rm)

@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 from roads import active, generate, generate_tree, model, schema
 from roads.runner import cost, dvc_patches, plan, repro
 from roads.stage import UserError
+from roads.stages import value
 
 DVC_YAML = """
 vars: [active.yaml]
@@ -393,3 +394,7 @@ def test_times_of_make_times_are_read(tmp_path):
     path = tmp_path / "times.csv"
     csv.writer(path.open("w")).writerows([["a@mini", 12.5], ["b@mini", 1.0]])
     assert plan.measured(path) == {"a@mini": 12.5} and plan.measured(tmp_path / "none.csv") == {}
+
+
+def test_the_plan_counts_as_many_held_out_pairs_as_eq_2_has():
+    assert cost.HELD_OUT == value.HELD_OUT

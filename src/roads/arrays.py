@@ -3,6 +3,7 @@ tools is one line, and no wrong number or index error hours later."""
 
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -75,3 +76,15 @@ def posts(query: np.ndarray, name: str = "post") -> dict[str, np.ndarray]:
     """
     unique, number = np.unique(query, axis=0, return_inverse=True)
     return {name: number.ravel()} if len(unique) < len(query) else {}
+
+
+def beside(key: str, name: str) -> str:
+    """What a measure that stands beside an array is called: itself beside `score`, or `<key>.<name>`, as an arm has
+    several in one file."""
+    return name if key == "score" else f"{key}.{name}"
+
+
+def post_of(file: Mapping[str, np.ndarray], key: str) -> np.ndarray | None:
+    """The post of every row of an array (`posts`), of the file that has it; None where no two rows share one."""
+    found = [file[name] for name in (f"{key}.post", "post") if name in file]
+    return found[0] if found and len(found[0]) == len(file[key]) else None

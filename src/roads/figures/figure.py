@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from roads import config, stage, stats
+from roads import arrays, config, stage, stats
 from roads.figures.provenance import provenance
 
 SYNTHETIC = "synthetic world: evidence about the mechanism, not about TL;DR"
@@ -69,8 +69,7 @@ def read(name: str, runs: Path, bars: list[Bar], seeds: list[int],
 def posts_of(paths: list[Path], key: str) -> np.ndarray | None:
     """The post of every row of an array, from the file of the first seed; None where no two rows share one."""
     with np.load(paths[0]) as file:
-        names = [name for name in (f"{key}.post", "post") if name in file]
-        return file[names[0]] if names and len(file[names[0]]) == len(file[key]) else None
+        return arrays.post_of(file, key)
 
 
 def metrics_of(paths: list[Path], key: str, with_kl: bool = False) -> list[dict]:
@@ -285,7 +284,7 @@ def save(out: Path, name: str, runs: Path, bars: list[Bar], gaps: dict[str, dict
               for other, function in (also or {}).items()}
     posts_of_others = dict.fromkeys(others, posts)
     for other, key in (also_keys or {}).items():
-        keys = {bar.name: key if bar.key == "score" else f"{bar.key}.{key}" for bar in bars}  # an arm has several
+        keys = {bar.name: arrays.beside(bar.key, key) for bar in bars}
         others[other] = {bar: np.stack([np.load(path)[keys[bar]] for path in paths]) for bar, paths in files.items()}
         posts_of_others[other] = {bar: posts_of(paths, keys[bar]) for bar, paths in files.items()}
 

@@ -32,7 +32,7 @@ def bars_of(scale: str, name: str) -> list[Bar]:
     arms = params.arms_of(scale, borrowed[0]) if borrowed else {}
     if name in ("fig7", "sizes_judges"):
         kinds = {bar: kind for bar, kind in KINDS.items() if synthetic or kind != "base"}
-        own = f" {policies.size_label(config.load_scale(scale))}" * (name == "sizes_judges")
+        own = f" {policies.size_label(params.scales[scale])}" * (name == "sizes_judges")
         bars = [Bar(bar + own, f"{scale}/human/likelihood/{kind}" + "/s{seed}" * (kind != "base"), series=bar)
                 for bar, kind in kinds.items()]
         return bars + [Bar(f"{bar} {policies.size_label(cfg)}", f"{scale}/sizes/{arm}/s{{seed}}/likelihood/{kind}",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from roads import stage, stats
+from roads import arrays, stage, stats
 from roads.report.claim import Claim, Claims, Measure, load
 from roads.report.schema import Bar, Figure, read
 from roads.stage import UserError
@@ -42,19 +42,17 @@ def read_scores(figure: Figure, bar: Bar, path: Path, measure: Measure | None = 
         UserError: a file is missing, has changed since, or holds something else.
     """
     rows, make, post = [], f"`make {path.stem}`", None
-    array = ARRAYS.get(measure, "")
-    key = bar.key if not array else array if bar.key == "score" else f"{bar.key}.{array}"
+    key = arrays.beside(bar.key, ARRAYS[measure]) if measure in ARRAYS else bar.key
     for name in bar.scores:
         if not Path(name).exists():
             raise UserError(f"{name}: not found; claims need every prompt's score: {make} makes it")
         if hashlib.sha256(Path(name).read_bytes()).hexdigest() != figure.provenance.files.get(name):
             raise UserError(f"{name}: not the file that {path} was made from (sha256 differs); {make} makes both anew")
-        with np.load(name) as arrays:
-            if key not in arrays:
-                raise UserError(f"{name}: no array {key!r}{nearest(key, arrays.files)}")
-            rows.append(arrays[key].astype(float))
-            of = [arrays[label] for label in (f"{key}.post", "post") if label in arrays]
-            post = of[0] if of and len(of[0]) == len(rows[-1]) else None
+        with np.load(name) as file:
+            if key not in file:
+                raise UserError(f"{name}: no array {key!r}{nearest(key, file.files)}")
+            rows.append(file[key].astype(float))
+            post = arrays.post_of(file, key)
     if len(rows) != len(figure.seeds) or len({row.shape for row in rows}) != 1 or rows[0].ndim != 1:
         raise UserError(f"{path}: {bar.bar}: expected as many prompts for each of the seeds {figure.seeds}, "
                         f"got arrays of shape {[row.shape for row in rows]}")

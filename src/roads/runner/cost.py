@@ -23,6 +23,7 @@ COLD, SHARED = 0.1, 0.25  # n samples at this temperature share so many prefixes
 READ, WRITTEN = 600, 33
 ORDERS = 2  # every comparison is asked in both
 
+HELD_OUT = 5000  # as stages.value, which is not imported here: torch takes seconds
 FLOAT = INT = 4  # bytes: weights are saved in fp32, token ids as int32
 PYTHIA_VOCAB = 50304  # of posts that bring their own tokenizer
 
@@ -243,7 +244,7 @@ def _kl(c: Command, prompts: int, more: int = 0) -> Work:
 
 
 def _value(c: Command) -> Work:
-    rows = c.rows(c.places[1]) + min(c.rows(c.places[2]), 5000)  # value.HELD_OUT
+    rows = c.rows(c.places[1]) + min(c.rows(c.places[2]), HELD_OUT)
     return replace(_kl(c, rows, more=2), size=4 * 8 * rows)
 
 
