@@ -20,8 +20,8 @@ from bench import ROOT, machine, rewrite
 from tqdm import tqdm
 
 from roads import candidates, generate, model, schema, stage
+from roads.preference_losses import dpo_loss
 from roads.runner import cost
-from roads.stages import dpo
 from roads.tldr import EOS
 
 RESULTS = Path(__file__).resolve().parent / "scale.json"
@@ -77,7 +77,7 @@ def runs(point: dict):
 
         def step():
             logps = model.pair_logps(policy, query, completions[:, 0], completions[:, 1])
-            dpo.dpo_loss(*logps, *[part.detach() for part in logps], beta=0.05).mean().backward()
+            dpo_loss(*logps, *[part.detach() for part in logps], beta=0.05).mean().backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()

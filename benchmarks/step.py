@@ -56,7 +56,6 @@ class Clock:
 def ours(folder: Path, settings: dict, share: bool) -> None:
     """`roads.stages.dpo` with the prompt run once for both sides, or with `response_logps` of one and of the other."""
     from roads import candidates, model, preferences, schema, train
-    from roads.stages import dpo
 
     query, chosen, rejected = preferences.load(folder, folder / "policy")
     policy = model.load_policy(folder / "policy")
@@ -70,7 +69,7 @@ def ours(folder: Path, settings: dict, share: bool) -> None:
         sides = query[i], chosen[i], rejected[i]
         logps = (model.pair_logps(policy, *sides) if share else
                  [model.response_logps(policy, sides[0], side) for side in sides[1:]])
-        value = dpo.dpo_loss(*logps, *reference[i].T, settings["beta"]).mean()
+        value = dpo_loss(*logps, *reference[i].T, settings["beta"]).mean()
         clock.loss = value.item()
         return value, {}
 

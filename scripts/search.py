@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from roads import config, schema, stage
-from roads.stages import base, data, dpo, evaluate, likelihood, rank, reward, sample, sft
+from roads.stages import arm, base, data, dpo, evaluate, kl, likelihood, rank, reward, sample, sft
 
 RUNS, DOCS = Path("runs/.search"), Path("docs")
 WORLDS = (100, 101)  # a world's training seed is its own number
@@ -28,9 +28,14 @@ DPO_ROUGE = {"lr": (1e-4, 3e-4), "beta": (0.05, 0.2), "epochs": (1, 2)}
 LOCAL = {"lr": (1e-4, 3e-4, 1e-3), "beta": (0.05, 0.1, 0.2, 0.5), "epochs": (1,)}
 REWARD = {"lr": (3e-4, 5e-4, 1e-3, 2e-3), "epochs": (1,)}
 TEMPERATURES = {"temperature": (0.1, 0.25, 0.5)}
+# Epochs where there are fewer pairs, or more, than params.yaml has: fair to both methods, for the figure `learnt`.
+PAIRS = {375: (1, 2, 4, 8, 16, 32), 1500: (1, 2, 4, 8, 16), 24000: (1, 2)}
 # Other values at which offline DPO is about as good: does the gap hang on the choice?
 ALIKE = [{"lr": 1e-4, "beta": 0.02, "epochs": 2}, {"lr": 1e-4, "beta": 0.05, "epochs": 4},
          {"lr": 3e-4, "beta": 0.1, "epochs": 2}, {"lr": 3e-4, "beta": 0.1, "epochs": 1}]
+# Other losses, at offline DPO's learning rate and epochs: at which beta is each at its best (figure `methods`)?
+METHODS = {"dpo": (0.02, 0.05, 0.1, 0.2, 0.5), "ipo": (0.02, 0.05, 0.1, 0.2, 0.5), "simpo": (0.05, 0.1, 0.2, 0.5),
+           "chi_po": (0.02, 0.05, 0.1, 0.2, 0.5), "dpo_kl": (0.02, 0.05, 0.1, 0.2, 0.5)}
 
 
 def changed(cfg: schema.Scale, block: str, **values) -> schema.Scale:
@@ -62,6 +67,18 @@ def prepare(cfg: schema.Scale) -> None:
         once(pairs, rank.rank, drawn, pairs, cfg, task, data=runs / "data", split=split)
 
 
+def prepare_pairs(cfg: schema.Scale, n: int) -> None:
+    """Pairs of the first n prompts, labelled as an arm of that many has them."""
+    where = home(cfg) / f"human{n}/preferences"
+    rows = arm.splits(home(cfg) / "data", changed(cfg, "data", preferences=n, online=n))["preferences"]
+    where.mkdir(parents=True, exist_ok=True)
+    if not (where / "prompts.npz").exists():
+        np.savez(where / "prompts.npz", **rows)
+    drawn = where / "candidates"
+    once(drawn, sample.sample, home(cfg) / "sft", where / "prompts.npz", drawn, cfg, "human", 0)
+    once(where / "pairs", rank.rank, drawn, where / "pairs", cfg, "human", data=home(cfg) / "data")
+
+
 def metrics(folder: Path) -> dict:
     return stage.read_json(folder / "metrics.json")
 
@@ -81,11 +98,12 @@ def likely(path: Path, task: str, cfg: schema.Scale, kind: str) -> dict:
 
 
 def place(cfg: schema.Scale, task: str, kind: str, values: dict) -> Path:
-    return home(cfg) / task / kind / "_".join(f"{key}{value:g}" for key, value in values.items())
+    return home(cfg) / task / kind / "_".join(value if isinstance(value, str) else f"{key}{value:g}"
+                                              for key, value in values.items())
 
 
 def train(cfg: schema.Scale, kind: str, task: str, values: dict) -> Path:
-    """A reward model or policy trained from SFT with these values."""
+    """A reward model or policy trained from SFT with these values, on the pairs of a task, or on `human375`'s 375."""
     cfg, out = changed(cfg, kind, **values), place(cfg, task, kind, values)
     inputs = home(cfg) / task / "preferences/pairs", home(cfg) / "sft", out, cfg, cfg.source.seed
     if kind == "reward":
@@ -95,11 +113,12 @@ def train(cfg: schema.Scale, kind: str, task: str, values: dict) -> Path:
 
 def cell(cfg: schema.Scale, kind: str, task: str, values: dict) -> dict:
     """Train and score one setting in one world."""
-    if kind == "online":
-        found = online(cfg, task, values)
+    if kind in ("online", "methods"):
+        found = online(cfg, task, values) if kind == "online" else method(cfg, values)
     else:
         out, used = train(cfg, kind, task, values), changed(cfg, kind, **values)
-        found = likely(out, task, used, kind) | (score(out, task, used) if kind == "dpo" else {})
+        task_of = task.rstrip("0123456789")
+        found = likely(out, task_of, used, kind) | (score(out, task_of, used) if kind == "dpo" else {})
     return {"kind": kind, "task": task, "world": cfg.source.seed, "seed": cfg.source.seed, **values, **found}
 
 
@@ -120,6 +139,13 @@ def online(cfg: schema.Scale, task: str, values: dict) -> dict:
     once(policy, dpo.dpo, pairs, offline, policy, cfg, seed, online=True)
     return {"dpo": score(offline, task, cfg)["score"], "dpo_2x": score(twice, task, cfg)["score"],
             **score(policy, task, cfg), "dropped_ties": metrics(pairs)["dropped_as_ties"]}
+
+
+def method(cfg: schema.Scale, values: dict) -> dict:
+    """Offline training with another loss: winrate, validity, and KL from SFT."""
+    out = train(cfg, "dpo", "human", values)
+    return score(out, "human", cfg) | kl.mean_kl(out, home(cfg) / "sft", home(cfg) / "data" / kl.PROMPTS, cfg,
+                                                 cfg.source.seed)
 
 
 def settings(grid: dict) -> list[dict]:
@@ -179,6 +205,9 @@ def main() -> None:
         "reward": {"human": settings(REWARD), "rouge": settings(REWARD)},
         "online": {"human": swept + [other | {"temperature": 0.1} for other in ALIKE], "rouge": swept},
     }
+    pairs = [(cfg, n) for cfg in worlds for n in PAIRS]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        list(tqdm(pool.map(prepare_pairs, *zip(*pairs)), total=len(pairs), desc="pairs", unit="set"))
     results = {kind: run([(cfg, kind, task, values) for task, cells in tasks.items() for values in cells
                           for cfg in worlds], kind) for kind, tasks in plan.items()}
     write(results)

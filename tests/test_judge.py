@@ -11,8 +11,9 @@ from conftest import ROOT
 
 from roads import config, model, schema, stage
 from roads.judge import protocol
+from roads.preference_losses import dpo_loss
 from roads.stage import UserError
-from roads.stages import best_of_n, dpo, rank, value
+from roads.stages import best_of_n, rank, value
 from roads.tldr import EOS, PAD
 from roads.world import World
 
@@ -144,7 +145,7 @@ def test_the_value_of_eq_2_by_hand(tmp_path, policy, rows, tiny):
         return model.response_logps(net, query, side).detach().double()
 
     margin = logps(other, chosen) - logps(policy, chosen) - logps(other, rejected) + logps(policy, rejected)
-    loss = dpo.dpo_loss(*(logps(net, side) for net in (other, policy) for side in (chosen, rejected)), tiny.dpo.beta)
+    loss = dpo_loss(*(logps(net, side) for net in (other, policy) for side in (chosen, rejected)), tiny.dpo.beta)
     by_hand = 1 / (1 + torch.exp(-tiny.dpo.beta * margin))
     assert found["log_likelihood"] == pytest.approx(-loss.numpy(), abs=1e-5)
     assert found["log_likelihood"] == pytest.approx(by_hand.log().numpy(), abs=1e-5)

@@ -7,7 +7,7 @@ import torch
 
 from roads import candidates, model, train
 from roads.losses import language_model_loss
-from roads.stages.dpo import dpo_loss
+from roads.preference_losses import dpo_loss
 from roads.stages.reward import reward_loss
 from roads.stages.sft import sft_loss
 from roads.tldr import PAD

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from roads import candidates, distributed, generate, kept, model, preferences, schema, stage, train
+from roads.preference_losses import dpo_loss
 from roads.stages import dpo, rank, reward, sample, sft
 from roads.tldr import EOS, PAD
 
@@ -532,7 +533,7 @@ def test_prompts_that_tie_may_be_kept(tiny, inputs, tmp_path):
     assert np.array_equal(pairs["chosen"][2:], np.load("dropped/pairs.npz")["chosen"])
     alike = tuple(torch.from_numpy(pairs[name][:2]) for name in ("query", "chosen", "rejected"))
     ours, theirs = model.pair_logps(net, *alike)
-    dpo.dpo_loss(ours, theirs, torch.zeros(2), torch.zeros(2), 0.1).sum().backward()
+    dpo_loss(ours, theirs, torch.zeros(2), torch.zeros(2), 0.1).sum().backward()
     assert max(float(part.grad.abs().max()) for part in net.parameters() if part.grad is not None) < 1e-6
 
 

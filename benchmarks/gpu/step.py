@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from roads import model, packed
-from roads.stages.dpo import dpo_loss
+from roads.preference_losses import dpo_loss
 from roads.tldr import EOS, PAD
 
 PEAK = 989e12  # FLOP/s of an H100 SXM in bf16, dense, as NVIDIA's data sheet has it

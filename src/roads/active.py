@@ -35,7 +35,7 @@ def follow(scale: str, data_from: str | None, params: config.Params) -> Active:
 
     def has(name: str, row: config.Figure) -> bool:
         own_arms = bool(arms[name]) if row.sft else all(arms[other] for other in row.borrows)
-        return row.task in tasks and own_arms
+        return row.task in tasks and own_arms and (cfg.synthetic or not row.world)
 
     shown = [name for name, row in table.items() if has(name, row)]
 

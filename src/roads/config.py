@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from roads import strict
-from roads.schema import Policy, Scale, Seed, Task
+from roads.schema import Policy, Scale, Task
 from roads.stage import UserError, main
-from roads.strict import Strict, nearest
+from roads.strict import Seed, Strict, nearest
 
 PARAMS, FIGURES = Path("params.yaml"), Path("figures.yaml")
 MORE = "human/more"  # the folder of seeds that the graph does not run
@@ -55,6 +55,7 @@ class Figure(Strict):
     sft: Literal["shared", "own"] | None = None  # whose SFT checkpoint its arms start from; null: it has no arms
     policies: list[Policy] = []  # that each of its arms trains, unless it says otherwise
     borrows: list[str] = []  # figures whose arms it shows too
+    world: bool = False  # whether it needs a synthetic world
     folders: bool = False  # its arms keep what the graph's own runs keep, the local RM's likelihood included
 
 
@@ -186,8 +187,9 @@ def load_figures(path: Path = FIGURES) -> dict[str, Figure]:
 
 
 def _scale(path: Path, name: str, block: dict) -> Scale:
-    if "policies" in block:
-        raise UserError(f"{path}: {name}.policies: unknown key; an arm has policies, a scale trains all of them")
+    for key, why in (("policies", "trains all of them"), ("rounds", "has one"), ("sizes", "has one")):
+        if key in block:
+            raise UserError(f"{path}: {name}.{key}: unknown key; an arm has {key}, a scale {why}")
     return strict.check(Scale, block, str(path), name)
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +14,21 @@ def load(folder: Path, policy: Path) -> tuple[Tensor, Tensor, Tensor]:
     """query [N, Q], chosen [N, R] and rejected [N, R] of a folder of pairs, which the policy in a folder can read."""
     rows = arrays.tokens(folder / "pairs.npz", "query", "chosen", "rejected", model=policy)
     return tuple(torch.from_numpy(rows[name]) for name in ("query", "chosen", "rejected"))
+
+
+def beside(folder: Path, *, rewards: bool) -> dict[str, Tensor]:
+    """What else the pairs of a folder have: probability [N], that the chosen side is better, where labels are soft; and
+    rewards [N, 2] of both sides, where a loss asks for them.
+
+    Raises:
+        UserError: the rewards are asked for, and not there.
+    """
+    with np.load(folder / "pairs.npz") as file:
+        names = ["probability"] * ("probability" in file) + ["rewards"] * rewards
+    if not names:
+        return {}
+    found = arrays.load(folder / "pairs.npz", *names)
+    return {name: torch.from_numpy(values).float() for name, values in found.items()}
 
 
 def told_apart(chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, Tensor]:

@@ -6,68 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from roads.strict import Batch, Count, Finite, NonNegative, Positive, Seed, Strict, Width
+from roads.sources import Jsonl, OpenAI, Posts, TwoWord, World
+from roads.strict import Batch, Count, Finite, NonNegative, Positive, Strict, Width
 
 POLICIES = ("dpo", "dpo_2x", "online_sft", "online")
 Policy = Literal["dpo", "dpo_2x", "online_sft", "online"]
 Task = Literal["human", "rouge"]
-
-
-class World(Strict):
-    """The synthetic slot world (world.py)."""
-
-    kind: Literal["world"]
-    seed: Seed
-    subreddits: Count
-    slots: Count  # K; the horizon is K + 1 tokens, EOS included
-    words: Count  # per slot
-    candidates: Count  # words of a slot that a prompt offers
-    clusters: Count
-    taste: Annotated[list[Finite], Field(min_length=1, max_length=8)]  # weight of each attribute in the gold quality
-    interaction: NonNegative  # weight of coherence there
-    tau: Positive  # temperature of the Bradley-Terry labels of task human, in units of quality
-    tags: Literal["attributes", "quality"]  # what the last token of a base's document tells: all, or what is liked
-    tag_buckets: Count  # of each attribute, or of the quality
-    tag_noise: NonNegative  # sd of the noise on what the tag tells
-    tag_weight: NonNegative  # weight of the tag in the base's loss; a word weighs 1
-
-    @model_validator(mode="after")
-    def _choice(self) -> "World":
-        if not 2 <= self.candidates <= self.words:
-            raise ValueError(f"candidates: expected 2 to words={self.words}, got {self.candidates}")
-        if not any(self.taste):
-            raise ValueError(f"taste: expected a weight for each attribute, not all 0; got {self.taste}")
-        return self
-
-
-class OpenAI(Strict):
-    """OpenAI's TL;DR posts and comparisons, downloaded as data/openai.json says."""
-
-    kind: Literal["openai"]
-    max_query_tokens: Annotated[int, Field(ge=16)]
-    max_response_tokens: Annotated[int, Field(ge=2)]  # EOS included
-    max_preference_tokens: Annotated[int, Field(ge=2)]  # of the sides of a comparison: people wrote up to 169
-    winrate_prompts: Literal["test", "valid"] = "test"  # which posts; the authors' code takes those of validation
-
-
-class TwoWord(OpenAI):
-    """Fig 10: pairs of two-word summaries, at most max_preference_tokens long, that the judge writes and labels."""
-
-    kind: Literal["two_word"]
-
-
-class Jsonl(OpenAI):
-    """Rows of your own: a folder with train.jsonl, valid.jsonl and test.jsonl, and maybe comparisons (tldr.py)."""
-
-    kind: Literal["jsonl"]
-    vocab_size: Annotated[int, Field(ge=258)] | None  # of a BPE, trained where there is no tokenizer.json
-
-
-class Posts(OpenAI):
-    """The real posts of data/tldr, or rows of your own in its layout. Numbers are chosen on posts of their own."""
-
-    kind: Literal["posts"]
-    held_out: Literal["report", "development"]  # what valid and test are: the posts of reports, or those for choosing
 
 
 class Data(Strict):
@@ -200,6 +144,24 @@ class Preference(Train):
     shards: Count  # 1: every pair once an epoch. 8: what the authors' loader gives on 8 GPUs (train.batches)
 
 
+class Policies(Preference):
+    """What loss policies are trained with; preference_losses.py has them."""
+
+    loss: Literal["dpo", "ipo", "simpo", "chi_po", "dpo_kl"] = "dpo"  # offline
+    online_loss: Literal["dpo", "rebel"] = "dpo"
+
+    def told(self) -> dict[str, Any]:
+        """For params.json; DPO's own loss goes without saying."""
+        return self.model_dump(exclude={name for name in ("loss", "online_loss") if getattr(self, name) == "dpo"})
+
+
+class Epochs(Strict):
+    """How often a training set of some size is gone through: more often where there are few pairs."""
+
+    dpo: Count
+    reward: Count
+
+
 class Sampling(Strict):
     n: Count  # completions per prompt
     temperature: Positive
@@ -262,6 +224,8 @@ class Scale(Strict):
     compute: Compute
     machine: Machine
     policies: list[Policy] = list(POLICIES)  # an arm may train fewer of them (figures.yaml)
+    rounds: Count = 1  # of sampling, ranking and training online; an arm may have more
+    sizes: dict[int, Epochs] = {}  # numbers of pairs, and of online prompts, that an arm goes through in one process
     source: Annotated[World | Posts | Jsonl | OpenAI | TwoWord, Field(discriminator="kind")]
     data: Data
     model: Annotated[FromScratch | Pretrained | Packaged, Field(discriminator="kind")]
@@ -269,7 +233,7 @@ class Scale(Strict):
     sft: SFT
     reward: Reward
     local: Preference
-    dpo: Preference
+    dpo: Policies
     samples: Samples
     judge: Annotated[Annotated[Gold | Known | LLMJudge, Field(discriminator="kind")] | None, BeforeValidator(_or_none)]
     spending: Spending | None = None  # none where nothing is asked over a network
@@ -305,6 +269,8 @@ class Scale(Strict):
             raise ValueError(f"data.more: expected 0 for two_word, as tied pairs leave the set; got {self.data.more}")
         if self.data.online > self.data.preferences + self.data.more:
             raise ValueError(f"data.online: expected at most preferences + more, got {self.data.online}")
+        if sizes := [n for n in self.sizes if not 1 <= n <= self.data.preferences + self.data.more]:
+            raise ValueError(f"sizes: expected from 1 to preferences + more pairs, got {sizes[0]}")
         if self.data.best_of_n > self.data.test:
             raise ValueError(f"data.best_of_n: expected at most test={self.data.test}, got {self.data.best_of_n}")
         return self

@@ -16,6 +16,8 @@ human comparisons) posts are resampled, and vote in the sign test, and not rows.
     supported       the adjusted p is below alpha; the estimate's sign says which way
     undecided       otherwise
 `correlated`, Pearson's r of some models' means in two figures is above 0: as `greater`, by the bootstrap alone.
+A claim over worlds takes each world, or each cell of a map, as one observation: a t interval of their means and a t
+test in place of the bootstrap, and Pearson's r with Fisher's interval.
 So a large p is never evidence of no difference, and one contrast is never both greater than 0 and equivalent to 0 at
 one margin. Intervals are 95%, two-sided, not adjusted; p-values are one-sided but for `different`, adjusted by
 Holm over the claims of a family that were run: the paper's, or ours. A bootstrap p is at least 1 / (RESAMPLES + 1).
@@ -34,7 +36,7 @@ seeds differ in sign says so, and so does one that is supported though that inte
 from functools import lru_cache
 
 import numpy as np
-from scipy.stats import binomtest, t
+from scipy.stats import binomtest, linregress, pearsonr, t
 
 RESAMPLES = 4000
 TIE = 1e-12  # sums of winrates that cancel leave rounding errors; they are ties
@@ -120,6 +122,29 @@ def over_seeds(by_seed: list[float]) -> tuple[float, float] | None:
     half = float(t.ppf(0.975, n - 1) * np.std(by_seed, ddof=1) / n**0.5)
     mean = float(np.mean(by_seed))
     return mean - half, mean + half
+
+
+def over_units(values: list[float], margin: float | None = None) -> dict[str, float]:
+    """Mean of independent observations, one a world, its 95% t interval, and p: one-sided, of a mean above 0, or with a
+    margin of one within +-margin (two one-sided tests)."""
+    n, mean = len(values), float(np.mean(values))
+    error = float(np.std(values, ddof=1) / n**0.5)
+    half = float(t.ppf(0.975, n - 1) * error)
+    bounds = [0.0] if margin is None else [-margin, margin]
+    p = max(float(t.sf((mean - bounds[0]) / error, n - 1)),
+            float(t.cdf((mean - bounds[-1]) / error, n - 1)) if margin is not None else 0.0)
+    return {"mean": mean, "low": mean - half, "high": mean + half, "p": p}
+
+
+def regression(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    """Least squares of y [n] on x [n]: slope with its 95% t interval, intercept, Pearson's r with Fisher's interval,
+    and the one-sided p of a slope above 0."""
+    found, r = linregress(x, y, alternative="greater"), pearsonr(x, y)
+    half = float(t.ppf(0.975, len(x) - 2) * found.stderr)
+    low, high = r.confidence_interval()
+    return {"slope": float(found.slope), "low": float(found.slope) - half, "high": float(found.slope) + half,
+            "intercept": float(found.intercept), "r": float(found.rvalue), "r_low": float(low), "r_high": float(high),
+            "p": float(found.pvalue)}
 
 
 def difference(treated: np.ndarray, control: np.ndarray, post: np.ndarray | None = None) -> dict:

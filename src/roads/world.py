@@ -10,7 +10,9 @@ of a fixed standard-normal table. Gold quality weighs the attributes by `taste`,
     q(y) = sum_a taste_a A_a(y) + interaction * (sum_c count_c(y)^2 / K - 1) - 2K * invalid(y) / K
 
 Every word belongs to one cluster and count_c counts the words of cluster c (coherence: a property of the whole
-summary, easy to verify, harder to generate). A position without a candidate of its slot is invalid.
+summary, easy to verify, harder to generate). A position without a candidate of its slot is invalid. Where `interaction`
+is a block, it weighs the first sum too, and two more terms: counts, sum_c v_c count_c(y), and order, the sum over
+neighbours k, k + 1 of B[cluster of y_k, cluster of y_k+1], of standard-normal v and B.
 
 A document of the base's corpus ends, after EOS, in a tag. By `tags: attributes` it tells a noisy look at every
 attribute, and nothing about which of them readers like: only preferences show that. By `tags: quality` it tells a
@@ -39,7 +41,11 @@ class World:
                    for a in range(1, len(cfg.taste))]
         self.tables = np.stack(tables)  # [attributes, subreddits, words]
         taste = np.array(cfg.taste)
-        self.worth = np.tensordot(taste / np.linalg.norm(taste), self.tables, 1)  # of a word to readers
+        of_cluster = np.random.default_rng([cfg.seed, 60]).standard_normal(cfg.clusters)[self.cluster]
+        # Of a word to readers.
+        self.worth = (cfg.terms.attributes * np.tensordot(taste / np.linalg.norm(taste), self.tables, 1)
+                      + cfg.terms.counts * of_cluster)
+        self.order = np.random.default_rng([cfg.seed, 61]).standard_normal((cfg.clusters, cfg.clusters))
         self.tag_shape = (cfg.tag_buckets,) * (len(cfg.taste) if cfg.tags == "attributes" else 1)
         self.first_tag = TLDR + 1
         self.first_subreddit = self.first_tag + math.prod(self.tag_shape)
@@ -80,6 +86,14 @@ class World:
         words = np.take_along_axis(offered, choice[:, :, None], axis=2)[:, :, 0] + self.first_word
         return np.hstack([words, np.full((len(queries), 1), EOS)]).astype(np.int32)
 
+    def every_summary(self, queries: np.ndarray) -> np.ndarray:
+        """All valid summaries [n, candidates^K, K + 1] of queries; the last slot's candidate changes fastest."""
+        c = self.cfg
+        _, offered = self._parse(queries)
+        choice = np.indices((c.candidates,) * c.slots).reshape(c.slots, -1)
+        words = np.stack([offered[:, k, choice[k]] for k in range(c.slots)], axis=2) + self.first_word
+        return np.pad(words, ((0, 0), (0, 0), (0, 1)), constant_values=EOS).astype(np.int32)
+
     def attributes(self, queries: np.ndarray, responses: np.ndarray) -> np.ndarray:
         """Attributes [a, n] of responses [n, R]; a word that the prompt does not offer counts for nothing."""
         subreddit, offered = self._parse(queries)
@@ -98,7 +112,10 @@ class World:
         counts = np.zeros((len(queries), c.clusters))
         np.add.at(counts, (np.arange(len(queries))[:, None], self.cluster[word]), valid)
         coherence = (counts**2).sum(axis=1) / c.slots - 1
-        return worth + c.interaction * coherence - 2 * c.slots * (1 - self.validity(queries, responses))
+        of_word = self.cluster[word]
+        order = np.where(valid[:, 1:] & valid[:, :-1], self.order[of_word[:, :-1], of_word[:, 1:]], 0.0).sum(axis=1)
+        return (worth + c.terms.coherence * coherence + c.terms.order * order
+                - 2 * c.slots * (1 - self.validity(queries, responses)))
 
     def validity(self, queries: np.ndarray, responses: np.ndarray) -> np.ndarray:
         """Share of positions [n] that hold a candidate of their slot; a missing EOS counts as a bad one."""

@@ -24,8 +24,6 @@ FIGURES = {  # caption, x of a block, its axis, its label in a bar's name, polic
                    ["dpo", "dpo_2x", "online"], False),
     "verifier": ("Weight of the tag in pretraining, the only place where the base learns what a summary is like.",
                  lambda cfg: cfg.source.tag_weight, "weight of the tag", "tag", ["dpo", "dpo_2x", "online"], False),
-    "worlds": ("Worlds drawn with other seeds (attributes, clusters, all data), with the hyperparameters of the first.",
-               lambda cfg: cfg.source.seed, "seed of the world", "world", ["dpo", "dpo_2x", "online"], False),
 }
 
 

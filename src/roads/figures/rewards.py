@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.figure import Figure
 
 from roads import config, stage
 from roads.figures import figure
-from roads.figures.advantage import accuracy
 from roads.figures.figure import Bar
 from roads.figures.policies import NAMES
 
@@ -28,6 +28,18 @@ def spread(runs: Path, scale: str, arm: str, seed: int) -> float:
     if not arm:
         return stage.read_json(runs / f"{scale}/human/pairs/preferences/metrics.json")["spread"]
     return stage.read_json(runs / f"{scale}/rewards/{arm}/s{seed}/metrics.json")["pairs"]["spread"]
+
+
+def accuracy(runs: Path, scale: str, arm: str, seeds: list[int]) -> float:
+    """Accuracy of the global reward model less that of DPO's own, mean over seeds; of the scale, or of an arm."""
+    if not arm:
+        place = f"{scale}/human/likelihood/{{kind}}/s{{seed}}/metrics.json"
+        kinds = [np.mean([stage.read_json(runs / place.format(kind=kind, seed=seed))["accuracy"] for seed in seeds])
+                 for kind in ("reward", "dpo")]
+    else:
+        found = [stage.read_json(runs / f"{scale}/rewards/{arm}/s{seed}/metrics.json") for seed in seeds]
+        kinds = [np.mean([metrics[kind]["accuracy"] for metrics in found]) for kind in ("global", "dpo_rm")]
+    return float(kinds[0] - kinds[1])
 
 
 def bars(runs: Path, scale: str, judges: dict[str, str], seeds: list[int]) -> list[Bar]:
@@ -70,7 +82,7 @@ def _command() -> None:
     params = config.load()
     seeds, arms = params.seeds_of(a.figure, a.scale), params.arms_of(a.scale, a.figure)
     judges = {params.scales[a.scale].judge.kind: ""} | {cfg.judge.kind: arm for arm, cfg in arms.items()}
-    places = {judge: (accuracy(a.runs, a.scale, a.figure, arm, seeds),
+    places = {judge: (accuracy(a.runs, a.scale, arm, seeds),
                       stage.read_json(a.runs / f"{a.scale}/human/judges/{arm or 'own'}/metrics.json")["beyond_words"])
               for judge, arm in judges.items()}
     gaps = {f"{judge}: {NAMES[online]} - {NAMES[control]}": {f"{NAMES[online]} {judge}": 1,

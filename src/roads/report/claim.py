@@ -25,7 +25,9 @@ class Claim(Strict):
     margin: Positive  # the smallest effect of interest, in the figure's unit
     paired: bool = True  # false: bars of different x are of different worlds, whose prompts have no order in common
     measure: Measure | None = None  # null: the figure's
-    against: list[Text] = []  # of `correlated`: for each bar of the contrast, the bar that goes with it
+    over: Literal["prompts", "worlds"] = "prompts"  # worlds: each is an observation; the contrast names series of bars
+    # Of `correlated`: for each bar of the contrast, the bar that goes with it; over worlds, another contrast of series.
+    against: list[Text] | dict[str, Weight] = []
     changed: Text | None = None  # when and why it was added or changed after results of its figure had been seen
 
     @property
@@ -41,12 +43,15 @@ class Claim(Strict):
 
     @model_validator(mode="after")
     def _sums(self) -> "Claim":
-        if self.test == "correlated":
-            if len(self.against) != len(self.contrast) or len(self.against) < 3:
+        if self.over == "worlds" and not (isinstance(self.against, dict) if self.test == "correlated" else
+                                          not self.against):
+            raise ValueError("against: over worlds, expected weights of series for correlated, and none elsewhere")
+        if self.test == "correlated" and self.over == "prompts":
+            if not isinstance(self.against, list) or len(self.against) != len(self.contrast) or len(self.against) < 3:
                 raise ValueError(f"against: expected a bar for each of at least 3 in contrast, got {self.against}")
         elif abs(sum(self.contrast.values())) > 1e-9:
             raise ValueError(f"contrast: expected weights other than 0 that sum to 0, got {self.contrast}")
-        elif self.against:
+        elif self.against and self.over == "prompts":
             raise ValueError("against: expected none but for a test correlated")
         return self
 

@@ -1,11 +1,15 @@
 """Decide the claims of claims.yaml from the figures' per-prompt scores; stats.py has the tests and their rules.
 
     python -m roads.report.claims claims.yaml reports/mini     # writes reports/mini/claims.{json,csv} and prints them
+
+A claim whose figures were not made here, as most are in a fresh clone, keeps the estimate that stands in claims.json
+where that was made from the same scores.
 """
 
 import argparse
 import csv
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from roads import arrays, stage, stats
+from roads.report import schema
 from roads.report.claim import Claim, Claims, Measure, load
 from roads.report.schema import Bar, Figure, read
 from roads.stage import UserError
@@ -91,12 +96,26 @@ class Bars:
             raise Lacking(f"{path} has no bar {label!r}; it has: {', '.join(known)}")
         return figure, found[0], path
 
+    def series(self, claim: Claim, name: str) -> dict[str, tuple[Figure, Bar, Path]]:
+        """The bars of a series of a figure, by their worlds: `DPO w03` is DPO's of w03.
+
+        Raises:
+            Lacking, UserError: as `find`.
+        """
+        figure, path = self.figures[claim.figure], self.reports / f"{claim.figure}.json"
+        first = next((bar.bar for bar in figure.bars if bar.series == name), name) if figure else name
+        self.find(claim, first)
+        return {bar.bar.removeprefix(f"{name} "): (figure, bar, path) for bar in figure.bars if bar.series == name}
+
     def needed(self, claim: Claim) -> dict[str, tuple[Figure, Bar, Path]]:
-        """Every bar that a claim names.
+        """Every bar that a claim names, or is of a series that it names.
 
         Raises:
             Lacking: as `find`; or two roles are one bar at this scale.
         """
+        if claim.over == "worlds":
+            return {f"{name} {world}": bar for name in [*claim.contrast, *claim.against]
+                    for world, bar in self.series(claim, name).items()}
         found = {name: self.find(claim, name) for name in [*claim.contrast, *claim.against]}
         if len({(path, bar.bar) for _, bar, path in found.values()}) < len(found):
             raise Lacking(f"at this scale {' and '.join(map(repr, claim.contrast))} are one bar")
@@ -131,16 +150,41 @@ def contrast(claim: Claim, found: dict[str, tuple[Figure, Bar, Path]]) -> tuple[
     return list(parts.values()), post if claim.paired else None
 
 
-def measure(claim: Claim, bars: Bars) -> dict:
-    """Estimate and unadjusted p of a claim.
+def over_worlds(claim: Claim, found: dict[str, tuple[Figure, Bar, Path]], seeds: list[int]) -> dict:
+    """`measure` where each world is an observation. A correlation has r of each seed; else by_seed is by world."""
+    names = [*claim.contrast, *claim.against]
+    worlds = [key.removeprefix(f"{names[0]} ") for key in found if key.startswith(f"{names[0]} ")]
+
+    def means(weights: dict[str, float]) -> np.ndarray:
+        """[seeds, worlds]"""
+        return sum(weight * np.stack([read_scores(*found[f"{name} {world}"], claim.measure, seeds)[0].mean(1)
+                                      for world in worlds], 1) for name, weight in weights.items())
+
+    gaps = means(claim.contrast)
+    if claim.test == "correlated":
+        places = means(claim.against)
+        line = stats.regression(places.mean(0), gaps.mean(0))
+        by_seed = [stats.regression(x, y)["r"] for x, y in zip(places, gaps, strict=True)]
+        estimate, p = {"mean": line["r"], "low": line["r_low"], "high": line["r_high"], "by_seed": by_seed}, line["p"]
+    else:
+        estimate = stats.over_units(gaps.mean(0).tolist(), claim.margin if claim.test == "equivalent" else None)
+        p = estimate.pop("p")
+        estimate["by_seed"] = gaps.mean(0).tolist()
+        p = min(1.0, 2 * min(p, 1 - p)) if claim.test == "different" else p
+    return {"estimate": estimate, "p": p, "n": len(worlds), "seeds": seeds}
+
+
+def measure(claim: Claim, found: dict[str, tuple[Figure, Bar, Path]]) -> dict:
+    """Estimate and unadjusted p of a claim from the bars that it names.
 
     Raises:
-        Lacking: a bar does not exist.
+        Lacking: they have no seed in common.
     """
-    found = bars.needed(claim)
     seeds = common(found)
     if not seeds:
         raise Lacking(f"{' and '.join(sorted({path.name for _, _, path in found.values()}))} have no seed in common")
+    if claim.over == "worlds":
+        return over_worlds(claim, found, seeds)
     if claim.test == "correlated":
         sides = [[read_scores(*found[name], claim.measure, seeds)[0] for name in names]
                  for names in (claim.contrast, claim.against)]
@@ -157,18 +201,37 @@ def measure(claim: Claim, bars: Bars) -> dict:
     return {"estimate": estimate, "p": p, "n": min(part.shape[1] for part in parts), "seeds": seeds}
 
 
+def made_from(claim: Claim, found: dict[str, tuple[Figure, Bar, Path]]) -> str:
+    """A hash of what an estimate follows from: the claim's numbers, and the scores of the bars that it names."""
+    asked = claim.model_dump(exclude={"id", "sentence", "source", "changed"})
+    scores = {name: [bar.key, [figure.provenance.files.get(path) for path in bar.scores], figure.seeds]
+              for name, (figure, bar, _) in found.items()}
+    return hashlib.sha256(json.dumps([asked, scores], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def decided(reports: Path) -> dict[str, dict]:
+    """The claims of an earlier run that have an estimate, by what they were made from."""
+    path = reports / "claims.json"
+    rows = read(path, schema.Claims, "make claims").claims if path.exists() else []
+    return {row.made_from: row.model_dump() for row in rows if row.estimate and row.made_from}
+
+
 def decide(claims: Claims, reports: Path) -> list[dict]:
     """Every claim with its verdict, in the order of claims.yaml; Holm in each family, over those decided."""
     others = [name.partition("/")[0] for claim in claims.claims for name in [*claim.contrast, *claim.against]
               if "/" in name]
-    bars, rows = Bars(reports, {claim.figure for claim in claims.claims} | set(others)), []
+    bars, rows, before = Bars(reports, {claim.figure for claim in claims.claims} | set(others)), [], decided(reports)
     for claim in claims.claims:
         row = claim.model_dump(exclude={"paired"} if claim.paired else None) | {"family": claim.family}
         try:
-            row |= measure(claim, bars)
+            found = bars.needed(claim)
+            row["made_from"] = made_from(claim, found)
+            is_here = all(Path(name).exists() for _, bar, _ in found.values() for name in bar.scores)
+            kept = None if is_here else before.get(row["made_from"])
+            row |= {key: kept[key] for key in ("estimate", "p", "n", "seeds")} if kept else measure(claim, found)
         except Lacking as why:  # a scale can have other points of a dial than mini
-            row |= {"estimate": None, "p": None, "p_adjusted": None, "n": None, "seeds": [], "verdict": "not run",
-                    "why": str(why)}
+            row |= dict.fromkeys(("made_from", "estimate", "p", "p_adjusted", "n"))
+            row |= {"seeds": [], "verdict": "not run", "why": str(why)}
         rows.append(row)
     for family in ("the paper's", "ours"):
         run = [row for row in rows if row["estimate"] and row["family"] == family]
@@ -185,7 +248,8 @@ def _judge(row: dict, alpha: float) -> None:
     row["beyond_margin"] = row["test"] != "equivalent" and found["low"] > row["margin"]
     seeds, found["over_seeds"] = found["by_seed"], stats.over_seeds(found["by_seed"])
     if min(seeds) < 0 < max(seeds):
-        row["why"] += f"; seeds of both signs: {', '.join(f'{x:+.4f}' for x in seeds)}"
+        of = "worlds" if row["over"] == "worlds" and row["test"] != "correlated" else "seeds"
+        row["why"] += f"; {of} of both signs: {', '.join(f'{x:+.4f}' for x in seeds)}"
     elif row["verdict"] == "supported" and row["test"] == "greater" and (t := found["over_seeds"]) and t[0] < 0:
         row["why"] += f"; over seeds alone the t interval [{t[0]:+.4f}, {t[1]:+.4f}] has 0 in it"
 

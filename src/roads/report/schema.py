@@ -93,7 +93,9 @@ class Claim(BaseModel):
     margin: float
     family: str = ""
     measure: str | None = None
-    against: list[str] = []
+    against: list[str] | dict[str, float] = []
+    over: str = "prompts"
+    made_from: str | None = None  # a hash of the claim and of the scores that decided it
     changed: str | None = None
     beyond_margin: bool = False
     verdict: Literal["supported", "not supported", "undecided", "not run"]
@@ -101,6 +103,7 @@ class Claim(BaseModel):
     p: float | None = None
     p_adjusted: float | None = None
     n: int | None = None
+    seeds: list[int] = []
     why: str = ""
 
 

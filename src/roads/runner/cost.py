@@ -8,149 +8,16 @@ every sequence is as long as the scale allows, so that a plan errs on the long s
 
 import json
 import math
-import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import replace
 
 from roads import schema
-from roads.runner.devices import DEVICES, Device  # noqa: F401
+from roads.runner.devices import DEVICES  # noqa: F401
+from roads.runner.work import ORDERS, READ, WRITTEN, Command, Work, parameters, vocabulary  # noqa: F401
 
 ROWS, MEMORY, BATCH = 1600, 2**29, 2**13  # generate.py's, and the tokens that are scored at once
-COLD, SHARED = 0.1, 0.25  # n samples at this temperature share so many prefixes that only this part of them is run
-# The judge: 600 tokens read and 33 written an answer make, at $2.50 and $10 per million, the $1.1 that 600 pairs in one
-# order have cost others (and $175 for 92,900). Prices are the block's own: spending.
-READ, WRITTEN = 600, 33
-ORDERS = 2  # every comparison is asked in both
-
 HELD_OUT = 5000  # as stages.value, which is not imported here: torch takes seconds
 FLOAT = INT = 4  # bytes: weights are saved in fp32, token ids as int32
-PYTHIA_VOCAB = 50304  # of posts that bring their own tokenizer
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a stage does. Works add up: a stage that trains and then samples is the sum of both."""
-
-    flops: float = 0  # of training and forward passes
-    decoded: float = 0  # sampled tokens x parameters (what attention reads counts as some)
-    steps: int = 0  # of the optimiser
-    layers: int = 0  # that batches go through while sampling and scoring
-    judged: int = 0  # answers of an outside judge
-    dollars: float = 0  # for them
-    size: float = 0  # bytes written
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-    def seconds(self, device: Device) -> float:
-        startup = device.startup if self.flops or self.decoded else device.startup_light
-        return (startup + self.flops / device.flops + self.decoded / (1e9 * device.decode) + self.steps * device.step
-                + self.layers * device.layer)
-
-
-@dataclass(frozen=True)
-class Command:
-    """`python -m roads.MODULE PLACE... --option value...`, and the block of params.yaml that its --scale names."""
-
-    module: str
-    places: list[str]
-    options: dict[str, str]
-    block: dict
-    drawn: set = field(default_factory=set)  # completions that an earlier stage has drawn: they are kept (generate.py)
-
-    @classmethod
-    def parse(cls, command: str, blocks: dict[str, dict], drawn: set) -> "Command":
-        words = shlex.split(command)
-        start = words.index("-m") + 1
-        places, options = [], {}
-        for before, word in zip(words[start:], words[start + 1:]):
-            if word.startswith("--"):
-                options[word[2:]] = ""
-            elif before.startswith("--"):
-                options[before[2:]] = word
-            else:
-                places.append(word)
-        module = words[start].removeprefix("roads.").removeprefix("stages.")
-        return cls(module, places, options, blocks[options["scale"]], drawn)
-
-    @property
-    def parameters(self) -> float:
-        return parameters(self.block)
-
-    @property
-    def prompt(self) -> int:
-        """Tokens, at most."""
-        source = self.block["source"]
-        is_world = source["kind"] == "world"
-        return 2 + source["slots"] * source["candidates"] if is_world else source["max_query_tokens"]
-
-    @property
-    def response(self) -> int:
-        """Tokens, at most, EOS included, of what is sampled and of the sides of a pair."""
-        source = self.block["source"]
-        if source["kind"] == "world":
-            return source["slots"] + 2
-        return source["max_preference_tokens" if source["kind"] == "two_word" else "max_response_tokens"]
-
-    def forward(self, tokens: int, context: int, words: int = 0) -> float:
-        """FLOPs of running tokens that attend to `context` others each; at `words` of them the next is predicted."""
-        model = self.block["model"]
-        if model["kind"] != "new":  # of unknown shape: every parameter is used for every token, and that is all
-            return 2 * tokens * model["parameters"]
-        layers, width = model["layers"], model["hidden_size"]
-        return tokens * layers * width * (24 * width + 4 * context) + 2 * words * _vocab(self.block) * width
-
-    @property
-    def depth(self) -> int:
-        """Layers, where they are known."""
-        return self.block["model"].get("layers", 0)
-
-    def distinct(self, samples: dict) -> float:
-        """How many of n completions are as much work as all, given that equal prefixes are run once."""
-        return samples["n"] * SHARED if samples["n"] > 1 and samples["temperature"] <= COLD else samples["n"]
-
-    def rows(self, place: str) -> int:
-        """Rows of the split that a place is about; ties may leave fewer pairs than that."""
-        data, path = self.block["data"], Path(place)
-        split = {"test_human": "test", "test_rouge": "valid", "test_best_of_n": "best_of_n"}.get(path.stem, path.stem)
-        if split not in data:
-            split = "online" if any(part.startswith("online") for part in path.parts) else "preferences"
-        return data.get(split, data["preferences"])
-
-    def answers(self, n: int) -> Work:
-        """n answers of the block's judge; one of known quality costs nothing."""
-        judge = self.block.get("judge") or {"kind": "gold"}
-        if judge["kind"] not in schema.OUTSIDE:
-            return Work()
-        prices = self.block["spending"]
-        dollars = n * (READ * prices["input"] + WRITTEN * prices["output"]) / 1e6
-        return Work(judged=n, dollars=dollars * (prices["batch_discount"] if judge["kind"] == "batch" else 1))
-
-    def compared(self, pairs: int, orders: int = ORDERS) -> Work:
-        """Pairs that the judge is shown, in both orders unless one is said."""
-        return self.answers(orders * pairs)
-
-    def labelled(self, rows: int) -> Work:
-        """Pairs of task human: labelled by the judge, or for nothing."""
-        orders = (self.block.get("judge") or {}).get("label_orders", ORDERS)
-        return self.compared(rows, orders) if self.block["samples"]["human"]["labels"] == "judge" else Work()
-
-
-def _vocab(block: dict) -> int:
-    source = block["source"]
-    if source["kind"] == "world":
-        attributes = len(source["taste"]) if source["tags"] == "attributes" else 1
-        return 3 + source["tag_buckets"]**attributes + source["subreddits"] + source["slots"] * source["words"]
-    return source.get("vocab_size") or PYTHIA_VOCAB
-
-
-def parameters(block: dict) -> float:
-    """Parameters of a block's model: as it says where that is pretrained, or else those of GPT-NeoX, head untied."""
-    model = block["model"]
-    if model["kind"] != "new":
-        return model["parameters"]
-    return 12 * model["layers"] * model["hidden_size"] ** 2 + 2 * _vocab(block) * model["hidden_size"]
 
 
 def train(c: Command, rows: int, recipe: dict, sides: int = 1, words: int = 0, reference: bool = False) -> Work:
@@ -174,7 +41,7 @@ def sample(c: Command, prompts: int, samples: dict, policy: str = "", split: str
     grown = n if vllm else c.distinct(samples)
     words = prompts * grown * c.response
     slots = c.prompt + n * c.response + 128  # as generate_tree.places_for has it
-    place = slots * (8 * c.depth * c.block["model"].get("hidden_size", 0) + n) + 16 * n * _vocab(c.block)
+    place = slots * (8 * c.depth * c.block["model"].get("hidden_size", 0) + n) + 16 * n * vocabulary(c.block)
     batches = math.ceil(prompts / max(1, min(ROWS // n, MEMORY // place)))
     return Work(flops=c.forward(prompts * c.prompt, c.prompt),
                 decoded=c.forward(words, c.prompt + int((1 if vllm else grown) * c.response) // 2, words) / 2,
@@ -256,7 +123,14 @@ def _best_of_n(c: Command) -> Work:
 
 
 def _arm(c: Command) -> Work:
-    """One seed of the whole comparison: the stages of the graph, one after the other."""
+    """One seed of the whole comparison: the stages of the graph, one after the other; or of all sizes of an arm."""
+    if c.block.get("sizes"):
+        total = Work()
+        for n, epochs in c.block["sizes"].items():
+            changes = {"sizes": {}, "data": c.block["data"] | {"preferences": n, "online": n}}
+            changes |= {name: c.block[name] | {"epochs": epochs[name]} for name in ("dpo", "reward")}
+            total += _arm(replace(c, block=c.block | changes))
+        return total
     data, samples, policies = c.block["data"], c.block["samples"], c.block["policies"]
     (where, sft, *_), total = c.places, Work()
     paid = samples["human"]["labels"] == "judge" and c.block["judge"]["kind"] in schema.OUTSIDE
@@ -270,15 +144,32 @@ def _arm(c: Command) -> Work:
             total += _dpo(c, data["preferences"], times=2 if policy == "dpo_2x" else 1)
         else:
             start = sft if policy == "online_sft" else ""
-            total += sample(c, data["online"], samples["online"], start, f"{where}/online.npz")
-            total += _dpo(c, data["online"])
-            total += score(c, data["online"], c.distinct(samples["online"]))
+            for _ in range(c.block.get("rounds", 1)):
+                total += sample(c, data["online"], samples["online"], start, f"{where}/online.npz")
+                total += _dpo(c, data["online"]) + score(c, data["online"], c.distinct(samples["online"]))
+                start = ""
         total += _kl(c, data["best_of_n"])
     total += score(c, data["valid"], 2, policies=2) if "dpo" in policies else Work()
     for policy in (sft, *("" for _ in policies)):
         total += sample(c, data["test"], samples["evaluate"], policy, f"{where}/test_human.npz")
         total += c.compared(data["test"])
     return replace(total, size=8 * data["test"] * (1 + len(policies)))  # the models are thrown away
+
+
+def _anatomy(c: Command) -> Work:
+    """18 policies on pairs of the SFT policy, each sampled and measured; and all summaries of the test prompts scored
+    under three policies and the reward model."""
+    data, samples, source = c.block["data"], c.block["samples"], c.block["source"]
+    (where, sft, *_), n = c.places, data["preferences"]
+    total = sample(c, n, samples["human"], sft, f"{where}/preferences.npz") + _dpo(c, n) + _dpo(c, n, "local")
+    total += sample(c, data["online"], samples["online"], sft, f"{where}/online.npz")
+    total += train(c, n, c.block["reward"], sides=2) + score(c, n, c.distinct(samples["online"]))
+    for _ in range(18):
+        total += _dpo(c, n) + _kl(c, data["best_of_n"]) + sample(c, data["test"], samples["evaluate"])
+    total += sample(c, data["test"], samples["best_of_n"], sft, f"{where}/test_human.npz")
+    words = 2 * source["candidates"] ** source["slots"] / c.response  # each prefix once
+    return replace(total + score(c, data["test"], words, policies=3) + score(c, data["test"], words),
+                   size=8 * 8 * 27 * data["test"])
 
 
 # A new kind of work goes here, under the name of its module; what is not here is 'unknown' until it has run once.
@@ -298,6 +189,8 @@ KINDS: dict[str, Callable[[Command], Work]] = {
     "judge_report": lambda c: Work(size=16 * c.block["samples"]["best_of_n"]["n"] * c.rows("test_best_of_n")),
     "best_of_n": _best_of_n,
     "arm": _arm,
+    "anatomy": _anatomy,
+    "untrained": lambda c: score(c, 2 * c.rows(c.places[1]), 2, policies=2),
     "figures": lambda c: Work(size=2e5),
     "report": lambda c: Work(size=2e5),
 }

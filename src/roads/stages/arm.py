@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from roads import arrays, config, distributed, schema, stage
-from roads.stages import data, dpo, evaluate, kl, likelihood, rank, reward, sample
+from roads.stages import data, dpo, evaluate, kl, likelihood, rank, reward, sample, untrained
 
 
 class Steps:
@@ -49,7 +49,8 @@ def splits(where: Path, cfg: schema.Scale) -> dict[str, dict[str, np.ndarray]]:
             "online": data.first(cfg.data.online, preferences, more)}
 
 
-def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int, *, folders: bool = False) -> None:
+def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int, *, folders: bool = False,
+        judges: bool = False) -> None:
     """Write scores.npz: <policy> [N], a score per prompt of test_human, for SFT and every policy of the block, and
     <policy>.quality [N] where it is known; likelihood.<kind> [M], and .by_quality, of held-out pairs by every reward
     model. metrics.json: each policy's metrics and KL from SFT, those of the pairs, and how well the reward models tell
@@ -57,17 +58,20 @@ def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int, *, fold
 
     Args:
         folders: train the local RM too, and keep scores/<policy>, kl/<policy> and likelihood/<kind> as the graph does.
+        judges: write untrained.<kind> [M] too, what judges held-out pairs without training (stage untrained).
     """
+    if cfg.sizes:
+        return sweep(where, sft, out, cfg, seed)
     torch.set_num_threads(cfg.machine.threads)
     used = schema.used(cfg, "compute", "policies", "source", "data", "reward", "dpo", "samples", "judge",
                        *["local"] * folders)
-    used["seed"] = seed
+    used |= {"dpo": cfg.dpo.told(), "seed": seed} | ({"rounds": cfg.rounds} if cfg.rounds > 1 else {})
     del used["samples"]["rouge"], used["samples"]["best_of_n"]
     key = stage.fingerprint(used, [where, sft], "arm")
     with stage.output(out, used, [where, sft]) as folder:
         has_online = bool({"online", "online_sft"} & set(cfg.policies))
-        run = Steps(distributed.SCRATCH / key, 6 + 2 * has_online + cfg.synthetic + 2 * folders + sum(
-            {"dpo": 5, "dpo_2x": 4, "online_sft": 6, "online": 6}[name] for name in cfg.policies), out.as_posix())
+        run = Steps(distributed.SCRATCH / key, 6 + 2 * has_online + cfg.synthetic + 2 * folders + judges + sum(
+            {"dpo": 5, "dpo_2x": 4}.get(name, 3 + 3 * cfg.rounds) for name in cfg.policies), out.as_posix())
         run.where.mkdir(parents=True, exist_ok=True)
         for name, rows in splits(where, cfg).items():
             np.savez(run.where / f"{name}.npz", **rows)
@@ -98,16 +102,23 @@ def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int, *, fold
                 policies[name] = run(name, dpo.dpo, pairs["preferences"], sft, ..., cfg, seed, times=times)
             else:
                 start = policies["dpo"] if name == "online" else sft
-                drawn = run(f"{name}_candidates", sample.sample, start, run.where / "online.npz", ..., cfg, "online",
-                            seed if name == "online" else 0)
-                ranked = run(f"{name}_pairs", rank.rank, drawn, ..., cfg, "reward", model=reward_model)
-                policies[name] = run(name, dpo.dpo, ranked, start, ..., cfg, seed, online=True)
+                for number in range(cfg.rounds):
+                    of_round = name + f"_{number + 1}" * (number > 0)
+                    drawn = run(f"{of_round}_candidates", sample.sample, start, run.where / "online.npz", ..., cfg,
+                                "online", 0 if start == sft else seed)
+                    ranked = run(f"{of_round}_pairs", rank.rank, drawn, ..., cfg, "reward", model=reward_model)
+                    start = run(of_round, dpo.dpo, ranked, start, ..., cfg, seed, online=True)
+                policies[name] = start
         if "dpo" in policies and "valid" in pairs:
             metrics["dpo_rm"] = held_out(policies["dpo"], "dpo")
         if cfg.synthetic:
             metrics["zero_shot"] = held_out(sft, "base")
         if folders:
             held_out(run("local", dpo.dpo, pairs["preferences"], sft, ..., cfg, seed, local=True), "local")
+        if judges:
+            done = run("untrained", untrained.untrained, sft, pairs["preferences"], pairs["valid"], ..., cfg)
+            scores.update({f"untrained.{kind}": right for kind, right in arrays.load(done / "scores.npz").items()})
+            metrics["untrained"] = stage.read_json(done / "metrics.json")
         for name, policy in policies.items():
             drawn = run(f"completions/{name}", sample.sample, policy, where / "test_human.npz", ..., cfg, "evaluate",
                         seed if name != "sft" else 0)
@@ -123,6 +134,35 @@ def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int, *, fold
             shutil.copytree(run.where / kept, folder / kept)
         stage.write_json(folder / "metrics.json", metrics)
     shutil.rmtree(run.where)
+
+
+def sweep(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int) -> None:
+    """`arm` for every number of pairs of the block's `sizes`, with as many online prompts: one scores.npz, one
+    metrics.json, whose names have n<N>. in front. In a world also n<N>.untrained.<kind>, what judges without training
+    (stage untrained)."""
+    used = schema.used(cfg, "compute", "policies", "source", "data", "reward", "dpo", "samples", "judge", "sizes")
+    used["seed"] = seed
+    key = stage.fingerprint(used, [where, sft], "sweep")
+    with stage.output(out, used, [where, sft]) as folder:
+        kept, scores, metrics = distributed.SCRATCH / key, {}, {}
+        for n, epochs in cfg.sizes.items():
+            part, place = of_size(cfg, n, epochs), kept / f"n{n}"
+            if not place.exists():
+                arm(where, sft, place, part, seed, judges=cfg.synthetic)
+            scores |= {f"n{n}.{name}": values for name, values in arrays.load(place / "scores.npz").items()
+                       if not name.endswith("post")}
+            metrics |= {f"n{n}.{name}": values for name, values in stage.read_json(place / "metrics.json").items()}
+        np.savez(folder / "scores.npz", **scores)
+        stage.write_json(folder / "metrics.json", metrics)
+    shutil.rmtree(kept)
+
+
+def of_size(cfg: schema.Scale, n: int, epochs: schema.Epochs) -> schema.Scale:
+    """The block with n pairs and online prompts, and the epochs that go with them."""
+    changes = {"data": {"preferences": n, "online": n}}
+    changes |= {"dpo": {"epochs": epochs.dpo}, "reward": {"epochs": epochs.reward}}
+    return cfg.model_copy(update={"sizes": {}} | {block: getattr(cfg, block).model_copy(update=values)
+                                                  for block, values in changes.items()})
 
 
 def _command() -> None:

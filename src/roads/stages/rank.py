@@ -4,7 +4,8 @@
     python -m roads.stages.rank COMPLETIONS OUT --scale mini --by rouge --data DATA --split preferences
     python -m roads.stages.rank COMPLETIONS OUT --scale mini --by reward --model RM   # online DPO
 
-Writes pairs.npz: query [N, Q], chosen [N, R], rejected [N, R]. A prompt whose completions all tie is dropped.
+Writes pairs.npz: query [N, Q], chosen [N, R], rejected [N, R]; for a loss that asks for them also rewards [N, 2]. A
+prompt whose completions all tie is dropped.
 """
 
 from pathlib import Path
@@ -102,7 +103,10 @@ def rank(completions: Path, out: Path, cfg: schema.Scale, by: str, *, data: Path
         if not decided.any():
             fix = "raise source.max_preference_tokens" if is_row else "raise the temperature"
             raise stage.UserError(f"{completions}: no prompt has two sides that differ; {fix}")
-        np.savez(folder / "pairs.npz", query=query[decided], chosen=chosen[decided], rejected=rejected[decided])
+        more = {}
+        if by == "reward" and cfg.dpo.online_loss == "rebel":
+            more = {"rewards": np.stack([scores.max(1), scores.min(1)], 1)[decided]}
+        np.savez(folder / "pairs.npz", query=query[decided], chosen=chosen[decided], rejected=rejected[decided], **more)
         stage.write_json(folder / "metrics.json", told | {
             "pairs": int(decided.sum()), "dropped_as_ties": int((~decided).sum()), "ties": tied,
             "mean_score": {"all": float(scores.mean()), "chosen": float(scores.max(1)[decided].mean()),

@@ -1,0 +1,105 @@
+"""Where the verifier is learnt, and whether online wins there: kinds of reward x numbers of pairs.
+
+    python -m roads.figures.learnt runs reports/mini --scale mini --figure learnt
+"""
+
+from collections.abc import Iterable
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from roads import config, stage
+from roads.figures import figure
+from roads.figures.figure import Bar
+from roads.figures.policies import NAMES
+
+# Judges: label -> array of a cell, and how it is drawn.
+JUDGES = {"Global RM": "likelihood.reward.by_quality", "DPO RM": "likelihood.dpo.by_quality",
+          "Probe": "untrained.probe", "Tag": "untrained.tag", "Likelihood": "untrained.likelihood",
+          "Per token": "untrained.per_token"}
+STYLES = {"Global RM": ("#d1762c", "o-"), "DPO RM": ("#4878a8", "s-"), "Probe": ("#5f9e6e", "D-"),
+          "Tag": ("#9a9a9a", "^:"), "Likelihood": ("#9a9a9a", "v:"), "Per token": ("#9a9a9a", "v:")}
+CAPTION = ("Columns: what readers like (params.yaml has each as an arm); x: pairs. Online(SFT) and DPO have the same "
+           "start, the same number of prompts as there are pairs, and the same epochs, chosen for offline DPO at every "
+           "number of pairs in development worlds. Below: how often a judge prefers the truly better summary of a "
+           "held-out pair. Probe: a linear function of the SFT policy's last hidden state, fitted to the same pairs. "
+           "Tag and likelihood: what the SFT policy itself says, without a pair.")
+
+
+def bars_of(scale: str, name: str) -> list[Bar]:
+    """Policies and judges of every cell; a bar's name ends in its cell's, as `two n=375`."""
+    bars = []
+    for arm, cfg in config.load().arms_of(scale, name).items():
+        for n in cfg.sizes:
+            place = f"{scale}/{name}/{arm}/s{{seed}}"
+            bars += [Bar(f"{NAMES[policy]} {arm} n={n}", place, f"n{n}.{policy}", NAMES[policy], n)
+                     for policy in ("sft", "dpo", "online_sft")]
+            bars += [Bar(f"{label} {arm} n={n}", place, f"n{n}.{key}", label, n) for label, key in JUDGES.items()]
+    return bars
+
+
+def cells(bars: Iterable[Bar]) -> list[str]:
+    return [bar.name.removeprefix("DPO ") for bar in bars if bar.series == "DPO"]
+
+
+def contrasts(bars: list[Bar]) -> dict[str, dict[str, float]]:
+    pairs = (("Online(SFT) - DPO", "Online(SFT)", "DPO"), ("RM's lead", "Global RM", "DPO RM"),
+             ("RM - probe", "Global RM", "Probe"), ("RM - tag", "Global RM", "Tag"))
+    return {f"{label}, {cell}": {f"{one} {cell}": 1, f"{other} {cell}": -1} for cell in cells(bars)
+            for label, one, other in pairs}
+
+
+def _points(axes: Axes, found: list[tuple[float, dict]], colour: str, style: str, label: str) -> None:
+    x, mean = [x for x, _ in found], np.array([point["mean"] for _, point in found])
+    error = [mean - [point["low"] for _, point in found], [point["high"] for _, point in found] - mean]
+    axes.errorbar(x, mean, error, color=colour, fmt=style, ms=4, capsize=2, lw=1.2, label=label, zorder=3)
+
+
+def grid(content: dict) -> Figure:
+    arms = list(dict.fromkeys(bar["bar"].split()[1] for bar in content["bars"] if bar["series"] == "DPO"))
+    shown, panels = plt.subplots(2, len(arms), figsize=(1.2 + 2.3 * len(arms), 6), sharex=True, sharey="row",
+                                 squeeze=False)
+    for column, arm in enumerate(arms):
+        top, below = panels[:, column]
+        gaps = [(float(name.split("n=")[1]), gap) for name, gap in content["gaps"].items()
+                if name.startswith(f"Online(SFT) - DPO, {arm} ")]
+        _points(top, gaps, "#d1762c", "o-", "Online(SFT) - DPO")
+        top.axhline(0, color="black", lw=0.8)
+        top.set_title(arm, fontsize=9.5)
+        for label, (colour, style) in STYLES.items():
+            if label != "Per token":
+                _points(below, [(bar["x"], bar) for bar in content["bars"] if bar["series"] == label
+                                and bar["bar"].split(" n=")[0] == f"{label} {arm}"], colour, style, label)
+        below.axhline(0.5, color="black", lw=0.8, ls=":")
+        for axes in (top, below):
+            axes.set_xscale("log")
+            axes.minorticks_off()
+            axes.grid(axis="y", alpha=0.3, zorder=0)
+            axes.spines[["top", "right"]].set_visible(False)
+        places = sorted({x for x, _ in gaps})
+        below.set_xticks(places, [f"{x:g}" for x in places], fontsize=6.5, rotation=30)
+        below.set_xlabel("pairs", fontsize=8)
+    panels[0, 0].set_ylabel("Online(SFT) - DPO, winrate", fontsize=8.5)
+    panels[1, 0].set_ylabel("held-out pairs right, by quality", fontsize=8.5)
+    panels[1, 0].legend(fontsize=6, frameon=False, loc="upper left")
+    shown.suptitle(content["title"], fontsize=11)
+    how = (f"mean over seeds {', '.join(map(str, content['seeds']))} and n = {content['bars'][0]['n']} prompts; "
+           "95% bootstrap over both; same start, same number of steps")
+    shown.text(0.5, 0.008, f"{content['note']}\n{how}", ha="center", fontsize=7)
+    shown.tight_layout(rect=(0, 0.05, 1, 1))
+    return shown
+
+
+def _command() -> None:
+    parser = stage.arguments(__doc__, "runs", "out")
+    parser.add_argument("--figure", required=True, choices=["learnt"])
+    a = parser.parse_args()
+    bars = bars_of(a.scale, a.figure)
+    figure.save(a.out, a.figure, a.runs, bars, contrasts(bars), a.scale, CAPTION,
+                "winrate against the reference summary; of judges the share of held-out pairs right by quality", grid)
+
+
+if __name__ == "__main__":
+    stage.main(_command)
