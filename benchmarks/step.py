@@ -55,7 +55,7 @@ class Clock:
 
 def ours(folder: Path, settings: dict, share: bool) -> None:
     """`roads.stages.dpo` with the prompt run once for both sides, or with `response_logps` of one and of the other."""
-    from roads import candidates, model, preferences, schema, train
+    from roads import candidates, model, preference_losses, preferences, schema, train
 
     query, chosen, rejected = preferences.load(folder, folder / "policy")
     policy = model.load_policy(folder / "policy")
@@ -69,7 +69,7 @@ def ours(folder: Path, settings: dict, share: bool) -> None:
         sides = query[i], chosen[i], rejected[i]
         logps = (model.pair_logps(policy, *sides) if share else
                  [model.response_logps(policy, sides[0], side) for side in sides[1:]])
-        value = dpo_loss(*logps, *reference[i].T, settings["beta"]).mean()
+        value = preference_losses.dpo_loss(*logps, *reference[i].T, settings["beta"]).mean()
         clock.loss = value.item()
         return value, {}
 

@@ -35,7 +35,8 @@ ALIKE = [{"lr": 1e-4, "beta": 0.02, "epochs": 2}, {"lr": 1e-4, "beta": 0.05, "ep
          {"lr": 3e-4, "beta": 0.1, "epochs": 2}, {"lr": 3e-4, "beta": 0.1, "epochs": 1}]
 # Other losses, at offline DPO's learning rate and epochs: at which beta is each at its best (figure `methods`)?
 METHODS = {"dpo": (0.02, 0.05, 0.1, 0.2, 0.5), "ipo": (0.02, 0.05, 0.1, 0.2, 0.5), "simpo": (0.05, 0.1, 0.2, 0.5),
-           "chi_po": (0.02, 0.05, 0.1, 0.2, 0.5), "dpo_kl": (0.02, 0.05, 0.1, 0.2, 0.5)}
+           "chi_po": (0.02, 0.05, 0.1, 0.2, 0.5)}
+KL = (0.001, 0.01, 0.1)  # the weight in dpo_kl, at DPO's beta
 
 
 def changed(cfg: schema.Scale, block: str, **values) -> schema.Scale:

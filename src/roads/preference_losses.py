@@ -57,17 +57,17 @@ def chi_po_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, refe
 
 
 def dpo_kl_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, reference_chosen_logps: Tensor,
-                reference_rejected_logps: Tensor, beta: float) -> Tensor:
-    """DPO's loss + beta * (mean over both sides of rho ln rho - rho + 1): DPO with the reverse KL in the loss (H2).
+                reference_rejected_logps: Tensor, beta: float, kl: float) -> Tensor:
+    """DPO's loss + kl * (mean over both sides of rho ln rho - rho + 1): DPO with the reverse KL in the loss (H2).
 
     Song et al. (2024, The Importance of Online Data) estimate KL(pi || pi_ref) from samples of the policy. Here it is
     estimated from the pair: E_ref[rho ln rho - rho + 1] is that KL, unbiased where the reference wrote the pairs, as it
-    did in the synthetic world.
+    did in the synthetic world. With kl = beta it is Eq. 2 itself, with its sign changed.
     """
     ratios = policy_chosen_logps - reference_chosen_logps, policy_rejected_logps - reference_rejected_logps
     parts = [ratio.clamp(max=LARGEST) for ratio in ratios]
-    kl = sum(part.exp() * (part - 1) + 1 for part in parts) / 2
-    return -logsigmoid(beta * (ratios[0] - ratios[1])) + beta * kl
+    distance = sum(part.exp() * (part - 1) + 1 for part in parts) / 2
+    return -logsigmoid(beta * (ratios[0] - ratios[1])) + kl * distance
 
 
 def rebel_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, reference_chosen_logps: Tensor,
@@ -81,16 +81,16 @@ def rebel_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, refer
     return (beta * margin - (chosen_rewards - rejected_rewards)) ** 2
 
 
-LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss, "chi_po": chi_po_loss, "dpo_kl": dpo_kl_loss}
+LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss, "chi_po": chi_po_loss}
 
 
-def loss_of(name: str, policy: Tensor, reference: Tensor, beta: float, *, lengths: Tensor,
+def loss_of(name: str, policy: Tensor, reference: Tensor, beta: float, *, lengths: Tensor, kl: float = 0.0,
             rewards: Tensor | None = None, probability: Tensor | None = None) -> Tensor:
     """The loss [B] of a name that params.yaml gives.
 
     Args:
         policy, reference: log-probs [2, B], the chosen side first. lengths: tokens [2, B] (simpo).
-        rewards: [2, B] (rebel).
+        kl: weight of the KL (dpo_kl). rewards: [2, B] (rebel).
         probability: [B], that the chosen side is the better one, where labels are soft: the loss is its mean over what
             the label may be. None: they are hard.
     """
@@ -98,10 +98,12 @@ def loss_of(name: str, policy: Tensor, reference: Tensor, beta: float, *, length
         loss = simpo_loss(*policy, *lengths, beta)
     elif name == "rebel":
         loss = rebel_loss(*policy, *reference, *rewards, beta)
+    elif name == "dpo_kl":
+        loss = dpo_kl_loss(*policy, *reference, beta, kl)
     else:
         loss = LOSSES[name](*policy, *reference, beta)
     if probability is None:
         return loss
-    other = loss_of(name, policy.flip(0), reference.flip(0), beta, lengths=lengths.flip(0),
+    other = loss_of(name, policy.flip(0), reference.flip(0), beta, lengths=lengths.flip(0), kl=kl,
                     rewards=None if rewards is None else rewards.flip(0))
     return torch.lerp(other, loss, probability)

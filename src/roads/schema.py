@@ -149,10 +149,18 @@ class Policies(Preference):
 
     loss: Literal["dpo", "ipo", "simpo", "chi_po", "dpo_kl"] = "dpo"  # offline
     online_loss: Literal["dpo", "rebel"] = "dpo"
+    kl: NonNegative = 0.0  # weight of the reverse KL in dpo_kl
+
+    @model_validator(mode="after")
+    def _weight(self) -> "Policies":
+        if (self.loss == "dpo_kl") != (self.kl > 0):
+            raise ValueError(f"kl: expected a weight above 0 for loss dpo_kl, and none for others; got {self.kl:g}")
+        return self
 
     def told(self) -> dict[str, Any]:
-        """For params.json; DPO's own loss goes without saying."""
-        return self.model_dump(exclude={name for name in ("loss", "online_loss") if getattr(self, name) == "dpo"})
+        """For params.json; DPO's own losses go without saying."""
+        plain = {"loss": "dpo", "online_loss": "dpo", "kl": 0.0}
+        return {key: value for key, value in self.model_dump().items() if value != plain.get(key)}
 
 
 class Epochs(Strict):

@@ -34,10 +34,10 @@ ALSO = {"quality": "quality", "validity": "validity", "RM's reward": "reward", "
         "invalid words cost 0": "penalty0", "invalid words cost 1": "penalty1"}
 CAPTION = ("Every trained policy starts from the SFT checkpoint and takes as many steps of the same recipe. Offline "
            "pairs: the two samples that readers were shown. Own pairs: two of 25 samples of the SFT policy at online "
-           "DPO's temperature; of them all, best and worst. Labels are readers', the global RM's, its probabilities, or the "
-           "true quality's. Filled: logits divided by that temperature, as online DPO has it. Best of 25 picks without "
-           "training. Exact: the policy that is best under a reward at the same beta, over all valid summaries. At the "
-           "right, KL from SFT in nats.")
+           "DPO's temperature; of them all, best and worst. Labels are readers', the global RM's, its probabilities, "
+           "or the true quality's. Filled: logits divided by that temperature, as online DPO has it. Best of 25 picks "
+           "without training. Exact: the policy that is best under a reward at the same beta, over all valid "
+           "summaries. At the right, KL from SFT in nats.")
 
 
 def key(group: str, label: str, divided: bool = False) -> tuple[str, str]:

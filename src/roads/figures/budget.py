@@ -17,14 +17,15 @@ from roads.figures.policies import NAMES
 METHODS = {"dpo": "DPO", "ipo": "IPO", "simpo": "SimPO", "chi_po": "chi-PO", "dpo_kl": "DPO + KL"}  # by loss
 CAPTIONS = {
     "budget": "Each point is one setting of learning rate, beta, epochs or sampling temperature (params.yaml names "
-              "them); x is the reverse KL from the SFT policy, estimated from samples. Best against worst of 25 moves "
-              "a policy further per step than a human pair does, so equal steps are not equal distances. At matched KL: "
-              "Online(DPO) less the DPO line at Online(DPO)'s KL, or DPO's farthest point where it never goes as far.",
-    "methods": "Each point is one loss at one beta, with DPO's learning rate and epochs, on the same pairs; x is the "
-               "reverse KL from the SFT policy, estimated from samples. Rounds: sampling, ranking and training "
-               "repeated, from where the round before ended. REBEL: online, differences of rewards regressed on. At "
-               "matched KL: Online(DPO) less a method's line at Online(DPO)'s KL, or its farthest point where it never "
-               "goes as far.",
+              "them); x is the reverse KL from the SFT policy, estimated from samples. Best against worst of 25 "
+              "moves a policy further per step than a human pair does, so equal steps are not equal distances. At "
+              "matched KL: Online(DPO) less the DPO line at Online(DPO)'s KL, or DPO's farthest point where it "
+              "never goes as far.",
+    "methods": "Each point is one loss at one setting (params.yaml names them), with DPO's learning rate and epochs, "
+               "on the same pairs; x is the reverse KL from the SFT policy, estimated from samples. Rounds: "
+               "sampling, ranking and training repeated, from where the round before ended. REBEL: online, "
+               "differences of rewards regressed on. At matched KL: Online(DPO) less a method's line at "
+               "Online(DPO)'s KL, or its farthest point where it never goes as far.",
 }
 
 

@@ -12,7 +12,7 @@ from roads.strict import Positive, Strict, nearest
 
 Weight = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
-Measure = Literal["accuracy", "log-likelihood", "by quality", "held-out"]
+Measure = Literal["accuracy", "log-likelihood", "by quality", "held-out", "noisy judge", "no penalty"]
 
 
 class Claim(Strict):

@@ -26,7 +26,7 @@ from roads.strict import nearest
 VERDICTS = ("supported", "not supported", "undecided", "not run")
 # What a claim is about where that is not the score: a function of scores, or an array of scores.npz.
 MEASURES = {"accuracy": lambda p: (p > 0.5).astype(float), "log-likelihood": np.log}
-ARRAYS = {"by quality": "by_quality", "held-out": "held_out"}
+ARRAYS = {"by quality": "by_quality", "held-out": "held_out", "noisy judge": "noisy", "no penalty": "penalty0"}
 
 
 def read_figure(path: Path) -> Figure | None:

@@ -27,7 +27,7 @@ def dpo(pairs: Path, reference: Path, out: Path, cfg: schema.Scale, seed: int, *
     recipe = cfg.local if local else cfg.dpo
     recipe = recipe.model_copy(update={"epochs": times * recipe.epochs})
     temperature = cfg.samples.online.logits_divided_by if online else 1.0
-    name = "dpo" if local else recipe.online_loss if online else recipe.loss
+    name, kl = ("dpo", 0.0) if local else (recipe.online_loss if online else recipe.loss, recipe.kl)
     read = stage.fingerprint({}, [pairs, reference])  # gigabytes at the paper's scale: once for both keys
 
     def job() -> train.Job:
@@ -49,7 +49,7 @@ def dpo(pairs: Path, reference: Path, out: Path, cfg: schema.Scale, seed: int, *
             rewards = [recipe.beta * (ours - theirs).detach() for ours, theirs in zip(logps, references, strict=True)]
             told = preferences.told_apart(*rewards) | {"chosen_logp": logps[0].mean(), "rejected_logp": logps[1].mean()}
             beside = {key: values[i].t() for key, values in more.items()}
-            return loss_of(name, torch.stack(logps), references, recipe.beta, **beside).mean(), told
+            return loss_of(name, torch.stack(logps), references, recipe.beta, kl=kl, **beside).mean(), told
 
         return train.Job(policy, loss, len(query), lengths=train.tokens(query, chosen, rejected), shards=recipe.shards,
                          also=stage.metrics_of(pairs, "dropped_as_ties"))
