@@ -127,7 +127,7 @@ figures: setup  ## the paper's figures, 3 to 12, that the scale allows
 	@$(SET_SCALE)
 	@$(REPRO) $(PAPER)
 
-extras: setup  ## what the paper could not do: ten more figures
+extras: setup  ## what the paper could not do: twelve more figures
 	@$(SET_SCALE)
 	@$(REPRO) $(EXTRA)
 

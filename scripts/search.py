@@ -3,7 +3,8 @@
 All of it runs in two worlds of its own, 100 and 101, with a training seed of the same number each; the figures use
 other worlds and seeds 0 to 9. First offline DPO alone is brought to its best; online DPO then takes the same values and
 adds only its sampling temperature, shown for both tasks. The reward models are chosen by their log loss on held-out
-pairs. Cells already in runs/.search are not run again. Writes docs/search.csv and the tables of docs/search.md.
+pairs. Then the epochs for other numbers of pairs, and other losses. Cells already in runs/.search are not run again.
+Writes docs/search.csv and the tables of docs/search.md.
 """
 
 import contextlib
@@ -144,13 +145,19 @@ def online(cfg: schema.Scale, task: str, values: dict) -> dict:
 
 def method(cfg: schema.Scale, values: dict) -> dict:
     """Offline training with another loss: winrate, validity, and KL from SFT."""
-    out = train(cfg, "dpo", "human", values)
-    return score(out, "human", cfg) | kl.mean_kl(out, home(cfg) / "sft", home(cfg) / "data" / kl.PROMPTS, cfg,
+    out, weight = train(cfg, "dpo", "human", values), {"kl_weight": values["kl"]} if "kl" in values else {}
+    return weight | score(out, "human", cfg) | kl.mean_kl(out, home(cfg) / "sft", home(cfg) / "data" / kl.PROMPTS, cfg,
                                                  cfg.source.seed)
 
 
 def settings(grid: dict) -> list[dict]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def methods() -> list[dict]:
+    """Every loss at its betas, and dpo_kl at DPO's own beta with several weights of the KL."""
+    return [{"loss": loss, "beta": beta} for loss, betas in METHODS.items() for beta in betas] + [
+        {"loss": "dpo_kl", "kl": weight} for weight in KL]
 
 
 def run(jobs: list[tuple], label: str) -> list[dict]:
@@ -163,7 +170,7 @@ def table(rows: list[dict], columns: list[str], by: list[str]) -> list[str]:
     """Markdown: one line a setting, the mean over seeds of every column."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[key] for key in by), []).append(row)
+        groups.setdefault(tuple(row.get(key, "") for key in by), []).append(row)
     lines = ["| " + " | ".join([*by, *columns]) + " |", "|" + "---|" * (len(by) + len(columns))]
     for key, group in groups.items():
         means = [f"{np.mean([r[c] for r in group]):.4f}" if c in group[0] else "" for c in columns]
@@ -184,6 +191,8 @@ def write(results: dict[str, list[dict]]) -> None:
         "local": (["likelihood", "log_loss", "accuracy"], ["task", *LOCAL]),
         "reward": (["likelihood", "log_loss", "accuracy"], ["task", *REWARD]),
         "online": (["dpo", "dpo_2x", "score", "validity", "dropped_ties"], ["task", *DPO, "temperature"]),
+        "epochs": (["score", "validity", "accuracy", "log_loss"], ["kind", "task", "epochs"]),
+        "methods": (["score", "validity", "kl"], ["loss", "beta", "kl_weight"]),
     }
     text = (DOCS / "search.md").read_text(encoding="utf-8")
     for kind, group in results.items():
@@ -205,12 +214,16 @@ def main() -> None:
         "local": {"human": settings(LOCAL)},
         "reward": {"human": settings(REWARD), "rouge": settings(REWARD)},
         "online": {"human": swept + [other | {"temperature": 0.1} for other in ALIKE], "rouge": swept},
+        "methods": {"human": [chosen | other for other in methods()]},
     }
     pairs = [(cfg, n) for cfg in worlds for n in PAIRS]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         list(tqdm(pool.map(prepare_pairs, *zip(*pairs)), total=len(pairs), desc="pairs", unit="set"))
     results = {kind: run([(cfg, kind, task, values) for task, cells in tasks.items() for values in cells
                           for cfg in worlds], kind) for kind, tasks in plan.items()}
+    results["epochs"] = run([(cfg, kind, f"human{n}", {key: getattr(getattr(mini, kind), key) for key in keys} |
+                              {"epochs": epochs}) for kind, keys in (("dpo", ("lr", "beta")), ("reward", ("lr",)))
+                             for n, many in PAIRS.items() for epochs in many for cfg in worlds], "epochs")
     write(results)
 
 

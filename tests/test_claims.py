@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from roads import active, config, stage
-from roads.figures import best_of_n, dials, likelihood
+from roads.figures import anatomy, best_of_n, budget, dials, learnt, likelihood, worlds
 from roads.figures import policies as policy_figures
 from roads.report import claims
 from roads.stage import UserError
@@ -42,7 +42,15 @@ BARS = {
     "fig12": _pairs([750, 1500, 3000, 6000]),
     "horizon": _dial("K", [2, 4, 8, 12]), "complexity": _dial("interaction", [0, 0.5, 4]),
     "verifier": _dial("tag", [0, 2, 8]), "told": ALL, "told_judges": ["Global RM", "DPO RM", "Base"],
-    "worlds": _dial("world", [3, 4, 5]),
+    "worlds": [f"{series} w{k:02}" for k in range(1, 13)
+               for series in ("DPO", "DPO 2x", "Online(DPO)", "Global RM", "DPO RM")],
+    "learnt": [f"{series} {kind} n={n}" for kind in ("two", "order", "counts") for n in (375, 6000, 24000)
+               for series in ("DPO", "Online(SFT)", "Global RM", "DPO RM", "Probe")],
+    "anatomy": [bar + world for world in ("", " (quality)") for bar in (
+        "offline pairs, readers", "offline pairs, readers, divided", "offline pairs, RM", "offline pairs, RM soft",
+        "own pairs, RM", "own pairs, RM, divided", "own best and worst, RM, divided", "exact, RM", "exact, DPO")],
+    "methods": ["DPO paper", "Online(DPO) paper", "IPO ipo-02", "SimPO simpo-05", "chi-PO chi-po-05",
+                "DPO + KL dpo-kl-001", "DPO + KL eq2", "Online(DPO), 3 rounds rounds3", "REBEL rebel"],
     "more_data": _pairs([6000, 12000, 24000]) | {"Online(SFT), 6000 prompts n=24000": 24000},
     "recipe": [f"{method} {switch}" for switch in ("paper", "schedule", "rm-batch", "loader", "logits", "author-code")
                for method in ("DPO", "Online(DPO)")],
@@ -55,7 +63,9 @@ ROLES = {"fig5": {"Online(SFT) 3x prompts": ["Online(SFT) more prompts"]},
                                                    "large" if size == "small" else "small"))},
          "fig12": {f"{method} n={n}": [f"{method} {role}"] for method in ("DPO", "Online(SFT)") for n, role in zip(
              (750, 1500, 3000, 6000), ("fewest pairs", "a quarter of the pairs", "half of the pairs", "all pairs"))}}
-KEYS = {"fig4": ["held_out"], "fig7": ["by_quality"], "told_judges": ["by_quality"]}  # arrays beside the score
+KEYS = {"fig4": ["held_out"], "fig7": ["by_quality"], "told_judges": ["by_quality"],
+        "anatomy": ["noisy", "penalty0"]}  # arrays beside the score
+CELL = {"worlds": 1, "learnt": 2}  # words at the end of a bar's name that say which world or cell it is of
 
 
 @pytest.fixture
@@ -76,7 +86,8 @@ def draw(reports, name, bars, x=None):
             target.parent.mkdir(parents=True)
             np.savez(target, score=row, **dict.fromkeys(KEYS.get(name, ()), row))
             files[path] = hashlib.sha256(target.read_bytes()).hexdigest()
-        entries.append({"bar": bar, "series": bar, "x": (x or {}).get(bar),
+        series = bar.rsplit(" ", CELL[name])[0] if name in CELL else bar
+        entries.append({"bar": bar, "series": series, "x": (x or {}).get(bar),
                         "roles": ROLES.get(name, {}).get(bar, []), "mean": float(np.mean(scores)),
                         "low": 0.0, "high": 1.0, "n": len(scores[0]), "scores": paths, "key": "score"})
     stage.write_json(reports / f"{name}.json", {
@@ -118,17 +129,32 @@ def test_the_claims_of_the_repository_name_bars_that_the_figures_have():
             figure, _, bar = name.rpartition("/")
             figure = figure or each.figure
             roles = [role for found in ROLES.get(figure, {}).values() for role in found]
-            assert bar in {*BARS[figure], *roles}, each.id
+            series = [bar.rsplit(" ", CELL[figure])[0] for bar in BARS[figure]] if each.over == "worlds" else []
+            assert bar in {*BARS[figure], *roles, *series}, each.id
         assert each.source.startswith("ours") or re.search(r"^Sec\. 3.*, Fig\. \d+$", each.source), each.id
     assert {each.figure for each in loaded.claims} == set(BARS)
     assert [each.id for each in loaded.hypotheses] == ["H1", "H2", "H3", "H4", "H5", "H6"]
     assert all(each.claims for each in loaded.hypotheses)
     # One margin for each unit, but for the one claim that says why not.
     units = {"fig4": 0.01, "fig7": 0.005, "fig11": 0.01}
-    others = {"accuracy": 0.01, "log-likelihood": 0.01, "by quality": 0.01}
+    others = {"accuracy": 0.01, "log-likelihood": 0.01, "by quality": 0.01, "noisy judge": 0.01}
     odd = [each.id for each in loaded.claims if each.test != "correlated"
            and each.margin != others.get(each.measure, units.get(each.figure, 0.02))]
-    assert odd == ["rouge-second-epoch-adds"]
+    assert odd == ["rouge-second-epoch-adds", "learnt-trunk"]
+
+
+def test_the_bars_of_our_own_figures_are_those_that_claims_name(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    bars = {name: module.bars_of("mini", name) for name, module in
+            (("anatomy", anatomy), ("worlds", worlds), ("learnt", learnt))}
+    bars["methods"] = budget.points_of("mini", "methods")
+    named = {name: {label for bar in found for label in (bar.name, bar.series)} for name, found in bars.items()}
+    checked = [each for each in claims.load(ROOT / "claims.yaml").claims if each.figure in named]
+    for each in checked:
+        assert {*each.contrast, *each.against} <= named[each.figure], each.id
+    assert len(checked) == 26
+    for found in bars.values():
+        assert len({bar.name for bar in found}) == len(found) > 10
 
 
 @pytest.mark.parametrize("scale", ["mini", "real", "lite", "paper"])
@@ -322,6 +348,57 @@ def test_a_difference_of_either_sign(reports, shift, verdict, why):
     draw(reports, "fig3", policies(shift))
     (row,) = decide(reports, claim(test="different"))
     assert row["verdict"] == verdict and row["why"].startswith(why)
+
+
+def over(reports, gaps, leads, test="greater", more="", margin="0.02"):
+    """A claim over worlds whose gaps and leads of the reward model are given, each the same for both seeds."""
+    bars = {}
+    for k, (gap, lead) in enumerate(zip(gaps, leads, strict=True), 1):
+        rng = np.random.default_rng(k)
+        noise = rng.normal(size=(2, 50))
+        bars |= {f"DPO 2x w{k:02}": noise, f"Online(DPO) w{k:02}": noise + gap}
+        bars |= {f"DPO RM w{k:02}": noise[:, :30], f"Global RM w{k:02}": noise[:, :30] + lead}
+    draw(reports, "worlds", bars)
+    return decide(reports, claim(contrast="{Online(DPO): 1, DPO 2x: -1}", figure="worlds", test=test, margin=margin,
+                                 more=f"    over: worlds\n{more}"))[0]
+
+
+def test_over_worlds_each_is_one_observation(reports):
+    """Gaps .1, .2, .3: mean .2, sd .1, t interval of +-4.303 * .1 / sqrt 3, t = .2 / (.1 / sqrt 3) with 2 degrees."""
+    row = over(reports, [0.1, 0.2, 0.3], [0, 0, 0])
+    assert row["estimate"]["mean"] == pytest.approx(0.2) and row["n"] == 3 and row["seeds"] == [0, 1]
+    assert row["estimate"]["high"] - 0.2 == pytest.approx(4.30265 * 0.1 / 3**0.5, rel=1e-4)
+    assert row["p"] == pytest.approx(0.037, abs=5e-4) and row["estimate"]["by_seed"] == pytest.approx([0.1, 0.2, 0.3])
+    assert row["verdict"] == "undecided"  # its interval has 0 in it, one-sided p or not
+
+
+def test_over_worlds_signs_are_those_of_worlds(reports):
+    row = over(reports, [0.1, -0.2, 0.3], [0, 0, 0])
+    assert "worlds of both signs: +0.1000, -0.2000, +0.3000" in row["why"]
+
+
+def test_over_worlds_a_gap_may_go_with_a_lead(reports):
+    row = over(reports, [0.1, 0.21, 0.29, 0.4], [0.1, 0.2, 0.3, 0.4], "correlated",
+               "    against: {Global RM: 1, DPO RM: -1}\n", "0.5")
+    r = np.corrcoef([0.1, 0.21, 0.29, 0.4], [0.1, 0.2, 0.3, 0.4])[0, 1]
+    assert row["estimate"]["mean"] == pytest.approx(r) and row["verdict"] == "supported"
+    assert row["estimate"]["by_seed"] == pytest.approx([r, r])
+
+
+def test_a_claim_whose_scores_are_elsewhere_keeps_its_estimate(reports):
+    """As in a fresh clone, whose reports came with it and whose runs did not; but not once its figure is another's."""
+    draw(reports, "fig3", policies(0.5))
+    path = reports.parents[1] / "claims.yaml"
+    first = decide(reports, claim())
+    claims.save(claims.load(path), first, reports)
+    shutil.rmtree(reports.parents[1] / "runs")
+    assert decide(reports, claim()) == first
+    with pytest.raises(UserError, match="not found; claims need every prompt's score"):  # another question
+        decide(reports, claim(contrast="{DPO 2x: 2, DPO: -2}"))
+    draw(reports, "fig3", policies(0.4))
+    shutil.rmtree(reports.parents[1] / "runs")
+    with pytest.raises(UserError, match="not found; claims need every prompt's score"):  # another figure
+        decide(reports, claim())
 
 
 def test_rows_of_a_post_are_resampled_together(reports):

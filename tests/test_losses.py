@@ -7,7 +7,15 @@ import torch
 
 from roads import candidates, model, train
 from roads.losses import language_model_loss
-from roads.preference_losses import dpo_loss
+from roads.preference_losses import (
+    chi_po_loss,
+    dpo_kl_loss,
+    dpo_loss,
+    ipo_loss,
+    loss_of,
+    rebel_loss,
+    simpo_loss,
+)
 from roads.stages.reward import reward_loss
 from roads.stages.sft import sft_loss
 from roads.tldr import PAD
@@ -106,3 +114,63 @@ def test_learning_rates(tiny):
     cosine = linear.model_copy(update={"schedule": "cosine"})
     assert [train.learning_rate(s, 4, linear) for s in range(4)] == [1.0, 0.75, 0.5, 0.25]
     assert [train.learning_rate(s, 4, cosine) for s in (0, 2)] == pytest.approx([1.0, 0.5])
+
+
+# Two pairs: log-ratios 1 and -1 (margin 2), and -2 and 2 (margin -4).
+PAIRS = (torch.tensor([-3.0, -5.0]), torch.tensor([-6.0, -1.0]), torch.tensor([-4.0, -3.0]), torch.tensor([-5.0, -3.0]))
+
+
+def test_ipo_loss_by_hand():
+    assert ipo_loss(*PAIRS, beta=0.25).tolist() == pytest.approx([0, 36])  # (2 - 2)^2, (-4 - 2)^2
+
+
+def test_simpo_loss_by_hand():
+    # scale .5 * (4 + 6) / 2 = 2.5; per token -3/4 + 6/6 = .25 and -5/4 + 1/6; less half the scale
+    losses = simpo_loss(*PAIRS[:2], torch.tensor([4.0, 4.0]), torch.tensor([6.0, 6.0]), beta=0.5)
+    assert losses.tolist() == pytest.approx([nll(2.5 * 0.25 - 1.25), nll(2.5 * (-5 / 4 + 1 / 6) - 1.25)])
+
+
+def test_chi_po_loss_by_hand():
+    first = math.e + 1 - (math.exp(-1) - 1)
+    second = math.exp(-2) - 2 - (math.exp(2) + 2)
+    assert chi_po_loss(*PAIRS, beta=0.5).tolist() == pytest.approx([nll(0.5 * first), nll(0.5 * second)])
+    far = chi_po_loss(torch.tensor([0.0]), torch.tensor([-90.0]), torch.tensor([-80.0]), torch.tensor([-1.0]), beta=1.0)
+    assert far.item() == pytest.approx(nll(10), rel=1e-4)  # clipped to 2 R_max, and finite
+
+
+def test_dpo_kl_loss_by_hand():
+    # rho ln rho - rho + 1 at ln rho 1 is 1, at -1 it is 1 - 2/e
+    loss = dpo_kl_loss(*(part[:1] for part in PAIRS), beta=0.5, kl=0.3)
+    assert loss.item() == pytest.approx(nll(1) + 0.3 * (1 + 1 - 2 / math.e) / 2)
+
+
+def test_the_kl_of_a_pair_is_unbiased():
+    """Over all pairs that a reference of three summaries may write, weighed by their chance, it is the reverse KL."""
+    reference, policy = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
+    chosen, rejected = torch.meshgrid(torch.arange(3), torch.arange(3), indexing="ij")
+    sides = [logs[side.flatten()] for logs in (policy.log(), reference.log()) for side in (chosen, rejected)]
+    parts = dpo_kl_loss(*sides, beta=0.1, kl=1.0) - dpo_loss(*sides, beta=0.1)
+    mean = (parts * torch.outer(reference, reference).flatten()).sum()
+    assert mean.item() == pytest.approx((policy * (policy / reference).log()).sum().item(), rel=1e-5)
+
+
+def test_rebel_loss_by_hand():
+    losses = rebel_loss(*PAIRS, torch.tensor([3.0, 1.0]), torch.tensor([1.0, 2.0]), beta=0.5)
+    assert losses.tolist() == pytest.approx([1, 1])  # (1 - 2)^2, (-2 + 1)^2
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "simpo", "chi_po", "dpo_kl", "rebel"])
+def test_soft_labels_are_the_mean_over_both(name):
+    policy, reference = torch.stack(PAIRS[:2]), torch.stack(PAIRS[2:])
+    lengths, rewards = torch.tensor([[4.0, 4.0], [6.0, 6.0]]), torch.tensor([[3.0, 1.0], [1.0, 2.0]])
+
+    def loss(*sides, probability=None):
+        policy, reference, lengths, rewards = sides
+        return loss_of(name, policy, reference, 0.5, lengths=lengths, kl=0.3, rewards=rewards, probability=probability)
+
+    hard, turned = (loss(*sides) for sides in ((policy, reference, lengths, rewards),
+                                               (policy.flip(0), reference.flip(0), lengths.flip(0), rewards.flip(0))))
+    soft = loss(policy, reference, lengths, rewards, probability=torch.tensor([0.75, 0.5]))
+    mean = torch.tensor([0.75, 0.5]) * hard + torch.tensor([0.25, 0.5]) * turned
+    assert soft.tolist() == pytest.approx(mean.tolist())
+    assert torch.equal(loss(policy, reference, lengths, rewards, probability=torch.ones(2)), hard)

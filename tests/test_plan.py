@@ -11,8 +11,9 @@ import pytest
 from conftest import ENV, ROOT
 from ruamel.yaml import YAML
 
-from roads import active, generate, generate_tree, model, schema
+from roads import active, config, generate, generate_tree, model, schema
 from roads.runner import cost, dvc_patches, plan, repro
+from roads.runner import work as work_of
 from roads.stage import UserError
 from roads.stages import value
 
@@ -294,7 +295,7 @@ def test_a_pythia_is_hours_of_a_gpu():
     assert hours(DPO, "A100") > 3 * dpo
     assert hours(DPO, model={"kind": "pretrained", "parameters": 2.8e9}) == pytest.approx(2 * dpo, rel=0.02)
     assert work(ONLINE[0]).decoded == 1.4e9 * 92858 * 25 * 53
-    assert work(ONLINE[0], compute={"sampler": "tree"}).decoded == 1.4e9 * 92858 * 25 * cost.SHARED * 53
+    assert work(ONLINE[0], compute={"sampler": "tree"}).decoded == 1.4e9 * 92858 * 25 * work_of.SHARED * 53
     total = sum(map(hours, ["sft D B O", REWARD, DPO, *ONLINE, WINRATE]))
     print(f"Online DPO of a Pythia of 1.4B: {total:.1f} H100-hours a seed")
     assert 3 < total < 10
@@ -317,6 +318,23 @@ def test_a_cell_is_the_sum_of_its_stages():
     parts = sum(map(work, [REWARD, DPO, f"{DPO} --times 2", *ONLINE, *ONLINE]), cost.Work())
     assert parts.flops < cell.flops < 1.3 * parts.flops and cell.steps == parts.steps  # the rest is evaluation
     assert cell.judged == 2 * 5 * 600 and cell.size == 8 * 5 * 600
+
+
+def test_a_cell_of_sizes_and_one_of_rounds_are_sums_too():
+    epochs = {"dpo": 3, "reward": 2}
+    whole = work("arm D S O --seed 0", sizes={500: epochs, 1000: epochs})
+    parts = [work("arm D S O --seed 0", data=PYTHIA["data"] | {"preferences": n, "online": n},
+                  dpo=PYTHIA["dpo"] | {"epochs": 3}, reward=PYTHIA["reward"] | {"epochs": 2}) for n in (500, 1000)]
+    assert whole.steps == sum(part.steps for part in parts) and whole.judged == sum(part.judged for part in parts)
+    once, thrice = (work("arm D S O --seed 0", policies=["dpo", "online"], rounds=n) for n in (1, 3))
+    assert thrice.steps - once.steps == 2 * work(DPO).steps and thrice.judged == once.judged
+
+
+def test_the_anatomy_is_twenty_trainings():
+    mini = config.load(ROOT / "params.yaml").scales["mini"].model_dump()
+    found = cost.work("python -m roads.stages.anatomy D S O --scale mini --seed 0", {"mini": mini})
+    steps = 2 * -(-6000 // 32)
+    assert found.steps == 19 * steps + 2 * (steps // 2)  # two of one epoch
 
 
 def test_completions_are_drawn_once_and_counted_once():

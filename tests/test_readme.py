@@ -14,6 +14,7 @@ from conftest import ENV, ROOT, make
 from ruamel.yaml import YAML
 
 from roads import active, config, schema
+from roads.report import claim as claims
 from roads.report import results
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -153,3 +154,42 @@ def test_params_hold_what_the_rules_of_the_search_give():
         losses = means(kind, "log_loss")
         assert min(losses, key=losses.get) == tuple(mini[kind][k] for k in ("lr", "beta", "epochs") if k in mini[kind])
     assert mini["samples"]["online"]["temperature"] == 0.1
+
+
+def searched(kind: str, measure: str, by: str, **others: str) -> dict[float, float]:
+    """Mean over worlds of a measure in docs/search.csv, by a column's values."""
+    groups: dict[float, list[float]] = {}
+    for row in csv.DictReader((ROOT / "docs/search.csv").open(encoding="utf-8")):
+        if row["kind"] == kind and all(row[key] == value for key, value in others.items()):
+            groups.setdefault(float(row[by]), []).append(float(row[measure]))
+    return {value: sum(found) / len(found) for value, found in groups.items()}
+
+
+def test_epochs_at_other_numbers_of_pairs_are_what_the_rules_give():
+    """docs/search.md, rule 4."""
+    params = config.load(ROOT / "params.yaml")
+    mini = params.scales["mini"]
+    expected = {6000: (mini.dpo.epochs, mini.reward.epochs)}
+    for n in (375, 1500, 24000):
+        winrates, losses = (searched(kind, measure, "epochs", task=f"human{n}")
+                            for kind, measure in (("dpo", "score"), ("reward", "log_loss")))
+        enough = max(winrates.values()) - (max(winrates.values()) * (1 - max(winrates.values())) / 5000) ** 0.5
+        expected[n] = min(e for e in winrates if winrates[e] >= enough), min(losses, key=losses.get)
+    arms = params.arms_of("mini", "learnt")
+    for arm in arms.values():
+        assert {n: (e.dpo, e.reward) for n, e in arm.sizes.items()} == {n: expected[n] for n in arm.sizes}
+    assert len(arms) == 6 and set(arms["two"].sizes) == set(expected)
+
+
+def test_claims_take_every_loss_at_its_best():
+    """docs/search.md, rule 5."""
+    params, found = config.load(ROOT / "params.yaml"), claims.load(ROOT / "claims.yaml")
+    (own,) = {(arm.dpo.lr, arm.dpo.epochs) for arm in params.arms_of("mini", "methods").values()}
+    assert own == (params.scales["mini"].dpo.lr, params.scales["mini"].dpo.epochs)
+    for loss, by in (("ipo", "beta"), ("simpo", "beta"), ("chi_po", "beta"), ("dpo_kl", "kl_weight")):
+        winrates = searched("methods", "score", by, loss=loss)
+        (claim,) = [each for each in found.claims if each.id == f"methods-{loss.replace('_', '-')}"]
+        (name,) = [bar.rsplit(" ", 1)[1] for bar, weight in claim.contrast.items() if weight < 0]
+        recipe = params.arms["mini.methods." + name].dpo
+        assert recipe.loss == loss
+        assert (recipe.kl if loss == "dpo_kl" else recipe.beta) == max(winrates, key=winrates.get)

@@ -5,6 +5,7 @@ import pytest
 from conftest import ROOT
 
 from roads import config
+from roads.sources import Terms
 from roads.stages.rank import best_and_worst
 from roads.world import EOS, PAD, World
 
@@ -55,6 +56,53 @@ def test_quality_weighs_attributes_by_taste(tiny):
     gain = (world.tables[:, query[0, 0] - world.first_subreddit, response[0, 0] - world.first_word] if offered else 0)
     lost = world.tables[:, query[0, 0] - world.first_subreddit, word]
     assert world.attributes(query, response)[:, 0] == pytest.approx([first[0], second[0]] - lost + gain)
+
+
+def test_counts_and_order_by_hand(tiny):
+    """Three slots of clusters 0, 1, 1: v_0 + 2 v_1, and B_01 + B_11; an invalid word has no neighbours."""
+    terms = Terms(attributes=0.0, counts=2.0, order=3.0)
+    world = World(tiny.source.model_copy(update={"interaction": terms}))
+    plain = World(tiny.source.model_copy(update={"interaction": Terms(attributes=0.0, counts=1.0)}))
+    world.cluster[:], first = 0, world.first_word
+    world.cluster[[4, 8]] = 1  # of slots 1 and 2, words 0
+    value = np.random.default_rng([tiny.source.seed, 60]).standard_normal(2)
+    world.worth = 2.0 * np.tile(value[world.cluster], (2, 1))
+    query = np.array([[world.first_subreddit, *(first + np.array([0, 1, 4, 5, 8, 9])), 2]])
+    response = np.array([[first, first + 4, first + 8, EOS, PAD]])
+    table, counts = world.order, 2 * (value[0] + 2 * value[1])
+    assert world.quality(query, response) == pytest.approx(counts + 3 * (table[0, 1] + table[1, 1]))
+    response[0, 2] = first + 10  # not offered: no word, no neighbour, and a third of 2K
+    assert world.quality(query, response) == pytest.approx(counts - 2 * value[1] + 3 * table[0, 1] - 2)
+    assert np.array_equal(plain.worth, np.tile(value[plain.cluster], (2, 1)))  # of the cluster, in every subreddit
+
+
+def test_a_number_is_the_weight_of_coherence_and_of_nothing_else(tiny):
+    block = World(tiny.source.model_copy(update={"interaction": Terms(attributes=1.0, coherence=0.5)}))
+    number = World(tiny.source.model_copy(update={"interaction": 0.5}))
+    query = number.prompts(40, np.random.default_rng(0))
+    response = number.summaries(query, np.random.default_rng(1))
+    assert np.array_equal(block.quality(query, response), number.quality(query, response))
+
+
+def test_every_summary_is_listed_once(world):
+    query = world.prompts(5, np.random.default_rng(0))
+    listed = world.every_summary(query)
+    assert listed.shape == (5, 4, 3) and all(len(np.unique(each, axis=0)) == 4 for each in listed)
+    assert all((world.validity(query, listed[:, i]) == 1).all() for i in range(4))
+    assert (listed[:, 0, 0] == listed[:, 1, 0]).all() and (listed[:, 0, 1] != listed[:, 1, 1]).all()
+
+
+def test_the_drawn_worlds_are_those_of_params_yaml(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import draw_worlds
+
+    mini = config.load()
+    arms = mini.arms_of("mini", "worlds")
+    drawn = draw_worlds.draws()
+    assert list(drawn) == list(arms) and len(drawn) == 12
+    for name, source in drawn.items():
+        assert arms[name].source == mini.scales["mini"].source.model_copy(update=source), name
 
 
 @pytest.mark.parametrize("tags, buckets", [("attributes", 5), ("quality", 10)])
