@@ -39,6 +39,9 @@ FIGURES = {  # caption, measure, where the bars start
     "fig11": ("Pairs are the best and the worst of 25 samples by ROUGE-L against a summary that the policy cannot see: "
               "the reward is no simpler than the policy. Where all samples tie there is no pair, so that online DPO "
               "takes fewer steps; Online(DPO) 2x takes twice its epochs and comes nearer to as many.", ROUGE, 0),
+    "rouge_warm": ("Fig. 11's policies, and Online(DPO) on samples at higher temperatures, by which its logits are "
+                   "divided too. Prompts whose samples all tie stay, as pairs of equal sides, so that it takes as many "
+                   "steps as DPO.", ROUGE, 0),
     "sizes": ("Every policy of Fig. 3, and Online(SFT) on more prompts (Fig. 5), at each size, which base, SFT policy, "
               "reward model and policies all have.", WINRATE, 0),
     "told": ("Fig. 3 in a world whose base was told, by the tag at the end of every document, how good it is: "
@@ -59,7 +62,7 @@ GAPS = {"Online(DPO) - DPO": ("online", "dpo"), "Online(DPO) - DPO 2x": ("online
 
 def graph_bars(scale: str, name: str) -> list[Bar]:
     """The bars of Figs 3, 4 and 11: the scale's own policies."""
-    task, folder = ("rouge" if name == "fig11" else "human"), ("value" if name == "fig4" else "scores")
+    task, folder = ("rouge" if name in ("fig11", "rouge_warm") else "human"), ("value" if name == "fig4" else "scores")
     longer = name == "fig11" and config.load_scale(scale).synthetic
     shown = ["dpo", "dpo_2x", "online_sft", "online", *["online_2x"] * longer]
     seedless = [] if name == "fig4" else [Bar("SFT", f"{scale}/{task}/{folder}/sft")]
@@ -74,6 +77,10 @@ def arm_bars(scale: str, name: str, arms: dict[str, schema.Scale]) -> list[Bar]:
                 for label, arm in labels.items() for policy in ("dpo", "online")]
     if name == "sizes":
         return size_bars(scale, arms)
+    if name == "rouge_warm":
+        warm = [Bar(f"Online(DPO) T={cfg.samples.online.temperature:g}", *figure.policy(scale, "online", name, arm),
+                    series="Online(DPO)") for arm, cfg in arms.items()]
+        return graph_bars(scale, name) + warm
     if name == "fig5":
         ours = config.load_scale(scale)
         labels = {"Online(SFT)": ""} | {f"Online(SFT) {more_prompts(ours, cfg)}": arm for arm, cfg in arms.items()}
@@ -124,6 +131,8 @@ def contrasts(name: str, bars: list[Bar]) -> dict[str, dict[str, float]]:
     if name in ("recipe", "recipe_data"):
         labels = [bar.removeprefix("DPO ") for bar in names if bar.startswith("DPO ")]
         return {f"{label}: Online(DPO) - DPO": {f"Online(DPO) {label}": 1, f"DPO {label}": -1} for label in labels}
+    if name == "rouge_warm":
+        return {f"{bar} - DPO": {bar: 1, "DPO": -1} for bar in names if bar.startswith("Online(DPO)")}
     if name == "sizes":
         labels = [bar.removeprefix("SFT ") for bar in names if bar.startswith("SFT ")]
         pairs = {label: (NAMES[a], NAMES[b]) for label, (a, b) in GAPS.items()}

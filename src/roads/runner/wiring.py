@@ -68,7 +68,9 @@ def arms_entry(name: str, figure: Figure) -> str:
     out = f"runs/${{item.scale}}/{name}/${{item.arm}}/${{item.seed}}"
     command = (f"python -m roads.stages.arm runs/{home}/data runs/{home}/sft {out} --scale {block} "
                "--seed ${item.seed}").split(" ") + ["--folders"] * figure.folders
-    blocks = [*ARM_READS, *["local"] * figure.folders, f"arms.{name}.${{item.arm}}"]
+    command += ["--task", figure.task] * (figure.task != "human")
+    blocks = [*ARM_READS, *["local"] * figure.folders, *["samples.rouge"] * (figure.task == "rouge"),
+              f"arms.{name}.${{item.arm}}"]
     params = [f'"${{item.scale}}.{block}"' for block in blocks] + [f"figures.yaml: [{name}.policies]"]
     return (f"  {name}_arms:\n    desc: {ARMS.format(name=name)}\n"
             f'    matrix: {{scale: ["${{scale}}"], arm: "${{arms.{name}}}", seed: "${{run_seeds.{name}}}"}}\n'

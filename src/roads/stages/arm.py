@@ -49,9 +49,9 @@ def splits(where: Path, cfg: schema.Scale) -> dict[str, dict[str, np.ndarray]]:
             "online": data.first(cfg.data.online, preferences, more)}
 
 
-def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int, *, folders: bool = False,
-        judges: bool = False) -> None:
-    """Write scores.npz: <policy> [N], a score per prompt of test_human, for SFT and every policy of the block, and
+def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int, *, task: schema.Task = "human",
+        folders: bool = False, judges: bool = False) -> None:
+    """Write scores.npz: <policy> [N], a score per prompt of test_<task>, for SFT and every policy of the block, and
     <policy>.quality [N] where it is known; likelihood.<kind> [M], and .by_quality, of held-out pairs by every reward
     model. metrics.json: each policy's metrics and KL from SFT, those of the pairs, and how well the reward models tell
     held-out pairs apart.
@@ -66,12 +66,13 @@ def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int, *, fold
     used = schema.used(cfg, "compute", "policies", "source", "data", "reward", "dpo", "samples", "judge",
                        *["local"] * folders)
     used |= {"dpo": cfg.dpo.told(), "seed": seed} | ({"rounds": cfg.rounds} if cfg.rounds > 1 else {})
-    del used["samples"]["rouge"], used["samples"]["best_of_n"]
+    del used["samples"]["human" if task == "rouge" else "rouge"], used["samples"]["best_of_n"]
     key = stage.fingerprint(used, [where, sft], "arm")
     with stage.output(out, used, [where, sft]) as folder:
-        has_online = bool({"online", "online_sft"} & set(cfg.policies))
-        run = Steps(distributed.SCRATCH / key, 6 + 2 * has_online + cfg.synthetic + 2 * folders + judges + sum(
-            {"dpo": 5, "dpo_2x": 4}.get(name, 3 + 3 * cfg.rounds) for name in cfg.policies), out.as_posix())
+        readers, has_online = task == "human", bool({"online", "online_sft"} & set(cfg.policies))
+        total = 6 + 2 * has_online + (cfg.synthetic and readers) + 2 * folders + judges
+        total += sum({"dpo": 5, "dpo_2x": 4}.get(name, 3 + 3 * cfg.rounds) for name in cfg.policies)
+        run = Steps(distributed.SCRATCH / key, total, out.as_posix())
         run.where.mkdir(parents=True, exist_ok=True)
         for name, rows in splits(where, cfg).items():
             np.savez(run.where / f"{name}.npz", **rows)
@@ -87,11 +88,11 @@ def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int, *, fold
             return {"likelihood": found["mean_score"], "accuracy": found["accuracy"]}
 
         # A judge that is paid by the answer labels no pairs that nothing is trained on (Fig 6).
-        paid = cfg.samples.human.labels == "judge" and cfg.judge.kind in schema.OUTSIDE
+        paid = readers and cfg.samples.human.labels == "judge" and cfg.judge.kind in schema.OUTSIDE
         labelled = {"preferences": run.where / "preferences.npz"} | ({} if paid else {"valid": where / "valid.npz"})
         for name, prompts in labelled.items():
-            drawn = run(f"candidates/{name}", sample.sample, sft, prompts, ..., cfg, "human", 0)
-            pairs[name] = run(f"pairs/{name}", rank.rank, drawn, ..., cfg, "human", data=where)
+            drawn = run(f"candidates/{name}", sample.sample, sft, prompts, ..., cfg, task, 0)
+            pairs[name] = run(f"pairs/{name}", rank.rank, drawn, ..., cfg, task, data=where, split=name)
         metrics["pairs"] = stage.read_json(pairs["preferences"] / "metrics.json")
         if has_online:
             reward_model = run("reward", reward.reward, pairs["preferences"], sft, ..., cfg, seed)
@@ -111,7 +112,7 @@ def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int, *, fold
                 policies[name] = start
         if "dpo" in policies and "valid" in pairs:
             metrics["dpo_rm"] = held_out(policies["dpo"], "dpo")
-        if cfg.synthetic:
+        if cfg.synthetic and readers:
             metrics["zero_shot"] = held_out(sft, "base")
         if folders:
             held_out(run("local", dpo.dpo, pairs["preferences"], sft, ..., cfg, seed, local=True), "local")
@@ -120,9 +121,9 @@ def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int, *, fold
             scores.update({f"untrained.{kind}": right for kind, right in arrays.load(done / "scores.npz").items()})
             metrics["untrained"] = stage.read_json(done / "metrics.json")
         for name, policy in policies.items():
-            drawn = run(f"completions/{name}", sample.sample, policy, where / "test_human.npz", ..., cfg, "evaluate",
+            drawn = run(f"completions/{name}", sample.sample, policy, where / f"test_{task}.npz", ..., cfg, "evaluate",
                         seed if name != "sft" else 0)
-            done = run(f"scores/{name}", evaluate.evaluate, drawn, where, ..., cfg, "human")
+            done = run(f"scores/{name}", evaluate.evaluate, drawn, where, ..., cfg, task)
             found = arrays.load(done / "scores.npz")
             scores |= {name: found["score"]} | ({f"{name}.quality": found["quality"]} if "quality" in found else {})
             metrics[name] = stage.read_json(done / "metrics.json")
@@ -168,9 +169,10 @@ def of_size(cfg: schema.Scale, n: int, epochs: schema.Epochs) -> schema.Scale:
 def _command() -> None:
     parser = stage.arguments(__doc__, "data", "sft", "out")
     parser.add_argument("--seed", type=stage.seed, required=True)
+    parser.add_argument("--task", default="human", choices=["human", "rouge"], help="whose preferences: %(default)s")
     parser.add_argument("--folders", action="store_true", help="keep what figures read of the graph's own seeds")
     a = parser.parse_args()
-    arm(a.data, a.sft, a.out, config.load_scale(a.scale), a.seed, folders=a.folders)
+    arm(a.data, a.sft, a.out, config.load_scale(a.scale), a.seed, task=a.task, folders=a.folders)
 
 
 if __name__ == "__main__":
