@@ -8,12 +8,12 @@ $(error figures.yaml: expected a file with a row for every figure; `git checkout
 endif
 PAPER := $(filter fig%,$(FIGURES))
 EXTRA := $(filter-out fig%,$(FIGURES))
-.PHONY: help setup test test-fast test-gpu check-gpu bench-gpu test-vllm $(PAPER) $(EXTRA) figures extras claims report results judges theory kit unpack status plan graph dag times bench search lint lint-image image lock clean
+.PHONY: help setup test test-fast test-gpu check-gpu bench-gpu test-vllm $(PAPER) $(EXTRA) figures extras claims report results diff judges theory kit unpack status plan graph dag times bench search lint lint-image image lock clean
 
 VENV := .venv
 # What make is given may hold anything, as the name of a folder may. It is taken as it is written, `$` and all, and gets
 # to a recipe by the environment: there "$$DATA" is one word, whatever is in it.
-GIVEN := SCALE DATA JOBS FIG LAUNCH PYTHON ARGS VENV ARCHIVE
+GIVEN := SCALE DATA JOBS FIG LAUNCH PYTHON ARGS VENV ARCHIVE A B
 $(foreach name,$(GIVEN),$(eval override $(name) := $$(value $(name))))
 OUTER_PATH := $(value PATH)
 export $(GIVEN) OUTER_PATH
@@ -146,6 +146,11 @@ report: setup  ## claims, figures and theory on one page: reports/<scale>/index.
 
 results: setup  ## the numbers and verdicts of docs/results.md and README.md, from reports/mini
 	@$(PY) -m roads.report.results reports/mini docs/results.md README.md
+
+diff: setup  ## A=reports/mini B=FOLDER: two sets of reports, bar by bar and claim by claim
+	@$(if $(A),,$(call refuse,A,a folder of reports))
+	@$(if $(B),,$(call refuse,B,a folder of reports))
+	@$(PY) -m roads.report.diff "$$A" "$$B" $$ARGS
 
 judges: setup  ## what the judges of a scale of real posts like, with examples: reports/<scale>/judges.md
 	@$(SET_SCALE)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)
 # `make test` gives its children what it was given, and its depth: what tests start must not inherit either.
 PLAIN = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name not in
-         ("MFLAGS", "SCALE", "DATA", "JOBS", "FIG", "LAUNCH", "PYTHON", "ARGS", "VENV", "ARCHIVE",
+         ("MFLAGS", "SCALE", "DATA", "JOBS", "FIG", "LAUNCH", "PYTHON", "ARGS", "VENV", "ARCHIVE", "A", "B",
           "OUTER_PATH", "ROADS_LAUNCH")}
 ENV = PLAIN | {"PYTHONPATH": "src", "PYTHONHASHSEED": "0", "MPLBACKEND": "Agg", "DVC_NO_ANALYTICS": "1",
                "TOKENIZERS_PARALLELISM": "false", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

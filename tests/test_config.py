@@ -60,8 +60,9 @@ def leaves(value):
 
 
 def differ(a: dict, b: dict, prefix="") -> set[str]:
-    return {path for key in a for path in (differ(a[key], b[key], f"{prefix}{key}.") if isinstance(a[key], dict) and a[key]
-                                           else {prefix + key} if a[key] != b[key] else ())}
+    return {path for key in a for path in (
+        differ(a[key], b[key], f"{prefix}{key}.") if isinstance(a[key], dict) and a[key]
+        else {prefix + key} if a[key] != b[key] else ())}
 
 
 def test_an_arm_is_its_scale_with_what_its_line_says():
