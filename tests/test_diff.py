@@ -1,10 +1,12 @@
-"""`make diff`: two folders of reports, bar by bar."""
+"""`make diff`: two folders of reports, bar by bar; and DVC's own verbs, which show what is in git without a run."""
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
-from conftest import ROOT, make
+from conftest import ENV, ROOT, edit, make
 
 from roads.report import diff
 from roads.stage import UserError
@@ -68,3 +70,31 @@ def test_the_target_says_what_it_needs_and_exits_like_diff(other, tmp_path):
     change(other / "fig3.json", lambda content: content["bars"][0].update(mean=0.0))
     assert "4 of 5 bars the same" in make(ROOT, "-s", "diff", f"A={other}", f"B={MINI}", code=2)
     assert "B=: expected a folder of reports" in make(ROOT, "-s", "diff", f"A={MINI}", code=2)
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """A clone without any run, one number of whose params.yaml was changed."""
+    where = tmp_path_factory.mktemp("fresh") / "clone"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(where)], check=True)
+    edit(where, "dpo: {lr: 1.0e-4, schedule: linear, batch_size: 32, epochs: 2, beta: 0.1, shards: 1}",
+         "dpo: {lr: 1.0e-4, schedule: linear, batch_size: 32, epochs: 2, beta: 0.3, shards: 1}")
+    return where
+
+
+@pytest.mark.parametrize("verb", ["metrics show", "params diff", "plots show"])
+def test_the_verbs_of_dvc_say_something_in_a_fresh_clone(fresh, verb):
+    options = ["-o", "pictures"] if verb == "plots show" else ["--json"]
+    done = subprocess.run([sys.executable, "-m", "dvc", *verb.split(), *options], cwd=fresh, env=ENV, text=True,
+                          capture_output=True, check=True)
+    if verb == "params diff":
+        assert json.loads(done.stdout) == {"params.yaml": {"mini.dpo.beta": {"old": 0.1, "new": 0.3}}}
+        return
+    if verb == "plots show":
+        page = (fresh / "pictures/index.html").read_text(encoding="utf-8")
+        assert all(f'"fig{n}"' in page for n in range(3, 13))
+        return
+    (found,) = json.loads(done.stdout)[""]["data"].values()
+    fig3 = json.loads((ROOT / "reports/mini/fig3.json").read_text(encoding="utf-8"))
+    assert found["data"]["fig3"] == {bar["bar"]: round(bar["mean"], 4) for bar in fig3["bars"]}
+    assert sum(found["data"]["claims"].values()) > 50

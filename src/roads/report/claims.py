@@ -262,11 +262,20 @@ def _exists_at_mini(claim: Claim, bar: str, path: Path) -> None:
         raise UserError(f"claims.{claim.id}.contrast: {path.stem} has no bar {bar!r}{nearest(bar, names)}")
 
 
+def metrics(rows: list[dict], reports: Path) -> dict:
+    """For `dvc metrics`: the mean of every bar of the figures that are there, and how many claims have which verdict."""
+    found = {name: read_figure(reports / f"{name}.json") for name in schema.figures(reports)}
+    means = {name: {bar.bar: round(bar.mean, 4) for bar in figure.bars} for name, figure in found.items()}
+    return means | {"claims": dict(Counter(row["verdict"] for row in rows))}
+
+
 def save(claims: Claims, rows: list[dict], reports: Path) -> None:
-    """Write claims.json and claims.csv under `reports`, each complete or not at all."""
+    """Write claims.json, claims.csv and metrics.json under `reports`, each complete or not at all."""
     columns = ["id", "family", "verdict", "beyond_margin", "mean", "low", "high", "by_seed", "over_seeds", "test",
                "margin", "p", "p_adjusted", "n", "figure", "source", "sentence", "changed", "why"]
-    with stage.writing_all(reports / "claims.json", reports / "claims.csv") as (as_json, as_csv):
+    files = (reports / name for name in ("claims.json", "claims.csv", "metrics.json"))
+    with stage.writing_all(*files) as (as_json, as_csv, as_metrics):
+        stage.write_json(as_metrics, metrics(rows, reports))
         stage.write_json(as_json, {
             "scale": reports.resolve().name, "alpha": claims.alpha, "claims": rows,
             "hypotheses": [hypothesis.model_dump() for hypothesis in claims.hypotheses]})

@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from roads import stage
+from roads.report import schema
 from roads.report.schema import Bar, Claims, Figure, read
 from roads.stage import UserError
 
@@ -21,10 +22,10 @@ def figures(folder: Path) -> dict[str, Figure]:
     Raises:
         UserError: there is none, or a file that no figure wrote.
     """
-    paths = [path for path in sorted(folder.glob("*.json")) if path.name != "claims.json"]
-    if not paths:
+    names = schema.figures(folder)
+    if not names:
         raise UserError(f"{folder}: no figures; expected a folder of reports, such as reports/mini")
-    return {path.stem: read(path, Figure, f"make {path.stem}") for path in paths}
+    return {name: read(folder / f"{name}.json", Figure, f"make {name}") for name in names}
 
 
 def apart(ours: Bar, theirs: Bar) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from roads import config, stage
+from roads.report import schema
 from roads.report.schema import Broken, Claim, Claims, Complexity, Estimate, Figure, Gap, Statements, read
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -230,7 +231,7 @@ def page(folder: Path) -> str:
     if not folder.is_dir():
         raise stage.UserError(f"{folder}: no such folder; expected reports/<scale>, which `make figures` makes")
     scale = folder.resolve().name
-    names = {path.stem for path in folder.glob("*.json")} - {"claims"}
+    names = set(schema.figures(folder))
     if not names:
         raise stage.UserError(f"{folder}: expected a folder of figures; `make figures SCALE={scale}` makes them")
     table = config.load_figures()

@@ -146,6 +146,11 @@ class Complexity(BaseModel):
     limits: list[dict]
 
 
+def figures(folder: Path) -> list[str]:
+    """The names of the figures that a folder of reports has."""
+    return sorted({path.stem for path in folder.glob("*.json")} - {"claims", "metrics"})
+
+
 def read(path: Path, schema: type[Model], remedy: str) -> Model:
     """A JSON file as `schema`.
 
