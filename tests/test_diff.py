@@ -88,7 +88,8 @@ def test_the_verbs_of_dvc_say_something_in_a_fresh_clone(fresh, verb):
     done = subprocess.run([sys.executable, "-m", "dvc", *verb.split(), *options], cwd=fresh, env=ENV, text=True,
                           capture_output=True, check=True)
     if verb == "params diff":
-        assert json.loads(done.stdout) == {"params.yaml": {"mini.dpo.beta": {"old": 0.1, "new": 0.3}}}
+        ((key, found),) = json.loads(done.stdout)["params.yaml"].items()
+        assert (key, found["old"], found["new"]) == ("mini.dpo.beta", 0.1, 0.3)
         return
     if verb == "plots show":
         page = (fresh / "pictures/index.html").read_text(encoding="utf-8")

@@ -263,7 +263,7 @@ def _exists_at_mini(claim: Claim, bar: str, path: Path) -> None:
 
 
 def metrics(rows: list[dict], reports: Path) -> dict:
-    """For `dvc metrics`: the mean of every bar of the figures that are there, and how many claims have which verdict."""
+    """For `dvc metrics`: the mean of every bar of the figures that are there, and how many claims have each verdict."""
     found = {name: read_figure(reports / f"{name}.json") for name in schema.figures(reports)}
     means = {name: {bar.bar: round(bar.mean, 4) for bar in figure.bars} for name, figure in found.items()}
     return means | {"claims": dict(Counter(row["verdict"] for row in rows))}
