@@ -204,3 +204,22 @@ def test_what_an_arm_cannot_say(tmp_path, old, new, message):
     (tmp_path / "figures.yaml").write_bytes((ROOT / "figures.yaml").read_bytes())
     with pytest.raises(UserError, match=message):
         config.load(tmp_path / "params.yaml")
+
+
+def test_arms_that_differ_in_what_readers_like_share_a_base(tiny, tmp_path):
+    """Base, SFT rows and test prompts are the same bytes; not so with another number of attributes, or other tags."""
+    def made(**source):
+        cfg = tiny.model_copy(update={"source": tiny.source.model_copy(update=source)})
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        data.data(None, out, cfg)
+        return cfg.made_from(), [(out / f"{name}.npz").read_bytes() for name in ("base", "sft", "test_human")]
+
+    own, bytes_of = made()
+    for source in ({"taste": [0.0, 3.0]}, {"interaction": 2.0}, {"tau": 9.0}):
+        assert made(**source) == (own, bytes_of)
+    for source in ({"taste": [1.0, 2.0, 3.0]}, {"tags": "quality"}, {"seed": 5}):
+        other, others = made(**source)
+        assert other != own and others != bytes_of
+    told, first = made(tags="quality")
+    again, second = made(tags="quality", interaction=2.0)
+    assert told != again and first != second  # there the base's documents tell it

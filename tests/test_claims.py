@@ -50,7 +50,6 @@ BARS = {
         "offline pairs, readers", "offline pairs, readers, divided", "offline pairs, RM", "offline pairs, RM soft",
         "own pairs, RM", "own pairs, RM, divided", "own best and worst, RM, divided", "exact, RM", "exact, DPO")],
     "rouge_warm": ["DPO", "Online(DPO) T=0.25", "Online(DPO) T=0.5"],
-    "sizes": [f"{method} width {width}" for width in (32, 128) for method in ("DPO 2x", "Online(DPO)")],
     "methods": ["DPO paper", "Online(DPO) paper", "IPO ipo-02", "SimPO simpo-05", "chi-PO chi-po-05",
                 "DPO + KL dpo-kl-001", "DPO + KL eq2", "Online(DPO), 3 rounds rounds3", "REBEL rebel"],
     "more_data": _pairs([6000, 12000, 24000]) | {"Online(SFT), 6000 prompts n=24000": 24000},

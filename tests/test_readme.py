@@ -178,7 +178,7 @@ def test_epochs_at_other_numbers_of_pairs_are_what_the_rules_give():
     arms = params.arms_of("mini", "learnt")
     for arm in arms.values():
         assert {n: (e.dpo, e.reward) for n, e in arm.sizes.items()} == {n: expected[n] for n in arm.sizes}
-    assert len(arms) == 6 and set(arms["two"].sizes) == set(expected)
+    assert len(arms) == 5 and set(arms["two"].sizes) == set(expected)
 
 
 def test_claims_take_every_loss_at_its_best():

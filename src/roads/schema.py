@@ -284,9 +284,14 @@ class Scale(Strict):
         return self
 
     def made_from(self) -> dict:
-        """What the SFT checkpoint and the test prompts follow from: arms that agree in it share them."""
+        """What the SFT checkpoint and the test prompts follow from: arms that agree in it share them. Where tags tell
+        attributes, what readers like is in no document of a world."""
         data = self.data.model_dump(exclude={"preferences", "more", "online"})
-        return used(self, "source", "model", "base", "sft") | {"data": data}
+        made = used(self, "source", "model", "base", "sft") | {"data": data}
+        if self.synthetic and self.source.tags == "attributes":
+            source = self.source.model_dump(exclude={"taste", "interaction", "tau"})
+            made["source"] = source | {"attributes": len(self.source.taste)}
+        return made
 
 
 def used(scale: Scale, *blocks: str) -> dict:
