@@ -88,6 +88,18 @@ def test_a_failed_stage_says_why(project, job, reason, jobs):
     assert found == f"FAILED job@mini: {reason}"
 
 
+def test_a_run_says_how_far_it_is_and_what_comes_next(project):
+    said = reproduce("--jobs", "1")
+    lines = [re.search(r"\(\d+ s; (\d) of 4(.*)\)$", line) for line in said.splitlines() if line.startswith("done  ")]
+    assert [line[1] for line in lines] == ["1", "2", "3", "4"] and not lines[3][2]
+    assert all(re.fullmatch(r"; about \d+ s left", line[2]) for line in lines[:3]), said
+    assert re.search(r"^4 of 4 stages in \d+ s\. `make claims report` decides", said, re.M)
+    Path("job.py").write_text("raise ValueError")
+    said = reproduce("job@mini", code=1)
+    assert re.search(r"^0 of 1 stages in .*; they are kept, and the same command continues\. One stage alone, with all "
+                     r"that it prints: dvc repro --single-item job@mini$", said, re.M)
+
+
 def test_a_command_in_a_shell_that_is_killed_says_so(project):
     Path("dvc.yaml").write_text(DVC_YAML.replace("wc runs", "kill -9 $$; wc runs"))
     said = reproduce(code=1)

@@ -25,6 +25,7 @@ from roads import active, config, schema
 from roads.active import Active
 from roads.process import end_with
 from roads.runner import dvc_patches, preflight, prefork
+from roads.runner.progress import Progress, clock, weights
 from roads.stage import LAUNCH, STAGES_PER_GPU, UserError, main
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def stop(signum: int, frame: object) -> None:
         end = time.monotonic() + 2
         while any(process.poll() is None for process in list(running.values())) and time.monotonic() < end:
             time.sleep(0.05)
-    print("Stopped. The same command goes on from here.", file=sys.stderr, flush=True)
+    print("Stopped. The same command continues from here.", file=sys.stderr, flush=True)
     os._exit(128 + signum)
 
 
@@ -196,9 +197,9 @@ def stop_with(make: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def bring_up_to_date(todo: dict[str, set[str]], jobs: int, lock: int, gpus: list[str]) -> int:
+def bring_up_to_date(todo: dict[str, set[str]], jobs: int, lock: int, gpus: list[str], progress: Progress) -> int:
     """Run the stages, `jobs` at once; each of them gets one of the GPUs, or none where the list is empty."""
-    order, ready, at_work, done, failed = TopologicalSorter(todo), [], {}, 0, []
+    order, ready, at_work, failed, begun = TopologicalSorter(todo), [], {}, [], time.monotonic()
     order.prepare()
     TIMES.parent.mkdir(exist_ok=True)
     with TIMES.open("a", encoding="utf-8", buffering=1) as times, ThreadPoolExecutor(jobs) as pool:
@@ -216,17 +217,23 @@ def bring_up_to_date(todo: dict[str, set[str]], jobs: int, lock: int, gpus: list
                 gpus += [gpu] if gpu else []
                 if (reason := future.result()) is None:
                     order.done(stage)
-                    done += 1
                     seconds = time.monotonic() - since
-                    print(f"done  {stage} ({seconds:.0f} s; {done} of {len(todo)})", flush=True)
+                    progress.done(stage, seconds)
+                    print(f"done  {stage} ({seconds:.0f} s; {progress.line(len(at_work))})", flush=True)
                     times.write(f"{stage},{seconds:.1f}\n")
                 else:
                     failed.append(f"FAILED {stage}: {reason}")
                     others = f"; {len(at_work)} others still run" if at_work else ""
                     print(failed[-1] + others, file=sys.stderr, flush=True)
-    if done and len(failed) > 1:  # they may stand far apart
+    took = f"{progress.total - len(progress.left)} of {progress.total} stages in {clock(time.monotonic() - begun)}"
+    if not failed:
+        print(f"{took}. `make claims report` decides the claims and puts everything on one page.", flush=True)
+        return 0
+    if len(progress.left) < progress.total and len(failed) > 1:  # they may stand far apart
         print(*failed, sep="\n", file=sys.stderr)
-    return len(failed) > 0
+    print(f"{took}; they are kept, and the same command continues. One stage alone, with all that it prints: dvc repro "
+          f"{SINGLE} {failed[0].split()[1].rstrip(':')}", file=sys.stderr, flush=True)
+    return 1
 
 
 def workers(scale: schema.Scale, jobs: int | None, per_gpu: int = 1) -> tuple[int, list[str]]:
@@ -275,7 +282,7 @@ def command() -> int:
     jobs, gpus = workers(cfg, args.jobs, per_gpu)
     print(f"{len(todo)} stages to bring up to date, {jobs} at once", flush=True)
     with prefork_server():
-        return bring_up_to_date(todo, jobs, lock, gpus)
+        return bring_up_to_date(todo, jobs, lock, gpus, Progress(weights(commands, params), jobs))
 
 
 @contextlib.contextmanager
