@@ -60,6 +60,7 @@ def test_pairs_that_tie_stay_as_equal_sides(tmp_path):
 def start(tiny, tmp_path_factory):
     """A folder with data and SFT checkpoint of the scale tiny."""
     where = tmp_path_factory.mktemp("start")
+    tiny = tiny.model_copy(update={"data": tiny.data.model_copy(update={"valid": 90})})  # not as many as test prompts
     data.data(None, where / "data", tiny)
     base.base(where / "data", where / "base", tiny)
     sft.sft(where / "data", where / "base", where / "sft", tiny)

@@ -150,8 +150,8 @@ def sweep(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int) -> No
             part, place = of_size(cfg, n, epochs), kept / f"n{n}"
             if not place.exists():
                 arm(where, sft, place, part, seed, judges=cfg.synthetic)
-            scores |= {f"n{n}.{name}": values for name, values in arrays.load(place / "scores.npz").items()
-                       if not name.endswith("post")}
+            with np.load(place / "scores.npz") as file:  # test prompts and held-out pairs are not as many
+                scores |= {f"n{n}.{name}": file[name] for name in file.files if not name.endswith("post")}
             metrics |= {f"n{n}.{name}": values for name, values in stage.read_json(place / "metrics.json").items()}
         np.savez(folder / "scores.npz", **scores)
         stage.write_json(folder / "metrics.json", metrics)
