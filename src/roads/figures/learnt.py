@@ -25,7 +25,8 @@ CAPTION = ("Columns: what readers like (params.yaml has each as an arm); x: pair
            "start, the same number of prompts as there are pairs, and the same epochs, chosen for offline DPO at every "
            "number of pairs in development worlds. Below: how often a judge prefers the truly better summary of a "
            "held-out pair. Probe: a linear function of the SFT policy's last hidden state, fitted to the same pairs. "
-           "Tag and likelihood: what the SFT policy itself says, without a pair.")
+           "Tag and likelihood: what the SFT policy itself says, without a pair. Pairs of equal quality, of which "
+           "coherence and counts have some, are right for no judge, so that chance is below one half there.")
 
 
 def bars_of(scale: str, name: str) -> list[Bar]:
