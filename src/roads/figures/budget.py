@@ -85,7 +85,8 @@ def _command() -> None:
         gaps = {f"{bar.name} - DPO at its KL ({bar.x:.1f})": matched(bars, bar) for bar in online}
     figure.save(a.out, a.figure, a.runs, bars, gaps, a.scale, CAPTIONS[a.figure],
                 "winrate against the reference summary",
-                partial(figure.lines, x_label="reverse KL from the SFT policy, nats", named=a.figure == "budget"))
+                partial(figure.lines, x_label="reverse KL from the SFT policy, nats", named=a.figure == "budget",
+                        measured=a.figure == "methods"))
 
 
 if __name__ == "__main__":

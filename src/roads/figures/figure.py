@@ -17,7 +17,8 @@ SYNTHETIC = "synthetic world: evidence about the mechanism, not about TL;DR"
 PAPER = Path("data/paper_numbers.json")
 COLOURS = {"SFT": "#9a9a9a", "DPO": "#4878a8", "DPO 2x": "#a3bcd4", "Online(SFT)": "#e9b44c", "Online(DPO)": "#d1762c",
            "Global RM": "#d1762c", "Local RM": "#5f9e6e", "DPO RM": "#4878a8", "Base": "#9a9a9a",
-           "small": "#a3bcd4", "medium": "#4878a8", "large": "#1f3d5c"}
+           "DPO + KL": "#a3bcd4", "IPO": "#5f9e6e", "SimPO": "#b05a7a", "chi-PO": "#7d6bb0", "REBEL": "#222222",
+          "Online(DPO), 2 rounds": "#b3541e", "Online(DPO), 3 rounds": "#7a3512", "small": "#a3bcd4", "medium": "#4878a8", "large": "#1f3d5c"}
 MARKERS = "osD^v"
 
 
@@ -192,12 +193,12 @@ def bar_chart(content: dict, floor: float) -> Figure:
     return figure
 
 
-def lines(content: dict, x_label: str, log: bool = False, gaps_at: dict | None = None,
-          named: bool = False) -> Figure:
+def lines(content: dict, x_label: str, log: bool = False, gaps_at: dict | None = None, named: bool = False,
+          measured: bool = False) -> Figure:
     """One line per series over x, with 95% intervals and every seed's point.
 
     Args:
-        named: x is measured, not set: every point has its name.
+        measured: x is, and not set: no tick for each. named: so it is, and every point has its name.
         gaps_at: label of a gap -> (name of its line, x): they are drawn beside, instead of written above.
     """
     figure, panels = plt.subplots(1, 2 if gaps_at else 1, figsize=(10.2 if gaps_at else 6.8, 4.8), squeeze=False)
@@ -225,7 +226,7 @@ def lines(content: dict, x_label: str, log: bool = False, gaps_at: dict | None =
         if log:
             axes.set_xscale("log")
             axes.minorticks_off()
-        if not named:
+        if not (named or measured):
             axes.set_xticks(places, [f"{x:g}" for x in places])
         axes.set_xlabel(x_label)
         axes.legend(fontsize=7.5, frameon=False)
