@@ -190,6 +190,9 @@ def _scale(path: Path, name: str, block: dict) -> Scale:
     for key, why in (("policies", "trains all of them"), ("rounds", "has one"), ("sizes", "has one")):
         if key in block:
             raise UserError(f"{path}: {name}.{key}: unknown key; an arm has {key}, a scale {why}")
+    recipe = block.get("dpo")
+    if isinstance(recipe, dict) and recipe.get("online_loss", "dpo") != "dpo":
+        raise UserError(f"{path}: {name}.dpo.online_loss: expected dpo; an arm may have another, a scale has not")
     return strict.check(Scale, block, str(path), name)
 
 

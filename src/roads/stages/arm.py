@@ -107,7 +107,8 @@ def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int, *, task
                     of_round = name + f"_{number + 1}" * (number > 0)
                     drawn = run(f"{of_round}_candidates", sample.sample, start, run.where / "online.npz", ..., cfg,
                                 "online", 0 if start == sft else seed)
-                    ranked = run(f"{of_round}_pairs", rank.rank, drawn, ..., cfg, "reward", model=reward_model)
+                    ranked = run(f"{of_round}_pairs", rank.rank, drawn, ..., cfg, "reward", model=reward_model,
+                                 rewards=cfg.dpo.online_loss == "rebel")
                     start = run(of_round, dpo.dpo, ranked, start, ..., cfg, seed, online=True)
                 policies[name] = start
         if "dpo" in policies and "valid" in pairs:

@@ -68,8 +68,8 @@ def reward_scores(query: np.ndarray, completions: np.ndarray, path: Path, comput
 
 
 def rank(completions: Path, out: Path, cfg: schema.Scale, by: str, *, data: Path | None = None,
-         split: str = "preferences", model: Path | None = None) -> None:
-    """Score the completions and write the best and the worst of each prompt as a pair."""
+         split: str = "preferences", model: Path | None = None, rewards: bool = False) -> None:
+    """Score the completions and write the best and the worst of each prompt as a pair; rewards: with both scores."""
     settings = getattr(cfg.samples, "online" if by == "reward" else by)
     used = schema.used(cfg, "source", "judge") | {"labels": settings.labels} if by == "human" else {}
     reads = [completions, *(path for path in (data, model) if path)]
@@ -103,9 +103,7 @@ def rank(completions: Path, out: Path, cfg: schema.Scale, by: str, *, data: Path
         if not decided.any():
             fix = "raise source.max_preference_tokens" if is_row else "raise the temperature"
             raise stage.UserError(f"{completions}: no prompt has two sides that differ; {fix}")
-        more = {}
-        if by == "reward" and cfg.dpo.online_loss == "rebel":
-            more = {"rewards": np.stack([scores.max(1), scores.min(1)], 1)[decided]}
+        more = {"rewards": np.stack([scores.max(1), scores.min(1)], 1)[decided]} if rewards else {}
         np.savez(folder / "pairs.npz", query=query[decided], chosen=chosen[decided], rejected=rejected[decided], **more)
         stage.write_json(folder / "metrics.json", told | {
             "pairs": int(decided.sum()), "dropped_as_ties": int((~decided).sum()), "ties": tied,
