@@ -279,7 +279,7 @@ def test_dvc_exp_run_sets_one_value_of_any_scale_and_of_an_arm(tmp_path):
     ("seeds: {default: [0]", "seeds: {default: [0], fig5: [0, 1]", "params.yaml", S1),
     ("seeds: {default: [0]", "seeds: {default: [0], fig6: [0, 1]", "params.yaml", []),
     ("preferences: 60, online: 60", "preferences: 60, online: 50", "params.yaml", ["fig12_arms", "fig12"]),
-    ("policies: [dpo, online_sft]\nrouge_warm", "policies: [dpo]\nhorizon", "figures.yaml", ["fig12_arms", "fig12"]),
+    ("policies: [dpo, online_sft]\nrouge_warm", "policies: [dpo]\nrouge_warm", "figures.yaml", ["fig12_arms", "fig12"]),
     ('"Fig. 7: validation', '"Figure 7: validation', "figures.yaml", ["fig7"]),
     ("Stage reward:", "Stage reward, edited:", "src/roads/stages/reward.py", ["reward", "fig12_arms"]),
     ("Stage arm:", "Stage arm, edited:", "src/roads/stages/arm.py", ["fig12_arms"]),
