@@ -2,8 +2,7 @@
 
     python -m roads.report.claims claims.yaml reports/mini     # writes reports/mini/claims.{json,csv} and prints them
 
-A claim whose figures were not made here, as most are in a fresh clone, keeps the estimate that stands in claims.json
-where that was made from the same scores.
+A claim whose figures were not made here, as in a fresh clone, keeps claims.json's estimate if it is of the same scores.
 """
 
 import argparse
@@ -97,11 +96,7 @@ class Bars:
         return figure, found[0], path
 
     def series(self, claim: Claim, name: str) -> dict[str, tuple[Figure, Bar, Path]]:
-        """The bars of a series of a figure, by their worlds: `DPO w03` is DPO's of w03.
-
-        Raises:
-            Lacking, UserError: as `find`.
-        """
+        """The bars of a series of a figure, by their worlds: `DPO w03` is DPO's of w03. Raises as `find` does."""
         figure, path = self.figures[claim.figure], self.reports / f"{claim.figure}.json"
         first = next((bar.bar for bar in figure.bars if bar.series == name), name) if figure else name
         self.find(claim, first)
@@ -202,7 +197,7 @@ def measure(claim: Claim, found: dict[str, tuple[Figure, Bar, Path]]) -> dict:
 
 
 def made_from(claim: Claim, found: dict[str, tuple[Figure, Bar, Path]]) -> str:
-    """A hash of what an estimate follows from: the claim's numbers, and the scores of the bars that it names."""
+    """A hash of what an estimate follows from: the claim's numbers, and the scores of its bars."""
     asked = claim.model_dump(exclude={"id", "sentence", "source", "changed"})
     scores = {name: [bar.key, [figure.provenance.files.get(path) for path in bar.scores], figure.seeds]
               for name, (figure, bar, _) in found.items()}
@@ -264,16 +259,16 @@ def _exists_at_mini(claim: Claim, bar: str, path: Path) -> None:
 
 def metrics(rows: list[dict], reports: Path) -> dict:
     """For `dvc metrics`: the mean of every bar of the figures that are there, and how many claims have each verdict."""
-    found = {name: read_figure(reports / f"{name}.json") for name in schema.figures(reports)}
-    means = {name: {bar.bar: round(bar.mean, 4) for bar in figure.bars} for name, figure in found.items()}
+    means = {name: {bar.bar: round(bar.mean, 4) for bar in read_figure(reports / f"{name}.json").bars}
+             for name in schema.figures(reports)}
     return means | {"claims": dict(Counter(row["verdict"] for row in rows))}
 
 
 def save(claims: Claims, rows: list[dict], reports: Path) -> None:
-    """Write claims.json, claims.csv and metrics.json under `reports`, each complete or not at all."""
+    """Write claims.json, claims.csv and metrics.json under `reports`, complete or not at all."""
     columns = ["id", "family", "verdict", "beyond_margin", "mean", "low", "high", "by_seed", "over_seeds", "test",
                "margin", "p", "p_adjusted", "n", "figure", "source", "sentence", "changed", "why"]
-    files = (reports / name for name in ("claims.json", "claims.csv", "metrics.json"))
+    files = [reports / name for name in ("claims.json", "claims.csv", "metrics.json")]
     with stage.writing_all(*files) as (as_json, as_csv, as_metrics):
         stage.write_json(as_metrics, metrics(rows, reports))
         stage.write_json(as_json, {
