@@ -69,8 +69,8 @@ def arms_entry(name: str, figure: Figure) -> str:
     command = (f"python -m roads.stages.arm runs/{home}/data runs/{home}/sft {out} --scale {block} "
                "--seed ${item.seed}").split(" ") + ["--folders"] * figure.folders
     command += ["--task", figure.task] * (figure.task != "human")
-    blocks = [*ARM_READS, *["local"] * figure.folders, *["samples.rouge"] * (figure.task == "rouge"),
-              f"arms.{name}.${{item.arm}}"]
+    blocks = [block.replace("human", figure.task) for block in ARM_READS]
+    blocks += [*["local"] * figure.folders, f"arms.{name}.${{item.arm}}"]
     params = [f'"${{item.scale}}.{block}"' for block in blocks] + [f"figures.yaml: [{name}.policies]"]
     return (f"  {name}_arms:\n    desc: {ARMS.format(name=name)}\n"
             f'    matrix: {{scale: ["${{scale}}"], arm: "${{arms.{name}}}", seed: "${{run_seeds.{name}}}"}}\n'
