@@ -62,7 +62,7 @@ ifneq ($(LAUNCH),)
 export ROADS_LAUNCH := configs/accelerate/$(LAUNCH).yaml
 endif
 
-help:  ## this list
+help:  ## inspect: this list
 	@echo "make TARGET [SCALE=name] [DATA=path] [JOBS=n] [LAUNCH=name] [PYTHON=python3.12]"
 	@echo "  SCALE and DATA are written to active.yaml first; without them its scale, '$(SCALE_NOW)', is used."
 	@echo "  JOBS stages run at the same time: one per core, or GPU, unless you say otherwise."
