@@ -9,6 +9,7 @@ deviation of the quality of a prompt's summaries, 1.74 in mini.
 import numpy as np
 
 from roads import config
+from roads.judge import quality
 from roads.world import World
 
 SEED, WORLDS = 2026, 12
@@ -20,8 +21,7 @@ def spread(world: World, prompts: int = 2000, n: int = 16) -> float:
     """Standard deviation of quality over random summaries of a prompt."""
     rng = np.random.default_rng(0)
     queries = world.prompts(prompts, rng)
-    quality = np.stack([world.quality(queries, world.summaries(queries, rng)) for _ in range(n)], 1)
-    return float(np.sqrt(quality.var(axis=1, ddof=1).mean()))
+    return quality.spread(np.stack([world.quality(queries, world.summaries(queries, rng)) for _ in range(n)], 1))
 
 
 def draws() -> dict[str, dict]:
