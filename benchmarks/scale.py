@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from roads import candidates, generate, model, schema, stage
 from roads.preference_losses import dpo_loss
-from roads.runner import cost
+from roads.runner import cost, devices
 from roads.tldr import EOS
 
 RESULTS = Path(__file__).resolve().parent / "scale.json"
@@ -106,7 +106,7 @@ def seconds(run) -> float:
 
 
 def fit(points: list[dict]) -> dict[str, float]:
-    """flops, decode, step and layer of cost.Device, by least squares of the relative error; no term below 0."""
+    """flops, decode, step and layer of devices.Device, by least squares of the relative error; no term below 0."""
     from scipy.optimize import nnls
 
     works = [work(point) for point in points]
@@ -117,7 +117,7 @@ def fit(points: list[dict]) -> dict[str, float]:
 
 
 def predicted(point: dict, fitted: dict) -> float:
-    return work(point).seconds(cost.Device(**fitted, startup=0))
+    return work(point).seconds(devices.Device(**fitted, startup=0))
 
 
 def scale(points: list[dict]) -> dict:

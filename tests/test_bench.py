@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench  # noqa: E402
 import scale  # noqa: E402
 
-from roads.runner import cost, devices  # noqa: E402
+from roads.runner import devices  # noqa: E402
 
 DATA = ROOT / "data/tldr_sample"
 TINY = bench.Settings(hidden_size=32, layers=2, heads=2, vocab_size=1100, bpe=1000, query=160, response=24, repeats=2,
@@ -106,7 +106,7 @@ def test_scale_measures_fits_and_predicts(tmp_path):
 
 
 def test_the_fit_finds_the_numbers_that_made_the_points():
-    device = cost.Device(flops=4e10, decode=20, step=0.01, layer=0.002, startup=0)
+    device = devices.Device(flops=4e10, decode=20, step=0.01, layer=0.002, startup=0)
     points = scale.grid()
     for point in points:
         point["measured"] = scale.work(point).seconds(device)

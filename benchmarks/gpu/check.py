@@ -27,7 +27,8 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from roads import active, candidates, config, generate, model, schema, stage
-from roads.runner import cost, devices, preflight
+from roads.runner import devices, preflight
+from roads.runner.work import COLD, SHARED
 from roads.stages import dpo
 from roads.tldr import EOS, PAD
 
@@ -159,8 +160,8 @@ def check(cfg: schema.Scale, tiny: bool) -> dict:
         print(f"{name} ({time.perf_counter() - begin:.0f} s): {json.dumps(new)}", flush=True)
     rate = found.get(f"{cfg.compute.sampler}_tokens_per_second", found.get("tree_tokens_per_second"))
     if "step_flops" in found and rate:
-        if cfg.compute.sampler == "tree" and cfg.samples.online.temperature <= cost.COLD:
-            rate *= cost.SHARED  # the plan counts so many of a cold prompt's completions
+        if cfg.compute.sampler == "tree" and cfg.samples.online.temperature <= COLD:
+            rate *= SHARED  # the plan counts so many of a cold prompt's completions
         found |= {"parameters": parameters, "device": {
             "flops": found["step_flops"], "decode": rate * parameters / 1e9, "step": 0, "layer": 0,
             "startup": found["start_up_seconds"] + 5, "memory": found["memory_bytes"]}}
