@@ -19,6 +19,9 @@ FIGURES = {  # caption, x of a block, its axis, its label in a bar's name, polic
     "horizon": ("K slots, a word each: two of six candidates, four of four, eight and twelve of two. The noise of the"
                 " labels is scaled with the spread of quality.",
                 lambda cfg: cfg.source.slots, "slots K (horizon K + 1)", "K", ["dpo", "dpo_2x", "online"], False),
+    "branching": ("K slots, a word each, with 256 summaries of every prompt and 96 words in all: two of sixteen "
+                  "candidates, four of four, eight of two. The labels' noise is scaled with the spread of quality.",
+                  lambda cfg: cfg.source.slots, "slots K (horizon K + 1)", "K", ["dpo", "dpo_2x", "online"], False),
     "complexity": ("Weight of coherence, a property of the whole summary, in its quality; at 0 that is a sum of words.",
                    lambda cfg: cfg.source.interaction, "weight of the interaction", "interaction",
                    ["dpo", "dpo_2x", "online"], False),

@@ -5,6 +5,7 @@ The mean probability, which the paper draws, grows with the scale of a reward; a
     python -m roads.figures.likelihood runs reports/mini --scale mini --figure fig7
 """
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -32,12 +33,15 @@ def bars_of(scale: str, name: str) -> list[Bar]:
     arms = params.arms_of(scale, borrowed[0]) if borrowed else {}
     if name in ("fig7", "sizes_judges"):
         kinds = {bar: kind for bar, kind in KINDS.items() if synthetic or kind != "base"}
-        own = f" {policies.size_label(params.scales[scale])}" * (name == "sizes_judges")
-        bars = [Bar(bar + own, f"{scale}/human/likelihood/{kind}" + "/s{seed}" * (kind != "base"), series=bar)
+        bars = [Bar(bar, f"{scale}/human/likelihood/{kind}" + "/s{seed}" * (kind != "base"), series=bar)
                 for bar, kind in kinds.items()]
-        return bars + [Bar(f"{bar} {policies.size_label(cfg)}", f"{scale}/sizes/{arm}/s{{seed}}/likelihood/{kind}",
-                           series=bar)
-                       for arm, cfg in arms.items() if not arm.endswith("-prompts") for bar, kind in kinds.items()]
+        if name == "fig7":
+            return bars
+        role, own = policies.size_roles(params.scales[scale], arms), policies.size_label(params.scales[scale])
+        bars = [replace(bar, name=f"{bar.name} {own}", roles=role(bar.name, own)) for bar in bars]
+        sizes = {policies.size_label(cfg): arm for arm, cfg in arms.items() if not arm.endswith("-prompts")}
+        return bars + [Bar(f"{bar} {label}", f"{scale}/sizes/{arm}/s{{seed}}/likelihood/{kind}", series=bar,
+                           roles=role(bar, label)) for label, arm in sizes.items() for bar, kind in kinds.items()]
     return [Bar(bar, f"{scale}/told/{arm}/s{{seed}}", f"likelihood.{kind}") for arm in arms
             for bar, kind in KINDS.items() if kind != "local"]
 

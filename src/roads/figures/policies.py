@@ -3,6 +3,7 @@
     python -m roads.figures.policies runs reports/mini --scale mini --figure fig3
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -104,14 +105,26 @@ def size_bars(scale: str, arms: dict[str, schema.Scale]) -> list[Bar]:
     sizes = {size_label(config.load_scale(scale)): ("", ("fig5", more))}
     sizes |= {size_label(cfg): (arm, ("sizes", f"{arm}-prompts")) for arm, cfg in arms.items()
               if not arm.endswith("-prompts")}
-    bars = []
+    bars, role = [], size_roles(config.load_scale(scale), arms)
     for label, (arm, (folder, prompts)) in sizes.items():
-        bars += [Bar(f"{NAMES[policy]} {label}", *figure.policy(scale, policy, "sizes", arm), series=NAMES[policy])
+        bars += [Bar(f"{NAMES[policy]} {label}", *figure.policy(scale, policy, "sizes", arm), series=NAMES[policy],
+                     roles=role(NAMES[policy], label))
                  for policy in ("sft", "dpo", "dpo_2x", "online_sft", "online")]
         if folder == "fig5" or prompts in arms:
-            bars.append(Bar(f"Online(SFT) more prompts {label}", *figure.policy(scale, "online_sft", folder, prompts),
-                            series="Online(SFT)"))
+            more = "Online(SFT) more prompts"
+            bars.append(Bar(f"{more} {label}", *figure.policy(scale, "online_sft", folder, prompts),
+                            series="Online(SFT)", roles=role(more, label)))
     return bars
+
+
+def size_roles(ours: schema.Scale, arms: dict[str, schema.Scale]) -> Callable[[str, str], tuple[str, ...]]:
+    """What claims call a bar, by its name and its size's label: that of the smallest or of the largest model."""
+    def size(cfg: schema.Scale) -> float:
+        return cfg.model.hidden_size if cfg.model.kind == "new" else cfg.model.parameters
+
+    every = sorted([ours, *arms.values()], key=size)
+    ends = {size_label(every[0]): "smallest model", size_label(every[-1]): "largest model"}
+    return lambda bar, label: (f"{bar} {ends[label]}",) if label in ends else ()
 
 
 def size_label(cfg: schema.Scale) -> str:
