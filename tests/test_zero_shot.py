@@ -48,4 +48,5 @@ def test_right_by_quality_is_not_right_by_label(base, world, tiny, tmp_path, mon
     monkeypatch.setattr(likelihood, "margins", lambda *_: torch.tensor([2.0, 1.0, 0.5, 0.5, 0.0]))
     likelihood.likelihood(base, tmp_path / "pairs", base, tmp_path / "out", tiny, "base")
     with np.load(tmp_path / "out/scores.npz") as found:
-        assert found["by_quality"].tolist() == [1, 1, 0, 0, 0.5] and (found["score"][:4] > 0.5).all() and "post" not in found
+        assert found["by_quality"].tolist() == [1, 1, 0, 0, 0.5]
+        assert (found["score"][:4] > 0.5).all() and "post" not in found
