@@ -8,12 +8,12 @@ $(error figures.yaml: expected a file with a row for every figure; `git checkout
 endif
 PAPER := $(filter fig%,$(FIGURES))
 EXTRA := $(filter-out fig%,$(FIGURES))
-.PHONY: help setup test test-fast test-gpu check-gpu bench-gpu test-vllm $(PAPER) $(EXTRA) figures extras claims report results diff judges theory kit unpack status plan graph dag times bench search lint lint-image image lock clean
+.PHONY: help setup test test-fast test-gpu check-gpu bench-gpu test-vllm $(PAPER) $(EXTRA) figures extras claims report results diff export publish judges theory kit unpack status plan graph dag times bench search lint lint-image image lock clean
 
 VENV := .venv
 # What make is given may hold anything, as the name of a folder may. It is taken as it is written, `$` and all, and gets
 # to a recipe by the environment: there "$$DATA" is one word, whatever is in it.
-GIVEN := SCALE DATA JOBS FIG LAUNCH PYTHON ARGS VENV ARCHIVE A B
+GIVEN := SCALE DATA JOBS FIG LAUNCH PYTHON ARGS VENV ARCHIVE A B RUN OUT REPO
 $(foreach name,$(GIVEN),$(eval override $(name) := $$(value $(name))))
 OUTER_PATH := $(value PATH)
 export $(GIVEN) OUTER_PATH
@@ -153,6 +153,16 @@ diff: setup  ## inspect: A=reports/mini B=FOLDER: two sets of reports, bar by ba
 	@$(if $(A),,$(call refuse,A,a folder of reports))
 	@$(if $(B),,$(call refuse,B,a folder of reports))
 	@$(PY) -m roads.report.diff "$$A" "$$B" $$ARGS
+
+export: setup  ## inspect: RUN=runs/mini/sft OUT=FOLDER: a model as transformers, TRL and others open it
+	@$(if $(RUN),,$(call refuse,RUN,the folder of a policy or of a reward model))
+	@$(if $(OUT),,$(call refuse,OUT,a folder to write))
+	@$(PY) -m roads.report.export "$$RUN" "$$OUT" $$ARGS
+
+publish: setup  ## inspect: RUN=runs/mini/sft REPO=ORG/NAME: the same, pushed to the hub as a private model
+	@$(if $(RUN),,$(call refuse,RUN,the folder of a policy or of a reward model))
+	@$(if $(REPO),,$(call refuse,REPO,a name on the hub, as ORG/NAME))
+	@$(PY) -m roads.report.export "$$RUN" "build/publish/$$REPO" --publish "$$REPO" $$ARGS
 
 judges: setup  ## run: what the judges of a scale of real posts like, with examples: reports/<scale>/judges.md
 	@$(SET_SCALE)

@@ -32,6 +32,7 @@ TESTED = {"make figures": "test_rehearsal.py runs this at scale rehearsal",
           "make results": "test_results.py runs its command: the checkout has no reports of mini",
           "make figures SCALE=rehearsal": "test_rehearsal.py runs this",
           "make fig11 SCALE=real-tiny": "test_real.py runs this where the packages are",
+          "make publish RUN=runs/tiny/sft REPO=org/name": "test_export.py runs it against a stand-in for the hub",
           "make kit SCALE=real": "test_real.py tests its parts; the whole needs a package index",
           "make fig11 SCALE=real-cpu DATA=path/to/folder": "test_pipeline.py runs this one whole"}
 
