@@ -8,7 +8,7 @@ $(error figures.yaml: expected a file with a row for every figure; `git checkout
 endif
 PAPER := $(filter fig%,$(FIGURES))
 EXTRA := $(filter-out fig%,$(FIGURES))
-.PHONY: help setup test test-fast test-gpu check-gpu bench-gpu test-vllm $(PAPER) $(EXTRA) figures extras claims report results diff export publish judges theory kit unpack status plan graph dag times bench search lint lint-image image lock clean
+.PHONY: help setup test test-fast test-gpu check-gpu bench-gpu test-vllm $(PAPER) $(EXTRA) figures extras claims report results diff browse export publish judges theory kit unpack status plan graph dag times bench search lint lint-image image lock clean
 
 VENV := .venv
 # What make is given may hold anything, as the name of a folder may. It is taken as it is written, `$` and all, and gets
@@ -153,6 +153,9 @@ diff: setup  ## inspect: A=reports/mini B=FOLDER: two sets of reports, bar by ba
 	@$(if $(A),,$(call refuse,A,a folder of reports))
 	@$(if $(B),,$(call refuse,B,a folder of reports))
 	@$(PY) -m roads.report.diff "$$A" "$$B" $$ARGS
+
+browse: setup  ## inspect: what every policy wrote, beside post and reference: reports/<scale>/browse.html
+	@$(PY) -m roads.report.browse "runs/$(if $(SCALE),$$SCALE,$(SCALE_NOW))" "reports/$(if $(SCALE),$$SCALE,$(SCALE_NOW))"
 
 export: setup  ## inspect: RUN=runs/mini/sft OUT=FOLDER: a model as transformers, TRL and others open it
 	@$(if $(RUN),,$(call refuse,RUN,the folder of a policy or of a reward model))
