@@ -86,7 +86,7 @@ def runs(point: dict):
     if point["what"] == "sampling":
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            policy.get_output_embeddings().weight[EOS] = 0  # nearly all go on to the end
+            policy.get_output_embeddings().weight[EOS] = 0  # nearly all of them run to the end
         return lambda: generate.complete(policy, query, n, RESPONSE, 1.0, generator)
     if point["what"] == "reference":
         return lambda: candidates.in_batches(candidates.logps, policy, query, completions, label="")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes FIGURES at scale paper in the image IMAGE, and goes on where another machine stopped: DVC's remote, dvc.lock,
+# Makes FIGURES at scale paper in the image IMAGE, and continues where another machine stopped: DVC's remote, dvc.lock,
 # params.yaml, active.yaml and the judge's answers lie in SHARED, a bucket's mount or a shared folder. Asked to stop, it lets the runner
-# end its stages. With SCRATCH, a folder that outlives the machine, a stage that was cut goes on from its last checkpoint.
+# end its stages. With SCRATCH, a folder that outlives the machine, a stage that was cut continues from its last checkpoint.
 #     FIGURES=fig11 IMAGE=roads OPTIONS=JOBS=8 SHARED=/bucket bash cloud/paper.sh
 set -euf -o pipefail # f: FIGURES and OPTIONS are words, and no patterns of file names
 every=300 # seconds: a lost machine's answers since then are asked for again; of six times that, stages are made again
@@ -19,7 +19,7 @@ push() { # dvc.lock last: all that it names is there by then
   cp dvc.lock params.yaml active.yaml .dvc/tmp/
   dvc push --quiet --run-cache && cp .dvc/tmp/{params,active}.yaml .dvc/tmp/dvc.lock "$SHARED/"
 }
-answers() { # what was paid for; SQLite itself copies a file that is being written. If that fails, the rest goes on
+answers() { # what was paid for; SQLite itself copies a file that is being written. If that fails, the rest continues
   [ -e runs/judge.sqlite ] || return 0
   local copy=judge.sqlite.$BASHPID
   {

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs figures from the kit (scripts/kit.py) on a machine without a network:
 #     run.sh FIGURE... [--minutes N] [--scale NAME] [--jobs N]
-# It stops after N minutes; the same command goes on from there. What comes home is written to home.tar.xz beside it.
+# It stops after N minutes; the same command continues from there. What comes home is written to home.tar.xz beside it.
 set -euo pipefail
 kit=$(cd "$(dirname "$0")" && pwd)
 minutes=0 jobs="" figures=()

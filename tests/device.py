@@ -2,7 +2,7 @@
 
     python tests/device.py OTHER.so OUT --device cpu|other|cuda --precision fp32|bf16 [--reads OTHER-OUT]
 
-Writes metrics.json for every stage, and training once more as a run that was stopped and goes on. With --reads every
+Writes metrics.json for every stage, and training once more as a run that was stopped and continues. With --reads every
 stage reads what another run of this wrote, so that one stage's rounding is not the next one's input.
 """
 

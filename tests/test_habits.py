@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 
 from conftest import ROOT
 from ruamel.yaml import YAML
@@ -30,3 +31,17 @@ def test_the_workflow_is_ci_itself_on_both_pythons():
     assert 'requires-python = ">=3.11,<3.13"' in wanted and job["strategy"]["matrix"]["python"] == ["3.11", "3.12"]
     checkout = next(step for step in job["steps"] if "checkout" in step.get("uses", ""))
     assert checkout["with"]["fetch-depth"] == 0  # margins against results: the whole history
+
+
+PHRASES = r"\b(goes on|that is there|lies in|makes? anew|(is|are|be) to be had)\b"
+
+
+def test_no_phrase_of_the_list_is_left():
+    """Words that a reader stumbles over; in what git has of code, pages and settings."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, text=True, capture_output=True).stdout.splitlines()
+    kinds = (".py", ".md", ".yaml", ".toml", ".sh", ".html", "Makefile", "Dockerfile", ".txt")
+    read = [path for path in listed if path.endswith(kinds) and not path.startswith(("data/", "requirements/"))]
+    assert len(read) > 100
+    found = [f"{path}: {match[0]}" for path in read if path != "tests/test_habits.py"
+             for match in re.finditer(PHRASES, (ROOT / path).read_text(encoding="utf-8"))]
+    assert not found

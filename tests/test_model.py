@@ -143,7 +143,7 @@ def completions_of(n: int, longest: int = 5) -> torch.Tensor:
     if n > 2:
         found[:, 1] = found[:, 0]  # equal
         found[2, 0] = torch.tensor([5, 6, EOS, PAD, PAD, PAD])
-        found[2, 2] = torch.tensor([5, 6, 7, EOS, PAD, PAD])  # goes on where the other ends
+        found[2, 2] = torch.tensor([5, 6, 7, EOS, PAD, PAD])  # continues where the other ends
     return found
 
 

@@ -184,7 +184,7 @@ def test_the_runner_writes_the_lock_that_dvc_writes(project):
     ours = lock()
     assert list(ours["stages"]) == stages  # in their places, and the others as they were
     assert [name for name in stages if ours["stages"][name] != theirs["stages"][name]] == ["words@mini", "count@mini-1"]
-    reproduce()  # and DVC goes on from it
+    reproduce()  # and DVC continues from it
     assert Path("log").read_text().split().count("words") == 3
     assert lock()["stages"]["words@mini"] == ours["stages"]["words@mini"]
 

@@ -54,7 +54,7 @@ def source(place: Path) -> str:
 
 
 def check(place: Path) -> None:
-    """All that lies in a checkout runs its source, in its environment, from wherever it is called."""
+    """All that is in a checkout runs its source, in its environment, from wherever it is called."""
     ours = [source(place), str(place / ".venv")]
     for where in (place, place / "src", place.parent):
         programs = os.path.relpath(place / ".venv/bin", where)

@@ -1,4 +1,4 @@
-"""A run of the sampler that is killed goes on with the same bits."""
+"""A run of the sampler that is killed continues with the same bits."""
 
 import shutil
 import subprocess
@@ -49,7 +49,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, monkeypatch, tiny):
     process.wait()
     assert not (tmp_path / "found.pt").exists()
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    assert "goes on, " in done.stderr and " of 300 batches are done" in done.stderr
+    assert "continues, " in done.stderr and " of 300 batches are done" in done.stderr
     assert torch.equal(torch.load(tmp_path / "found.pt"), whole) and not list(scratch.glob("sample-*-*[0-9].npy"))
 
 

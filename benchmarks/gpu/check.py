@@ -154,7 +154,7 @@ def check(cfg: schema.Scale, tiny: bool) -> dict:
         begin = time.perf_counter()
         try:
             new = part()
-        except Exception as error:  # the other parts are still to be had
+        except Exception as error:  # the other parts still run
             new = {f"{name}_error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
         found |= new
         print(f"{name} ({time.perf_counter() - begin:.0f} s): {json.dumps(new)}", flush=True)

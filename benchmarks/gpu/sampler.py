@@ -127,7 +127,7 @@ def main() -> None:
             begin = wait(device)
             found = run(net, rows, temperature, **more)
             seconds = wait(device) - begin
-        except Exception as error:  # the other sides are still to be had
+        except Exception as error:  # the other sides still run
             traceback.print_exc(file=sys.stdout)
             say(a.out, side=side, temperature=temperature, error=f"{type(error).__name__}: {error}"[:1000], **more)
             return

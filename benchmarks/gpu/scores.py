@@ -192,7 +192,7 @@ def main() -> None:
                     found = run(rm, query, completions)
                 seconds = time.perf_counter() - start
                 say(a.out, completions=name, way=way, seconds=seconds, **compare(found, exact, completions))
-            except Exception as error:  # the other ways are still to be had
+            except Exception as error:  # the other ways still run
                 traceback.print_exc()
                 say(a.out, completions=name, way=way, error=f"{type(error).__name__}: {error}"[:500])
 

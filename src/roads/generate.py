@@ -67,7 +67,7 @@ def completions(policy: Path, query: Tensor, length: int, settings: schema.Sampl
     """Completions [N, n, length] of every query [N, Q] by the policy in a folder, with the sampler of cfg.compute.
 
     A prompt's are the same whatever is sampled before or after. They are kept (kept.py) for a stage that asks for
-    the same, and batches that are done in runs/.scratch for the last one: a killed run goes on where it was.
+    the same, and batches that are done in runs/.scratch for the last one: a killed run continues where it was.
     """
     vllm = cfg.compute.sampler == "vllm"
     batches = torch.arange(len(query)).split(max(1, (generate_vllm.ROWS if vllm else ROWS) // settings.n))
@@ -79,7 +79,7 @@ def completions(policy: Path, query: Tensor, length: int, settings: schema.Sampl
     sampled = [None if part is None else torch.from_numpy(part) for part in map(kept.read, files)]
     missing = [number for number, part in enumerate(sampled) if part is None]
     if len(missing) < len(batches):
-        print(f"sample s{seed}: goes on, {len(batches) - len(missing)} of {len(batches)} batches are done",
+        print(f"sample s{seed}: continues, {len(batches) - len(missing)} of {len(batches)} batches are done",
               file=sys.stderr)
     with tqdm(initial=sum(part.shape[0] for part in sampled if part is not None), total=len(query),
               desc=f"sample s{seed}", unit="prompt") as progress:
@@ -101,7 +101,7 @@ def _by_us(policy: Path, query: Tensor, batches: list[Tensor], missing: list[int
     found = {number: torch.empty(len(batches[number]), settings.n, length, dtype=torch.int32) for number in missing}
     left = {number: len(batches[number]) for number in missing}
     net = model.load_to_sample(policy, cfg.compute)
-    # What runs together decides how sums are rounded. On a CPU a batch runs by itself, so that a run that goes on ends
+    # What runs together decides how sums are rounded. On a CPU a batch runs by itself, so that a resumed run ends
     # with the same bits; a GPU, which promises none, is kept busy.
     for numbers in [missing] if net.device.type == "cuda" else [[number] for number in missing]:
         asked = ((batches[number], torch.Generator().manual_seed(seed * 1_000_003 + number)) for number in numbers)

@@ -222,7 +222,7 @@ def _inputs(query: Tensor, response: Tensor, where: torch.device) -> dict[str, T
 
 
 def prefill(trunk: PreTrainedModel, query: Tensor) -> tuple[Tensor, DynamicCache]:
-    """Run the prompts [B, Q], padded left, once: the last hidden states [B, d], and a cache to go on from."""
+    """Run the prompts [B, Q], padded left, once: the last hidden states [B, d], and a cache of keys and values."""
     real = query != PAD
     cache = DynamicCache(config=trunk.config)
     out = trunk(query.long(), attention_mask=real.long(), position_ids=_positions(real), past_key_values=cache)

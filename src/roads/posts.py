@@ -36,7 +36,7 @@ def download(source: Path) -> tuple[dict, dict, dict]:
     Returns:
         Posts by split, comparisons by split, and what was found: rows, SHA-256 and commit of each.
     Raises:
-        UserError: not such a file, nothing to be had from the hub, or other rows than expected.
+        UserError: not such a file, the hub cannot be reached, or other rows than expected.
     """
     try:
         wanted = stage.read_json(source)

@@ -31,12 +31,6 @@ def beside(folder: Path, *, rewards: bool) -> dict[str, Tensor]:
     return {name: torch.from_numpy(values).float() for name, values in found.items()}
 
 
-def right(margins: np.ndarray, better: np.ndarray) -> np.ndarray:
-    """Whether a judge's margin of every pair, [N], has the sign of the difference in true quality: 1 where it has, 0
-    where it has the other, one half where either is 0, as for two sides that are the same text."""
-    return (1 + np.sign(margins) * np.sign(better)) / 2
-
-
 def told_apart(chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, Tensor]:
     """What a training's curves say of rewards [B] of both sides: means, and how often the chosen one's is higher."""
     margins = chosen_rewards - rejected_rewards

@@ -116,14 +116,14 @@ class _Gradients:
             if means is None and (most == 1 or sharded()):  # the others may be waiting for this one's shard
                 raise UserError(f"{self.label}: {most} rows do not fit the memory of a GPU; in params.yaml set "
                                 "machine.micro_batch lower or gradient_checkpointing, or spread the weights with "
-                                "LAUNCH=8-gpu-fsdp; the same command goes on from the last checkpoint")
+                                "LAUNCH=8-gpu-fsdp; the same command continues from the last checkpoint")
             if sharded() or not sum_over(torch.tensor(float(means is None), device=self._where)):
                 break
             self.zero()
             clear_device_cache(garbage_collection=True)
             self.micro_batch = -(-most // 2)
             if rank == 0:
-                tqdm.write(f"{self.label}: {most} rows do not fit; goes on with {self.micro_batch} at once",
+                tqdm.write(f"{self.label}: {most} rows do not fit; continues with {self.micro_batch} at once",
                            file=sys.stderr)
         if not sharded():
             for parameter in self.objective.model.parameters():
@@ -176,7 +176,7 @@ def fit(net: nn.Module, loss_fn: Callable[[Tensor], tuple[Tensor, dict[str, Tens
     rate, loss, gradient norm before clipping, and what `loss_fn` has logged.
 
     AdamW with eps 1e-5 (Tables 2 to 4) and weight decay .01 (the authors' code). A checkpoint in runs/.scratch/<key>
-    makes a killed run go on where it was and end with the same bits.
+    makes a killed run continue where it was and end with the same bits.
 
     Args:
         weights: [n], what each row counts in the mean of `loss_fn`; None: all the same.
@@ -202,7 +202,7 @@ def fit(net: nn.Module, loss_fn: Callable[[Tensor], tuple[Tensor, dict[str, Tens
                            micro_batch or progress["micro_batch"], packed, label)
     gradients.zero()
     if log and rank == 0:
-        print(f"{label}: goes on at step {len(log)} of {len(plan)}", file=sys.stderr)
+        print(f"{label}: continues at step {len(log)} of {len(plan)}", file=sys.stderr)
     bar = tqdm(plan[len(log):], initial=len(log), total=len(plan), desc=label, unit="step", disable=rank > 0)
     speed = _Speed(LOGS / f"{label.replace(' ', '-')}-{key}.csv", len(plan), lengths, quiet=rank > 0)
     for rows in bar:

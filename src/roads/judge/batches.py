@@ -1,4 +1,4 @@
-"""OpenAI's Batch API: half the price, within a day. A batch goes on without us, and is found again after a kill."""
+"""OpenAI's Batch API: half the price, within a day. A batch runs without us, and is found again after a kill."""
 
 import asyncio
 import json
@@ -78,7 +78,7 @@ def _of_batches() -> Iterator[None]:
         with errors():
             yield
     except (Lost, Refused) as error:
-        raise UserError(f"{host_of()}: {error}; batches go on without us: run again to fetch them") from None
+        raise UserError(f"{host_of()}: {error}; batches run without us: run again to fetch them") from None
 
 
 async def _adopt(client: "AsyncOpenAI", book: Ledger) -> None:

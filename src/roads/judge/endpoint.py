@@ -169,7 +169,7 @@ def _local(host: str) -> bool:
 
 
 def reachable(judge: LLMJudge, timeout: float = 20.0) -> None:
-    """Raises UserError where the endpoint, the key or the judge's model is not to be had; asks and costs nothing."""
+    """Raises UserError where the endpoint, the key or the judge's model is missing; asks nothing and costs nothing."""
 
     import httpx
 

@@ -138,8 +138,8 @@ class Ledger:
         wrong = _dated(self.judge.model) and model != self.judge.model
         self.close(row, None if wrong else _text(body), str(model), usage_of(body))
         if wrong:
-            raise UserError(f"judge.model: asked for {self.judge.model}, but {host} answered as {model!r}; name the "
-                            "model that is there")
+            raise UserError(f"judge.model: asked for {self.judge.model}, but {host} answered as {model!r}; name "
+                            "that one, or fix the endpoint")
 
     def close(self, row: int, answer: str | None, model: str | None, usage: dict | None) -> None:
         """Nothing more is to come: an answer, or none, and the tokens that it took where they are known."""

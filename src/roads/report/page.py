@@ -247,7 +247,8 @@ def page(folder: Path) -> str:
                               keep_trailing_newline=True)
     environment.filters |= {"number": number, "p": p_value, "slug": slug, "sentence": sentence}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        scale=scale, run=provenance(figures), claims=claims, csv=(folder / "claims.csv").exists(),
+        scale=scale, run=provenance(figures), claims=claims,
+        browse=(folder / "browse.html").exists(), csv=(folder / "claims.csv").exists(),
         alpha=found and found.alpha,
         tally={v: verdicts.count(v) for v in ("supported", "not supported", "undecided", "not run") if v in verdicts},
         hypotheses=[{"hypothesis": h, "claims": [by_id[i] for i in h.claims if i in by_id]}

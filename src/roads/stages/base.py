@@ -152,7 +152,7 @@ def fetch(data: Path, out: Path, cfg: schema.Scale) -> None:
     """Write the pretrained model that the scale names, fp32, and which commit or GGUF file of it this is.
 
     Raises:
-        UserError: no such model or revision, none to be had, or one with fewer tokens than its tokenizer.
+        UserError: no such model or revision, one that cannot be fetched, or one with fewer tokens than its tokenizer.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 

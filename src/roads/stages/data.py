@@ -117,7 +117,7 @@ def packaged_tokenizer(wanted: schema.Packaged) -> tuple[object, int, int]:
 def choose(cfg: schema.Scale, source: Path, posts: dict, pairs: dict) -> dict[str, list[tldr.Row]]:
     """The rows of each split: as many as params.yaml asks for, or of your own rows as many as there are.
 
-    SFT and `more` are training posts. So is the preference set where there are no comparisons, and `more` goes on
+    SFT and `more` are training posts. So is the preference set where there are no comparisons, and `more` begins
     where it ends.
     """
     start = 0 if pairs else cfg.data.preferences
