@@ -72,6 +72,11 @@ def test_a_command_runs(checkout, command):
         subprocess.run(["bash", "-ec", here], cwd=checkout, env=ENV, check=True)
 
 
+def test_the_table_of_results_and_the_page_have_the_same_claims():
+    shown = re.findall(r"<!--\$verdict;([\w-]+)-->", README[README.index("## What comes out"):].split("\n\n")[2])
+    assert shown == claims.load(ROOT / "claims.yaml").headline and len(shown) == 8
+
+
 def test_make_help_lists_every_target(checkout):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = re.search(r"^\.PHONY: (.*)$", makefile, re.M)[1].split()

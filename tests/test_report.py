@@ -95,6 +95,20 @@ def test_a_claim_shows_its_seeds_what_was_changed_and_what_another_scale_says(fo
     assert text.count("At scale real") == 3 and "+0.111" in text  # one was not run there
 
 
+def test_the_page_opens_with_the_headline_claims_and_the_papers_values(folder):
+    """2x: 52.2 - 49.7 points of the paper's 1.4B; 2.8B has no bar for DPO 2x, and is left out."""
+    assert 'id="answer"' not in page.write(folder).read_text(encoding="utf-8")  # no claim is called one
+    content = stage.read_json(folder / "claims.json")
+    content["claims"][2]["contrast"] = {"DPO 2x": 1, "DPO": -1}
+    stage.write_json(folder / "claims.json", content | {"headline": ["2x", "later", "wins"]})
+    text = page.write(folder).read_text(encoding="utf-8")
+    answer = text[text.index('<h2 id="answer"'):text.index('<h2 id="run"')]
+    assert re.findall(r"Claim \w+\.", answer) == ["Claim 2x.", "Claim wins."]  # one was not run
+    assert answer.count("the paper, Pythia 1.4B: ") == 1 and "2.8B" not in answer and "+0.025" in answer
+    far = max(0.025, *(abs(end) for at in (-0.004, 0.025) for end in (estimate(at)["low"], estimate(at)["high"])))
+    assert f'class="hollow" cx="{50 + 48 * 0.025 / far:.2f}%"' in answer
+
+
 def test_what_is_on_the_page(folder):
     text = page.write(folder).read_text(encoding="utf-8")
     where = [text.index(f'<h3 id="figure-{name}"') for name in ("fig3", "fig11", "horizon")]

@@ -65,6 +65,7 @@ class Hypothesis(Strict):
 
 class Claims(Strict):
     alpha: Annotated[float, Field(gt=0, lt=1)]
+    headline: list[str] = []  # ids of the claims that the page opens with
     hypotheses: list[Hypothesis]
     claims: Annotated[list[Claim], Field(min_length=1)]
 
@@ -75,10 +76,11 @@ class Claims(Strict):
             twice = [key for key, count in Counter(found).items() if count > 1]
             if twice:
                 raise ValueError(f"{name}: expected distinct ids, got {twice[0]!r} twice")
-        for hypothesis in self.hypotheses:
-            for key in hypothesis.claims:
+        named = [(f"hypotheses.{each.id}.claims", each.claims) for each in self.hypotheses]
+        for where, keys in [("headline", self.headline), *named]:
+            for key in keys:
                 if key not in ids:
-                    raise ValueError(f"hypotheses.{hypothesis.id}.claims: no claim {key!r}{nearest(key, ids)}")
+                    raise ValueError(f"{where}: no claim {key!r}{nearest(key, ids)}")
         return self
 
 

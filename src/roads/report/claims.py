@@ -272,7 +272,7 @@ def save(claims: Claims, rows: list[dict], reports: Path) -> None:
     with stage.writing_all(*files) as (as_json, as_csv, as_metrics):
         stage.write_json(as_metrics, metrics(rows, reports))
         stage.write_json(as_json, {
-            "scale": reports.resolve().name, "alpha": claims.alpha, "claims": rows,
+            "scale": reports.resolve().name, "alpha": claims.alpha, "headline": claims.headline, "claims": rows,
             "hypotheses": [hypothesis.model_dump() for hypothesis in claims.hypotheses]})
         with as_csv.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")

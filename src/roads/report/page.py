@@ -169,6 +169,29 @@ def claim_rows(claims: list[Claim], figures: dict[str, Figure], table: dict[str,
     return rows
 
 
+def of_paper(claim: Claim, figure: Figure | None) -> dict[str, float]:
+    """A claim's difference in the paper's own numbers, by its series; of those that have all of its bars."""
+    paper = figure.paper if figure else None
+    unit = 100 if paper and "%" in paper.unit else 1
+    known = {one.name: [one.values.get(bar) for bar in claim.contrast] for one in (paper.series if paper else [])}
+    return {name: sum(w * v for w, v in zip(claim.contrast.values(), values, strict=True)) / unit
+            for name, values in known.items() if None not in values}
+
+
+def answer(ids: list[str], rows: dict[str, dict], figures: dict[str, Figure]) -> list[dict]:
+    """The claims that the page opens with, as one plot; those of one measure share its scale, and the paper's values."""
+    shown = [(rows[i], of_paper(rows[i]["claim"], figures.get(rows[i]["claim"].figure)))
+             for i in ids if i in rows and rows[i]["claim"].estimate]
+    found = []
+    for row, paper in shown:
+        alike = [(other["claim"], values) for other, values in shown if other["measure"] == row["measure"]]
+        far = reach([claim.estimate for claim, _ in alike],
+                    [abs(value) for claim, values in alike for value in (claim.margin, *values.values())])
+        marks = [{"name": name, "value": value, "at": f"{50 + 48 * value / far:.2f}%"} for name, value in paper.items()]
+        found.append(row | {"forest": forest(row["claim"].estimate, far, row["claim"].margin), "paper": marks})
+    return found
+
+
 def flatten(params: dict, prefix: str = "") -> dict[str, str]:
     """Nested parameters as dotted key -> value."""
     flat = {}
@@ -249,7 +272,7 @@ def page(folder: Path) -> str:
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         scale=scale, run=provenance(figures), claims=claims,
         browse=(folder / "browse.html").exists(), csv=(folder / "claims.csv").exists(),
-        alpha=found and found.alpha,
+        alpha=found and found.alpha, answer=answer(found.headline if found else [], by_id, figures),
         tally={v: verdicts.count(v) for v in ("supported", "not supported", "undecided", "not run") if v in verdicts},
         hypotheses=[{"hypothesis": h, "claims": [by_id[i] for i in h.claims if i in by_id]}
                     for h in (found.hypotheses if found else [])],

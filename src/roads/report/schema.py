@@ -116,6 +116,7 @@ class Hypothesis(BaseModel):
 
 class Claims(BaseModel):
     alpha: float
+    headline: list[str] = []
     claims: list[Claim]
     hypotheses: list[Hypothesis]
 
