@@ -179,7 +179,7 @@ def of_paper(claim: Claim, figure: Figure | None) -> dict[str, float]:
 
 
 def answer(ids: list[str], rows: dict[str, dict], figures: dict[str, Figure]) -> list[dict]:
-    """The claims that the page opens with, as one plot: a scale for each measure, the paper's values among the marks."""
+    """The claims that the page opens with as one plot: a scale for each measure, the paper's values among the marks."""
     shown = [(rows[i], of_paper(rows[i]["claim"], figures.get(rows[i]["claim"].figure)))
              for i in ids if i in rows and rows[i]["claim"].estimate]
     found = []
