@@ -173,9 +173,13 @@ def of_paper(claim: Claim, figure: Figure | None) -> dict[str, float]:
     """A claim's difference in the paper's own numbers, by its series; of those that have all of its bars."""
     paper = figure.paper if figure else None
     unit = 100 if paper and "%" in paper.unit else 1
-    known = {one.name: [one.values.get(bar) for bar in claim.contrast] for one in (paper.series if paper else [])}
-    return {name: sum(w * v for w, v in zip(claim.contrast.values(), values, strict=True)) / unit
-            for name, values in known.items() if None not in values}
+    found = {}
+    for one in paper.series if paper else []:
+        terms = [weight * value / unit for bar, weight in claim.contrast.items()
+                 if (value := one.values.get(bar)) is not None]
+        if len(terms) == len(claim.contrast):
+            found[one.name] = sum(terms)
+    return found
 
 
 def answer(ids: list[str], rows: dict[str, dict], figures: dict[str, Figure]) -> list[dict]:
