@@ -434,7 +434,7 @@ def test_two_at_once_submit_one_batch(cache, serve):
 
 def test_a_batch_whose_id_was_lost_is_found_by_its_tag(cache, serve):
     fake = serve(["cut"])  # the batch is made, and we are not told
-    with pytest.raises(UserError, match="batches go on without us"):
+    with pytest.raises(UserError, match="batches run without us"):
         client.answers(MESSAGES, BATCH, SPENDING, cache, poll=0.02)
     assert len(fake.batches) == 1
     assert client.answers(MESSAGES, BATCH, SPENDING, cache, poll=0.02) == SAID
