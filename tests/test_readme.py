@@ -45,7 +45,8 @@ def test_the_first_two_commands_are_among_those_that_ci_runs():
 
 def test_the_readme_is_short_and_its_links_lead_somewhere():
     assert len(README.split()) <= 1000
-    pages = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in ("results", "commands", "code", "cloud", "data", "measured", "log"))]
+    names = ("results", "commands", "code", "cloud", "data", "measured", "log")
+    pages = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in names)]
     for page in pages:
         path = ROOT / page
         for link in re.findall(r"\]\((?!http|#)([^)#]+)", path.read_text(encoding="utf-8")):
