@@ -129,7 +129,7 @@ figures: setup  ## run: the paper's figures, 3 to 12, that the scale allows
 	@$(SET_SCALE)
 	@$(REPRO) $(PAPER)
 
-extras: setup  ## run: what the paper could not do: sixteen more figures
+extras: setup  ## run: what the paper could not do: fifteen more figures
 	@$(SET_SCALE)
 	@$(REPRO) $(EXTRA)
 
