@@ -166,7 +166,9 @@ def bar_chart(content: dict, floor: float) -> Figure:
     """One bar per name, from `floor` on: mean over seeds and prompts, 95% interval, every seed's point."""
     paper, bars, seeds = content["paper"], content["bars"], content["seeds"]
     beside = bool(paper and paper["series"])
-    figure, panels = plt.subplots(1, 1 + beside, figsize=(6.6 + 3.2 * beside, 4.6), squeeze=False,
+    many = len(bars) > 14  # names and differences need room of their own
+    width, height = (0.7 * len(bars), 5 + 0.16 * len(content["gaps"])) if many else (6.6, 4.6)
+    figure, panels = plt.subplots(1, 1 + beside, figsize=(width + 3.2 * beside, height), squeeze=False,
                                   width_ratios=[2, 1.1][: 1 + beside])
     axes = panels[0, 0]
     for x, bar in enumerate(bars):
@@ -185,7 +187,8 @@ def bar_chart(content: dict, floor: float) -> Figure:
                                        for other, found in content["also"].items()),
                          *(f"KL {np.mean(bar['trained']['kl']):.1f}" for _ in [0] if "kl" in bar["trained"])])
               for bar in bars]
-    axes.set_xticks(range(len(bars)), labels, fontsize=8 if len(bars) < 7 else 6.5, rotation=0 if len(bars) < 7 else 30)
+    axes.set_xticks(range(len(bars)), labels, fontsize=8 if len(bars) < 7 else 6.5, rotation=0 if len(bars) < 7 else 30,
+                    ha="right" if many else "center")
     if beside:
         paper_panel(panels[0, 1], paper, [bar["bar"] for bar in bars if any(bar["bar"] in one["values"]
                                                                            for one in paper["series"])])
