@@ -22,7 +22,7 @@ PAGES = README + (ROOT / "docs/commands.md").read_text(encoding="utf-8")
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", PAGES, re.S)
             for line in block.splitlines() if line.strip()]
 PARTS_OF_MORE = [*(f"scores/{policy}" for policy in schema.POLICIES),
-                 *(f"likelihood/{kind}" for kind in ("reward", "local", "dpo"))]
+                 *(f"likelihood/{kind}" for kind in ("reward", "local", "dpo", "base"))]
 FIGURES = [name for name, scales in active.load(ROOT / "params.yaml").figures.items() if scales]  # mini's
 # CI runs these from a clean checkout. The search and the benchmarks take too long, and clean would end the tests.
 CI = {"make fig11", "make test", "make theory"}
@@ -109,7 +109,7 @@ def test_the_committed_reports_come_from_runs_in_the_lock():
         content = json.loads((ROOT / f"reports/mini/{figure}.json").read_text(encoding="utf-8"))
         assert content["seeds"] == params.seeds_of(figure, "mini")
         made = {out["path"] for stage in lock.values() for out in stage["outs"]}
-        made |= {f"{path}/{part}" for path in made if "/more/" in path for part in PARTS_OF_MORE}
+        made |= {f"{path}/{part}" for path in made if "/more/" in path or "/sizes/" in path for part in PARTS_OF_MORE}
         assert {path.removesuffix("/scores.npz") for path in content["provenance"]["files"]} <= made
 
 

@@ -166,7 +166,7 @@ def bar_chart(content: dict, floor: float) -> Figure:
     """One bar per name, from `floor` on: mean over seeds and prompts, 95% interval, every seed's point."""
     paper, bars, seeds = content["paper"], content["bars"], content["seeds"]
     beside = bool(paper and paper["series"])
-    many = len(bars) > 14  # names and differences need room of their own
+    many = len(bars) * (2 + len(content["also"])) > 30  # names and differences need room of their own
     width, height = (0.7 * len(bars), 5 + 0.16 * len(content["gaps"])) if many else (6.6, 4.6)
     figure, panels = plt.subplots(1, 1 + beside, figsize=(width + 3.2 * beside, height), squeeze=False,
                                   width_ratios=[2, 1.1][: 1 + beside])
@@ -193,7 +193,10 @@ def bar_chart(content: dict, floor: float) -> Figure:
         paper_panel(panels[0, 1], paper, [bar["bar"] for bar in bars if any(bar["bar"] in one["values"]
                                                                            for one in paper["series"])])
     finish(figure, axes, content)
-    axes.set_ylim(**({"bottom": floor} if min(bar["mean"] for bar in bars) >= floor else {"top": floor + 0.02}))
+    if min(means := [bar["mean"] for bar in bars]) >= floor:
+        axes.set_ylim(bottom=floor)
+    elif max(means) < floor:
+        axes.set_ylim(top=floor + 0.02)
     return figure
 
 
