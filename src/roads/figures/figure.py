@@ -193,10 +193,8 @@ def bar_chart(content: dict, floor: float) -> Figure:
         paper_panel(panels[0, 1], paper, [bar["bar"] for bar in bars if any(bar["bar"] in one["values"]
                                                                            for one in paper["series"])])
     finish(figure, axes, content)
-    if min(means := [bar["mean"] for bar in bars]) >= floor:
-        axes.set_ylim(bottom=floor)
-    elif max(means) < floor:
-        axes.set_ylim(top=floor + 0.02)
+    low, high = (end(bar["mean"] for bar in bars) for end in (min, max))
+    axes.set_ylim(**({"bottom": floor} if low >= floor else {"top": floor + 0.02} if high < floor else {}))
     return figure
 
 
