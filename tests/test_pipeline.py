@@ -372,15 +372,14 @@ def test_every_stage_depends_on_the_modules_it_imports(name):
 
 
 TABLE = YAML(typ="safe").load((ROOT / "figures.yaml").read_text(encoding="utf-8"))
+WITH_ARMS = {name for cfg in config.load(ROOT / "params.yaml").scales.values() for name in cfg.arms}
 
 
 @pytest.mark.parametrize("name", TABLE)
 def test_every_figure_depends_on_the_arms_and_seeds_of_what_it_shows(name):
     entry = ENTRIES[name]
     folders = [re.fullmatch(r"runs/\$\{item\.scale\}/(\w+)", dep) for dep in entry["deps"]]
-    params = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8")).values()
-    arms = {arm for block in params if isinstance(block, dict) for arm in block.get("arms", {})}
-    shown = [folder[1] for folder in folders if folder and folder[1] in arms]  # `anatomy` reads runs that are no arms
+    shown = [folder[1] for folder in folders if folder and folder[1] in WITH_ARMS]  # not anatomy's own runs
     assert entry["params"] == [*(f"${{item.scale}}.arms.{other}" for other in shown), {"figures.yaml": [name]},
                                {"active.yaml": [f"figure_seeds.{name}"]}]
 

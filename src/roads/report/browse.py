@@ -15,12 +15,11 @@ from jinja2 import Environment, StrictUndefined
 from tokenizers import Tokenizer
 
 from roads import arrays, stage, tldr
+from roads.figures.policies import NAMES
 from roads.tldr import EOS, PAD
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 TASKS = {"human": "Fig. 3", "rouge": "Fig. 11"}
-POLICIES = {"sft": "SFT", "dpo": "DPO", "dpo_2x": "DPO 2x", "online_sft": "Online(SFT)", "online": "Online(DPO)",
-            "online_2x": "Online(DPO) 2x"}
 PROMPTS = 30
 
 
@@ -46,7 +45,7 @@ def written(home: Path, task: str, prompts: int) -> list[dict]:
         UserError: completions and scores that are not of the same prompts.
     """
     found = {}
-    for name, label in POLICIES.items():
+    for name, label in NAMES.items():
         place = f"{task}/completions/{name}" + "/s0" * (name != "sft")
         scored = home / place.replace("completions", "scores") / "scores.npz"
         if (home / place / "completions.npz").exists() and scored.exists():

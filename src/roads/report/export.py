@@ -12,12 +12,11 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
-from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from roads import model, stage, tldr
 from roads.figures.provenance import provenance
+from roads.stages.base import swap_rows
 from roads.tldr import EOS, PAD
 
 
@@ -58,14 +57,6 @@ def put_back(spec: dict, eos_id: int, pad_id: int) -> dict:
     return spec | {"added_tokens": sorted(added, key=lambda token: token["id"])}
 
 
-@torch.no_grad()
-def rows_back(tensors: list[Tensor | None], eos_id: int, pad_id: int) -> None:
-    """Rows of EOS and padding, of embeddings and of an output head, at the ids that they had; in place, each once."""
-    for tensor in {id(t): t for t in tensors if t is not None}.values():
-        for a, b in reversed(tldr.swaps(eos_id, pad_id)):
-            tensor[[a, b]] = tensor[[b, a]]
-
-
 def classifier(rm: model.RewardModel, where: Path) -> PreTrainedModel:
     """A reward model as transformers has it. Its head has no bias there: rewards are less by ours, and differences of
     rewards, all that anything is trained or ranked by, are the same.
@@ -97,12 +88,9 @@ def export(run: Path, out: Path, data: Path | None = None) -> None:
     if is_reward:
         rm = model.RewardModel.load(run)
         found, bias = classifier(rm, run), rm.head.bias.item()
-        tensors = [found.get_input_embeddings().weight]
     else:
         found, bias = model.load_policy(run), 0.0
-        head = found.get_output_embeddings()
-        tensors = [found.get_input_embeddings().weight, head.weight, getattr(head, "bias", None)]
-    rows_back(tensors, eos_id, pad_id)
+    swap_rows(found, tldr.swaps(eos_id, pad_id)[::-1])
     ids = {"bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
     found.config.update(ids)
     if not is_reward:
@@ -110,8 +98,8 @@ def export(run: Path, out: Path, data: Path | None = None) -> None:
     used = stage.read_json(run / "params.json") if (run / "params.json").exists() else {}
     with stage.output(out, used, [run]) as folder:
         found.save_pretrained(folder)
-        spec = json.loads((run / "tokenizer.json").read_text(encoding="utf-8"))
-        (folder / "tokenizer.json").write_text(json.dumps(put_back(spec, eos_id, pad_id), ensure_ascii=False), "utf-8")
+        spec = put_back(stage.read_json(run / "tokenizer.json"), eos_id, pad_id)
+        (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), "utf-8")
         shutil.copyfile(run / "tokenizer_config.json", folder / "tokenizer_config.json")
         (folder / "README.md").write_text(card(run, used, is_reward, bias), encoding="utf-8")
 

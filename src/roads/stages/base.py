@@ -40,6 +40,18 @@ def base(data: Path, out: Path, cfg: schema.Scale) -> None:
 
 
 @torch.no_grad()
+def swap_rows(policy: PreTrainedModel, places: list[tuple[int, int]]) -> None:
+    """Two rows change places, one pair after the other, in the embeddings and in the output head where there is one."""
+    head = policy.get_output_embeddings()
+    tensors = [policy.get_input_embeddings().weight, getattr(head, "weight", None), getattr(head, "bias", None)]
+    if tensors[1] is tensors[0]:  # tied
+        del tensors[0]
+    for tensor in tensors:
+        for a, b in places if tensor is not None else ():
+            tensor[[a, b]] = tensor[[b, a]]
+
+
+@torch.no_grad()
 def renumber(policy: PreTrainedModel, eos_id: int, pad_id: int, vocab_size: int) -> None:
     """Bring the rows of EOS and padding to 0 and 1, in the embeddings and in the output head, as data.py does in the
     tokenizer; for a padding token that the model has not, add a row, the mean of the others."""
@@ -49,13 +61,7 @@ def renumber(policy: PreTrainedModel, eos_id: int, pad_id: int, vocab_size: int)
         for tensor in (policy.get_input_embeddings().weight, head.weight, getattr(head, "bias", None)):
             if tensor is not None:
                 tensor[-1] = tensor[:-1].mean(0)
-    head = policy.get_output_embeddings()
-    tensors = [policy.get_input_embeddings().weight, head.weight, getattr(head, "bias", None)]
-    if head.weight is tensors[0]:  # tied
-        del tensors[0]
-    for tensor in tensors:
-        for a, b in tldr.swaps(eos_id, pad_id) if tensor is not None else ():
-            tensor[[a, b]] = tensor[[b, a]]
+    swap_rows(policy, tldr.swaps(eos_id, pad_id))
     from transformers import GenerationConfig
 
     ids = {"bos_token_id": EOS, "eos_token_id": EOS, "pad_token_id": PAD}
