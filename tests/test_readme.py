@@ -182,10 +182,10 @@ def test_epochs_at_other_numbers_of_pairs_are_what_the_rules_give():
                             for kind, measure in (("dpo", "score"), ("reward", "log_loss")))
         enough = max(winrates.values()) - (max(winrates.values()) * (1 - max(winrates.values())) / 5000) ** 0.5
         expected[n] = min(e for e in winrates if winrates[e] >= enough), min(losses, key=losses.get)
-    arms = params.arms_of("mini", "learnt")
+    arms = params.arms_of("mini", "learnt") | params.arms_of("mini", "learnt_bases")
     for arm in arms.values():
         assert {n: (e.dpo, e.reward) for n, e in arm.sizes.items()} == {n: expected[n] for n in arm.sizes}
-    assert len(arms) == 5 and set(arms["two"].sizes) == set(expected)
+    assert len(arms) == 7 and set(arms["two"].sizes) == set(expected)
 
 
 def test_claims_take_every_loss_at_its_best():

@@ -38,6 +38,12 @@ def told_apart(chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, Te
             "chosen_reward": chosen_rewards.mean(), "rejected_reward": rejected_rewards.mean()}
 
 
+def right(margins: np.ndarray, better: np.ndarray) -> np.ndarray:
+    """Whether a judge's margin of every pair, [N], has the sign of the difference in true quality: 1 where it has, 0
+    where it has the other, one half where either is 0."""
+    return (1 + np.sign(margins) * np.sign(better)) / 2
+
+
 def reference_logps(policy: nn.Module, query: Tensor, completions: Tensor, temperature: float, key: str) -> Tensor:
     """`candidates.logps` [N, n] of a stage's reference, computed once: each process takes a part of the rows.
 

@@ -26,7 +26,7 @@ CAPTION = ("Columns: what readers like (params.yaml has each as an arm); x: pair
            "number of pairs in development worlds. Below: how often a judge prefers the truly better summary of a "
            "held-out pair. Probe: a linear function of the SFT policy's last hidden state, fitted to the same pairs. "
            "Tag and likelihood: what the SFT policy itself says, without a pair. Pairs of equal quality, of which "
-           "coherence and counts have some, are right for no judge, so that chance is below one half there.")
+           "coherence and counts have some, are half right for every judge.")
 
 
 def bars_of(scale: str, name: str) -> list[Bar]:
@@ -95,7 +95,7 @@ def grid(content: dict) -> Figure:
 
 def _command() -> None:
     parser = stage.arguments(__doc__, "runs", "out")
-    parser.add_argument("--figure", required=True, choices=["learnt"])
+    parser.add_argument("--figure", required=True, choices=["learnt", "learnt_bases"])
     a = parser.parse_args()
     bars = bars_of(a.scale, a.figure)
     figure.save(a.out, a.figure, a.runs, bars, contrasts(bars), a.scale, CAPTION,

@@ -38,7 +38,7 @@ def quality_gap(pairs: Path, reference: Path, cfg: schema.Scale) -> np.ndarray:
 
 def likelihood(path: Path, pairs: Path, reference: Path, out: Path, cfg: schema.Scale, kind: str) -> None:
     """Write scores.npz: score [N], the Bradley-Terry probability of the chosen completion of each pair; in a world also
-    by_quality [N], 1 where the model prefers the side of the higher true quality. post [N] where pairs share posts.
+    by_quality [N], as `preferences.right` has it. post [N] where pairs share posts.
 
     The mean of score is what the paper calls validation likelihood; log loss and accuracy go with it.
     """
@@ -48,7 +48,7 @@ def likelihood(path: Path, pairs: Path, reference: Path, out: Path, cfg: schema.
         margin = margins(path, pairs, reference, cfg, kind).double()
         scores = {"score": torch.sigmoid(margin).numpy()}
         if cfg.synthetic:
-            scores["by_quality"] = (margin.numpy() * quality_gap(pairs, reference, cfg) > 0).astype(float)
+            scores["by_quality"] = preferences.right(margin.numpy(), quality_gap(pairs, reference, cfg))
         query = preferences.load(pairs, reference)[0].numpy()
         np.savez(folder / "scores.npz", **scores, **arrays.posts(query))
         stage.write_json(folder / "metrics.json", {

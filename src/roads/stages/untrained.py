@@ -3,7 +3,7 @@ the SFT policy, and by a linear function of what it sees, fitted to the pairs.
 
     python -m roads.stages.untrained SFT PAIRS HELD_OUT OUT --scale mini.learnt.two
 
-Writes scores.npz, each [N], 1 where the side of the higher true quality is preferred:
+Writes scores.npz, each [N], 1 where the side of the higher true quality is preferred (preferences.right):
 
 tag         by the expected sum of the tag's buckets (zero_shot.py); tag0, tag1, ...: by one attribute's buckets alone
 likelihood  by the policy's log-probability of a completion; per_token: by that over its length
@@ -79,7 +79,7 @@ def untrained(sft: Path, pairs: Path, held_out: Path, out: Path, cfg: schema.Sca
         learnt = features(sft, taught, torch.stack(labelled, 1), cfg.compute)
         weights = fit_probe(learnt[:, 0] - learnt[:, 1])
         found["probe"] = torch.from_numpy(features(sft, query, both, cfg.compute) @ weights)
-        right = {name: ((scores[:, 0] - scores[:, 1]).double().numpy() * better > 0).astype(float)
+        right = {name: preferences.right((scores[:, 0] - scores[:, 1]).double().numpy(), better)
                  for name, scores in found.items()}
         np.savez(folder / "scores.npz", **right)
         stage.write_json(folder / "metrics.json", {name: float(values.mean()) for name, values in right.items()})
