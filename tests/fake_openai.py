@@ -146,8 +146,8 @@ class Fake:
 
 def say(prompt: str, times: int) -> str:
     """The answer to a prompt that is asked for the n-th time."""
-    if "### Summary A:" in prompt:
-        a, b = re.search(r"### Summary A:\n(.*)\n\n### Summary B:\n(.*)\n\n### Instr", prompt, re.DOTALL).groups()
+    if found := re.search(r"### \w+ A:\n(.*)\n\n### \w+ B:\n(.*)\n\n### Instr", prompt, re.DOTALL):
+        a, b = found.groups()
         return f"Comparison: one is longer.\nPreferred: {'A' if len(a) >= len(b) else 'B'}"
     if "two-word summary" in prompt:
         words = prompt.split("### Post:\n")[1].split("\n\n### Instructions")[0].split()

@@ -22,8 +22,8 @@ from roads.judge import batches, client, endpoint, ledger, protocol
 from roads.stage import UserError
 
 KEY = "sk-a-secret-of-this-test"
-JUDGE = SimpleNamespace(kind="openai", model="gpt-4o-2024-08-06", prompt="summary", temperature=0.0, max_tokens=100,
-                        label_orders=2)
+JUDGE = SimpleNamespace(kind="openai", model="gpt-4o-2024-08-06", prompt="summary", about="post", temperature=0.0,
+                        max_tokens=100, label_orders=2)
 BATCH = SimpleNamespace(**vars(JUDGE) | {"kind": "batch"})
 SPENDING = SimpleNamespace(budget=100.0, input=2.5, output=10.0, batch_discount=0.5, concurrency=8, timeout=20.0,
                            retries=4, batch_requests=50_000)

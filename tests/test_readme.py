@@ -27,14 +27,15 @@ FIGURES = [name for name, scales in active.load(ROOT / "params.yaml").figures.it
 # CI runs these from a clean checkout. The search and the benchmarks take too long, and clean would end the tests.
 CI = {"make fig11", "make test", "make theory"}
 ELSEWHERE = CI | {"make search", "make bench", "make clean", "make image", "make test-fast", "make test-gpu",
-                  "make check-gpu", "make test-vllm"}
+                  "make check-gpu", "make test-vllm", "make test-trackers"}
 TESTED = {"make figures": "test_rehearsal.py runs this at scale rehearsal",
           "make results": "test_results.py runs its command: the checkout has no reports of mini",
           "make figures SCALE=rehearsal": "test_rehearsal.py runs this",
           "make fig11 SCALE=real-tiny": "test_real.py runs this where the packages are",
           "make publish RUN=runs/tiny/sft REPO=org/name": "test_export.py runs it against a stand-in for the hub",
           "make kit SCALE=real": "test_real.py tests its parts; the whole needs a package index",
-          "make fig11 SCALE=real-cpu DATA=path/to/folder": "test_pipeline.py runs this one whole"}
+          "make fig11 SCALE=real-cpu DATA=path/to/folder": "test_pipeline.py runs this one whole",
+          "make fig3 SCALE=chat DATA=path/to/folder": "test_own_preferences.py runs this one, small"}
 
 
 def test_the_first_two_commands_are_among_those_that_ci_runs():
@@ -83,7 +84,7 @@ def test_make_help_lists_every_target(checkout):
     targets = re.search(r"^\.PHONY: (.*)$", makefile, re.M)[1].split()
     extra = [name for name in config.load_figures(ROOT / "figures.yaml") if not name.startswith("fig")]
     listed = make(checkout, "help").split()
-    assert len(FIGURES) == 25 and len(extra) == 18 and "fig3" in listed and "fig12" in listed
+    assert len(FIGURES) == 27 and len(extra) == 19 and "fig3" in listed and "fig12" in listed
     assert set(targets) - {"$(PAPER)", "$(EXTRA)"} | set(extra) <= set(listed)
 
 

@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 
 from roads import config, stage, strict
 from roads.config import Active
+from roads.sources import SUFFIXES
 from roads.stage import UserError, main
 from roads.strict import nearest
 
@@ -24,7 +25,7 @@ HEAD = "# What runs, as names, from params.yaml and figures.yaml: `make … SCAL
 # What the data of a scale are made from, by the kind of its source, unless DATA= says otherwise: the posts in this
 # repository, or what to download. A world is made from nothing. The arms of a scale read the same.
 DATA_FROM = {"posts": "data/tldr", "jsonl": "data/tldr_sample", "openai": "data/openai.json",
-             "two_word": "data/openai.json"}
+             "two_word": "data/openai.json", "preferences": "data/ultrafeedback.json"}
 
 
 def follow(scale: str, data_from: str | None, params: config.Params) -> Active:
@@ -129,6 +130,11 @@ def _check_data(data: Path, kind: str) -> None:
             raise UserError(f"DATA={data}: not found; expected a file that says what to download, as data/openai.json "
                             "does")
         return
+    if kind == "preferences":
+        if data.is_dir() and any((data / f"train{suffix}").is_file() for suffix in SUFFIXES) or data.suffix == ".json":
+            return
+        raise UserError(f"DATA={data}: expected a folder with train.jsonl or train.parquet, or a file that names a "
+                        "dataset of the hub, as data/ultrafeedback.json does")
     names = [f"{split}.jsonl{'.xz' if kind == 'posts' else ''}" for split in ("train", "valid", "test")]
     missing = [name for name in names if not (data / name).is_file()]
     if not data.is_dir():
@@ -151,7 +157,7 @@ def _command() -> None:
     commands.add_parser("check", help="validate active.yaml, params.yaml and figures.yaml")
     setter = commands.add_parser("set", help="switch the active scale")
     setter.add_argument("--scale", help="a block of params.yaml (default: the active one)")
-    setter.add_argument("--data", help="folder with train.jsonl, valid.jsonl, test.jsonl")
+    setter.add_argument("--data", help="folder with the rows, or a file that says what to download")
     args = parser.parse_args()
     if args.command == "set":
         write(args.scale, args.data)

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from roads.sources import Jsonl, OpenAI, Posts, TwoWord, World
+from roads.judge.settings import OUTSIDE, Gold, Known, LLMJudge, Spending
+from roads.sources import Jsonl, OpenAI, OwnPreferences, Posts, TwoWord, World
 from roads.strict import Batch, Count, Finite, NonNegative, Positive, Strict, Width
 
 POLICIES = ("dpo", "dpo_2x", "online_sft", "online")
@@ -82,43 +83,6 @@ class Machine(Strict):
     gradient_checkpointing: bool
     tensor_parallel: Count  # GPUs that vLLM spreads a model over
     stages_per_gpu: Count | None = None  # at the same time; null: by the size of model and GPU
-
-
-class Gold(Strict):
-    kind: Literal["gold"]  # the world's own judge, which knows the quality
-
-
-class Known(Strict):
-    """A judge of real posts whose quality is computed from the text (judge/quality.py)."""
-
-    kind: Literal["relevance", "calibrated", "sentiment", "rouge"]
-
-
-OUTSIDE = ("openai", "batch")  # judges that are asked over a network
-
-
-class LLMJudge(Strict):
-    """A judge behind an OpenAI-compatible endpoint (client.py): OPENAI_BASE_URL and OPENAI_API_KEY say where."""
-
-    kind: Literal["openai", "batch"]  # one request an answer, or OpenAI's Batch API
-    model: str  # dated, as gpt-4o-2024-08-06
-    prompt: Literal["summary", "two_word"]  # a file of prompts/
-    temperature: NonNegative
-    max_tokens: Count
-    label_orders: Literal[1, 2] = 2  # in which it is shown pairs that it labels (Figs 6, 10); two that differ are a tie
-
-
-class Spending(Strict):
-    """What asking may cost, and how it is done: no answer depends on it, and DVC does not look at it."""
-
-    budget: Positive  # dollars, over all that was ever asked of the model; asking stops before it is passed
-    input: NonNegative  # dollars per million tokens read
-    output: NonNegative  # and written
-    batch_discount: Annotated[float, Field(gt=0, le=1)]  # the Batch API's price, as a share
-    concurrency: Count  # requests at once
-    timeout: Positive  # seconds
-    retries: Annotated[int, Field(ge=0)]
-    batch_requests: Annotated[int, Field(ge=1, le=50_000)] = 50_000  # of a batch at most: the Batch API's own limit
 
 
 class Train(Strict):
@@ -234,7 +198,7 @@ class Scale(Strict):
     policies: list[Policy] = list(POLICIES)  # an arm may train fewer of them (figures.yaml)
     rounds: Count = 1  # of sampling, ranking and training online; an arm may have more
     sizes: dict[int, Epochs] = {}  # numbers of pairs, and of online prompts, that an arm goes through in one process
-    source: Annotated[World | Posts | Jsonl | OpenAI | TwoWord, Field(discriminator="kind")]
+    source: Annotated[World | Posts | Jsonl | OpenAI | TwoWord | OwnPreferences, Field(discriminator="kind")]
     data: Data
     model: Annotated[FromScratch | Pretrained | Packaged, Field(discriminator="kind")]
     base: Train | None  # none for a model that is trained already
@@ -271,6 +235,14 @@ class Scale(Strict):
             raise ValueError("spending: expected a block where the judge is asked over a network, and null elsewhere")
         if not (self.model.kind == "new") == (self.base is not None) == (self.data.base > 0):
             raise ValueError("base: expected a block and data.base > 0 for a new model, null and 0 for one pretrained")
+        if self.source.kind == "preferences" and (self.model.kind == "new" or self.samples.human is not None and (
+                self.judge.kind not in OUTSIDE or self.judge.about != "prompt")):
+            raise ValueError("source.kind: preferences needs a pretrained or packaged model, and a judge of kind "
+                             "openai or batch whose prompt has the slot {{prompt}}, as response has")
+        if self.judge and self.judge.kind in OUTSIDE and self.judge.about == "prompt" and (
+                self.source.kind != "preferences"):
+            raise ValueError(f"judge.prompt: expected one about posts, as summary, for source.kind {self.source.kind}; "
+                             f"got {self.judge.prompt}")
         if self.compute.attention == "flash" and (self.compute.precision, self.compute.device) != ("bf16", "gpu"):
             raise ValueError("compute.attention: flash needs precision bf16 and device gpu")
         if self.source.kind == "two_word" and self.data.more:

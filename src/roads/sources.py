@@ -74,6 +74,19 @@ class Jsonl(OpenAI):
     vocab_size: Annotated[int, Field(ge=258)] | None  # of a BPE, trained where there is no tokenizer.json
 
 
+SUFFIXES = (".jsonl", ".parquet")  # of files of your own preferences
+
+
+class OwnPreferences(Strict):
+    """Rows of your own with prompt, chosen and rejected (own_preferences.py): a folder, or a dataset of the hub."""
+
+    kind: Literal["preferences"]
+    max_query_tokens: Annotated[int, Field(ge=1)]  # a longer prompt is left out
+    max_response_tokens: Annotated[int, Field(ge=2)]  # EOS included
+    max_preference_tokens: Annotated[int, Field(ge=2)]  # of chosen and rejected
+    cut_at_most: Annotated[float, Field(ge=0, le=1)] = 0.1  # share of rows too long, beyond which none is taken
+
+
 class Posts(OpenAI):
     """The real posts of data/tldr, or rows of your own in its layout. Numbers are chosen on posts of their own."""
 

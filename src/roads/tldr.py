@@ -93,10 +93,10 @@ def objects(path: Path, names: list[str] = FIELDS) -> Iterator[tuple[dict, str]]
         text = Path(path).read_bytes()
         lines = (lzma.decompress(text) if Path(path).suffix == ".xz" else text).rstrip().split(b"\n")
     except (OSError, lzma.LZMAError) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', error)}; expected a jsonl file of TL;DR rows") from None
+        raise UserError(f"{path}: {getattr(error, 'strerror', error)}; expected a jsonl file of rows") from None
     lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")  # a byte order mark
     if not any(line.strip() for line in lines):
-        raise UserError(f"{path}: empty; expected one TL;DR row per line")
+        raise UserError(f"{path}: empty; expected one row per line")
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
         if not line.strip():
@@ -164,7 +164,10 @@ class Task:
 
     def response_ids(self, summary: str, tokenizer: Tokenizer) -> list[int]:
         """At most `max_response_tokens` ids of " " + summary, the last one EOS even if it is cut."""
-        ids = tokenizer.encode(" " + summary.strip(), add_special_tokens=False).ids
+        return self.closed(tokenizer.encode(" " + summary.strip(), add_special_tokens=False).ids)
+
+    def closed(self, ids: list[int]) -> list[int]:
+        """At most `max_response_tokens` ids of a response, the last one EOS."""
         return _of_text(ids)[: self.max_response_tokens - 1] + [EOS]
 
 

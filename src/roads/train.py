@@ -8,9 +8,7 @@ FSDP each has its shard (distributed.py). Neither changes which rows a step sees
 import csv
 import math
 import sys
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from roads import model, schema, stage
+from roads import model, schema, stage, tracking
 from roads.distributed import (
     delete_checkpoint,
     load_checkpoint,
@@ -33,9 +31,7 @@ from roads.distributed import (
 from roads.stage import UserError
 from roads.tldr import PAD
 
-LOGS = Path("runs/.log")
 CHECKPOINT_EVERY = 200  # steps
-LINES = 100  # of a log, at most
 
 
 def batches(n: int, batch_size: int, epochs: int, seed: int, shards: int = 1) -> list[Tensor]:
@@ -204,7 +200,7 @@ def fit(net: nn.Module, loss_fn: Callable[[Tensor], tuple[Tensor, dict[str, Tens
     if log and rank == 0:
         print(f"{label}: continues at step {len(log)} of {len(plan)}", file=sys.stderr)
     bar = tqdm(plan[len(log):], initial=len(log), total=len(plan), desc=label, unit="step", disable=rank > 0)
-    speed = _Speed(LOGS / f"{label.replace(' ', '-')}-{key}.csv", len(plan), lengths, quiet=rank > 0)
+    watch = tracking.Watch(label, key, recipe.model_dump(), len(plan), lengths, quiet=rank > 0)
     for rows in bar:
         lr = learning_rate(len(log), len(plan), recipe)
         set_learning_rate(optimizer, lr)
@@ -216,9 +212,10 @@ def fit(net: nn.Module, loss_fn: Callable[[Tensor], tuple[Tensor, dict[str, Tens
         gradients.zero()
         log.append({"lr": lr, "loss": means.pop("loss"), "grad_norm": norm, **means})
         bar.set_postfix(loss=f"{log[-1]['loss']:.3f}", refresh=False)
-        speed.note(len(log), rows)
+        watch.note(len(log), rows, log[-1])
         if len(log) % CHECKPOINT_EVERY == 0 and len(log) < len(plan):
             save_checkpoint(key, objective, optimizer, {"log": log, "micro_batch": gradients.micro_batch})
+    watch.close()
     net.eval()
     return log
 
@@ -237,29 +234,6 @@ def clip(net: nn.Module, norm: float) -> float:
     """Scale the gradients down to a norm, all of them together; the norm that they had."""
     found = nn.utils.clip_grad_norm_(net.parameters(), norm)
     return float(found.full_tensor() if hasattr(found, "full_tensor") else found)
-
-
-class _Speed:
-    """What a run does by the clock, for a person to look at: a file that no stage reads and no hash sees."""
-
-    def __init__(self, path: Path, steps: int, lengths: Tensor | None, *, quiet: bool):
-        self.path, self.lengths, self.every = path, lengths, -(-steps // LINES)
-        self.quiet, self.since, self.tokens = quiet, time.perf_counter(), 0
-
-    def note(self, step: int, rows: Tensor) -> None:
-        """Count a step; every hundredth part of a run is a line."""
-        self.tokens += int(self.lengths[rows].sum()) if self.lengths is not None else 0
-        if self.quiet or step % self.every:
-            return
-        seconds = time.perf_counter() - self.since
-        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        with suppress(OSError):  # it is no result
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            is_new = not self.path.exists()
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("step,seconds,tokens_per_second,gpu_bytes\n" * is_new)
-                file.write(f"{step},{seconds:.3f},{self.tokens / seconds:.0f},{memory}\n")
-        self.since, self.tokens = time.perf_counter(), 0
 
 
 @dataclass

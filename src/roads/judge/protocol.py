@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from roads.judge import quality
-from roads.judge.text import posts_of, texts_of
+from roads.judge.text import posts_of, prompts_of, texts_of
 from roads.schema import OUTSIDE, LLMJudge, Scale, Spending
 from roads.stage import UserError
 from roads.tldr import load_tokenizer
@@ -119,9 +119,10 @@ def outside(cfg: LLMJudge, spending: Spending, tokenizer: Tokenizer, query: np.n
 def both_orders(cfg: LLMJudge, tokenizer: Tokenizer, query: np.ndarray, first: np.ndarray,
                 second: np.ndarray) -> list[str]:
     """What the judge reads: 2 N messages, first [N, R] shown as A, and then all of them the other way round."""
-    posts, a, b = posts_of(query, tokenizer), texts_of(first, tokenizer), texts_of(second, tokenizer)
-    return [fill(cfg.prompt, post=post, summarya=x, summaryb=y)
-            for one, other in ((a, b), (b, a)) for post, x, y in zip(posts, one, other, strict=True)]
+    asked, answer = (posts_of, "summary") if cfg.about == "post" else (prompts_of, "response")
+    prompts, a, b = asked(query, tokenizer), texts_of(first, tokenizer), texts_of(second, tokenizer)
+    return [fill(cfg.prompt, **{cfg.about: prompt, f"{answer}a": x, f"{answer}b": y})
+            for one, other in ((a, b), (b, a)) for prompt, x, y in zip(prompts, one, other, strict=True)]
 
 
 def fill(name: str, **slots: str) -> str:

@@ -37,6 +37,12 @@ def posts_of(query: np.ndarray, tokenizer: Tokenizer) -> list[str]:
     return ["\n\n".join(parts).strip() for parts in titles_and_posts(query, tokenizer)]
 
 
+def prompts_of(query: np.ndarray, tokenizer: Tokenizer) -> list[str]:
+    """Queries [N, Q] as texts, as the policy reads them, with the special tokens of a chat."""
+    return [text.strip() for text in tokenizer.decode_batch([row[row != PAD].tolist() for row in query],
+                                                            skip_special_tokens=False)]
+
+
 def texts_of(responses: np.ndarray, tokenizer: Tokenizer) -> list[str]:
     """Responses [N, R] as texts, up to the first EOS or PAD."""
     ends = [np.flatnonzero((row == EOS) | (row == PAD)) for row in responses]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from roads import config, hub, schema
+from roads import config, hub, schema, tracking
 from roads.runner import cost
 from roads.stage import LAUNCH, UserError
 
@@ -64,6 +64,7 @@ def check(commands: dict[str, str | list[str]], params: config.Params, scale: st
     raw = {name: block.model_dump(exclude_none=True) for name, block in params.blocks.items()}
     _check_folders()
     _check_elsewhere(scale)
+    tracking.wanted()
     works = [(scale_of(command), cost.work(command, raw)) for command in commands.values()]
     blocks = {name: params.blocks[name] for name, _ in works if name in params.blocks}
     _check_gpu(blocks, *launched(), sum(work.seconds(cost.DEVICES["cpu"]) for _, work in works if work))

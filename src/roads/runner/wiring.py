@@ -15,9 +15,9 @@ from roads.config import Figure
 DVC = Path("dvc.yaml")
 LINE = "  # Written from figures.yaml by `make graph` from here on.\n"
 SOURCES = Path(__file__).parents[2]
-# They only carry: parameters, folders, arrays, files of a pinned revision, questions and answers.
-CARRIERS = {"config", "schema", "sources", "strict", "active", "stage", "arrays", "kept", "process", "hub", "client",
-            "endpoint", "batches", "ledger"}
+# They only carry: parameters, folders, arrays, files of a pinned revision, curves to look at, questions and answers.
+CARRIERS = {"config", "schema", "sources", "settings", "strict", "active", "stage", "arrays", "kept", "process", "hub",
+            "tracking", "client", "endpoint", "batches", "ledger"}
 # What arm.py reads of a block.
 ARM_READS = ["compute", "source", "data", "reward", "dpo", "samples.human", "samples.online", "samples.evaluate",
              "samples.value", "judge"]

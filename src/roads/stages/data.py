@@ -4,6 +4,7 @@
     python -m roads.stages.data FOLDER OUT --scale real-cpu   # train.jsonl, valid.jsonl, test.jsonl, maybe comparisons
     python -m roads.stages.data data/tldr OUT --scale real    # the posts of this repository
     python -m roads.stages.data data/openai.json OUT --scale paper   # what to download, and what must be in it
+    python -m roads.stages.data FOLDER OUT --scale chat       # train.jsonl or .parquet: prompt, chosen, rejected
 
 Writes tokenizer.json and one .npz per split. Queries [n, Q] are padded left, responses [n, R] right.
     base.npz         tokens [n, L], weights [n, L]: documents for pretraining and the loss weight of each token
@@ -28,7 +29,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from roads import active, config, hub, rouge, schema, stage, tldr
+from roads import active, config, hub, own_preferences, rouge, schema, stage, tldr
 from roads.posts import download, in_folder
 from roads.world import World
 
@@ -211,7 +212,14 @@ def data(source: Path | None, out: Path, cfg: schema.Scale) -> None:
     """Write the tokenizer and every split under `out`."""
     blocks = ["model"] * (cfg.model.kind != "new") + ["judge"] * (cfg.source.kind == "two_word")
     with stage.output(out, schema.used(cfg, "data", "source", *blocks), [source] if source else []) as folder:
-        tokenizer, splits, found = (*from_world(cfg), {}) if cfg.synthetic else from_posts(source, cfg)
+        if cfg.synthetic:
+            tokenizer, splits, found = (*from_world(cfg), {})
+        elif cfg.source.kind == "preferences":
+            tokenizer, ids = tokenizer_for(cfg, source, [])
+            splits, counts = own_preferences.splits_of(source, cfg, tokenizer)
+            found = ids | {"found": counts}
+        else:
+            tokenizer, splits, found = from_posts(source, cfg)
         tldr.save_tokenizer(tokenizer, folder)
         prompts = {name: {key: splits[name][key] for key in ("query", "response")} for name in ("valid", "test")}
         splits["test_human"], splits["test_rouge"] = splits.pop("test"), prompts["valid"]
