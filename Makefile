@@ -148,6 +148,7 @@ claims: setup  ## inspect: decide the claims of claims.yaml from the figures tha
 	@$(PY) -m roads.report.claims claims.yaml "reports/$(SCALE_NOW)"
 
 report: setup  ## inspect: claims, figures and theory on one page: reports/<scale>/index.html
+	@$(PY) -m roads.report.curves "runs/$(if $(SCALE),$$SCALE,$(SCALE_NOW))" "reports/$(if $(SCALE),$$SCALE,$(SCALE_NOW))"
 	@$(PY) -m roads.report.page "reports/$(if $(SCALE),$$SCALE,$(SCALE_NOW))"
 
 results: setup  ## inspect: the numbers and verdicts of docs/results.md and README.md, from reports/mini

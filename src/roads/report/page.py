@@ -283,7 +283,7 @@ def page(folder: Path) -> str:
         figures=[figure_section(folder, name, figure, claims) for name, figure in figures.items()],
         missing=[{"name": name, "id": f"figure-{name}", "short": label(name, "")[0], "what": label(name, row.title)[1]}
                  for name, row in table.items() if name not in figures],
-        theory=theory_section(folder.resolve().parent / "theory"),
+        curves=picture(folder / "curves.png"), theory=theory_section(folder.resolve().parent / "theory"),
     )
 
 
