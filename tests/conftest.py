@@ -80,8 +80,8 @@ def clone(where: Path) -> Path:
         else:
             shutil.copy2(ROOT / name, where / name)
     subprocess.run(["git", "init", "-q"], cwd=where, check=True)
-    edit(where, "seeds: {default: [0, 1, 2], worlds: [0, 1], learnt: [0, 1], learnt_bases: [0, 1]",
-         "seeds: {default: [0], worlds: [0], learnt: [0], learnt_bases: [0]")
+    edit(where, "seeds: {default: [0, 1, 2], worlds: [0, 1], learnt: [0, 1], learnt_bases: [0, 1], bases: [0, 1],\n  bases_rouge: [0, 1]",
+         "seeds: {default: [0], worlds: [0], learnt: [0], learnt_bases: [0], bases: [0], bases_rouge: [0]")
     run(where, "roads.active", "set", "--scale", "tiny")
     return where
 

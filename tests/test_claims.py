@@ -48,6 +48,8 @@ BARS = {
     "verifier": _dial("tag", [0, 2, 8]), "told": ALL, "told_judges": ["Global RM", "DPO RM", "Base"],
     "worlds": [f"{series} w{k:02}" for k in range(1, 13)
                for series in ("DPO", "DPO 2x", "Online(DPO)", "Global RM", "DPO RM")],
+    "bases": [f"{series} b{k}" for k in range(1, 7) for series in ("DPO", "DPO 2x", "Online(DPO)", "Global RM")],
+    "bases_rouge": [f"{series} b{k}" for k in range(1, 7) for series in ("DPO", "DPO 2x", "Online(DPO)")],
     "learnt": [f"{series} {kind} n={n}" for kind in ("two", "order", "counts") for n in (375, 6000, 24000)
                for series in ("DPO", "Online(SFT)", "Global RM", "DPO RM", "Probe")],
     "learnt_bases": [f"{series} {kind} n=375" for kind in ("four", "blind") for series in ("DPO", "Online(SFT)")],
@@ -73,7 +75,7 @@ ROLES = {"sizes": {bar: [re.sub("width.*", f"{end} model", bar)] for bar in BARS
              (750, 1500, 3000, 6000), ("fewest pairs", "a quarter of the pairs", "half of the pairs", "all pairs"))}}
 KEYS = {"fig4": ["held_out"], "fig7": ["by_quality"], "told_judges": ["by_quality"],
         "anatomy": ["noisy", "penalty0"]}  # arrays beside the score
-CELL = {"worlds": 1, "learnt": 2}  # words at the end of a bar's name that say which world or cell it is of
+CELL = {"worlds": 1, "bases": 1, "bases_rouge": 1, "learnt": 2}  # words at the end of a bar's name that say which world or cell it is of
 
 
 @pytest.fixture
@@ -144,7 +146,7 @@ def test_the_claims_of_the_repository_name_bars_that_the_figures_have():
     assert [each.id for each in loaded.hypotheses] == ["H1", "H2", "H3", "H4", "H5", "H6"]
     assert all(each.claims for each in loaded.hypotheses)
     # One margin for each unit, but for the one claim that says why not.
-    units = {"fig4": 0.01, "fig7": 0.005, "sizes_judges": 0.005, "fig11": 0.01, "rouge_warm": 0.01}
+    units = {"fig4": 0.01, "fig7": 0.005, "sizes_judges": 0.005, "fig11": 0.01, "rouge_warm": 0.01, "bases_rouge": 0.01}
     others = {"accuracy": 0.01, "log-likelihood": 0.01, "by quality": 0.01, "noisy judge": 0.01}
     odd = [each.id for each in loaded.claims if each.test != "correlated"
            and each.margin != others.get(each.measure, units.get(each.figure, 0.02))]
@@ -154,13 +156,13 @@ def test_the_claims_of_the_repository_name_bars_that_the_figures_have():
 def test_the_bars_of_our_own_figures_are_those_that_claims_name(monkeypatch):
     monkeypatch.chdir(ROOT)
     bars = {name: module.bars_of("mini", name) for name, module in
-            (("anatomy", anatomy), ("worlds", worlds), ("learnt", learnt), ("learnt_bases", learnt))}
+            (("anatomy", anatomy), ("worlds", worlds), ("learnt", learnt), ("learnt_bases", learnt), ("bases", worlds), ("bases_rouge", worlds))}
     bars["methods"] = budget.points_of("mini", "methods")
     named = {name: {label for bar in found for label in (bar.name, bar.series)} for name, found in bars.items()}
     checked = [each for each in claims.load(ROOT / "claims.yaml").claims if each.figure in named]
     for each in checked:
         assert {*each.contrast, *each.against} <= named[each.figure], each.id
-    assert len(checked) == 28
+    assert len(checked) == 30
     for found in bars.values():
         assert len({bar.name for bar in found}) == len(found) > 10
 

@@ -52,7 +52,9 @@ class Figure(Strict):
     module: str  # of roads.figures
     task: Task  # whose preferences it is about: readers', or ROUGE-L's
     reads: list[str] = []  # of the scale's own runs: folders under runs/<scale>
-    sft: Literal["shared", "own"] | None = None  # whose SFT checkpoint its arms start from; null: it has no arms
+    # Whose SFT checkpoint its arms start from: the scale's (shared), their own, or those of the arms of another figure,
+    # which have the same names; null: it has no arms.
+    sft: str | None = None
     policies: list[Policy] = []  # that each of its arms trains, unless it says otherwise
     borrows: list[str] = []  # figures whose arms it shows too
     world: bool = False  # whether it needs a synthetic world
@@ -105,8 +107,11 @@ def load(path: Path = PARAMS) -> Params:
         scales[name] = _scale(path, name, block)
         for figure, arm, key in _arms(path, name, scales[name], figures):
             arms[key] = _expand(path, raw[name], scales[name], figure, arm, key, figures)
-            if figures[figure].sft == "shared" and arms[key].made_from() != scales[name].made_from():
-                raise UserError(f"{path}: {name}.arms.{figure}.{arm}: differs from {name} in what SFT is made from; "
+        for figure, arm, key in _arms(path, name, scales[name], figures):
+            of = figures[figure].sft
+            start, whose = (scales[name], name) if of == "shared" else (arms.get(f"{name}.{of}.{arm}"), f"{of}.{arm}")
+            if of != "own" and (start is None or arms[key].made_from() != start.made_from()):
+                raise UserError(f"{path}: {name}.arms.{figure}.{arm}: differs from {whose} in what SFT is made from; "
                                 "expected the same source, model, base, sft and data")
     return Params(_seeds(path, raw.get("seeds"), figures, list(scales)), scales, figures, arms)
 
@@ -179,6 +184,11 @@ def load_figures(path: Path = FIGURES) -> dict[str, Figure]:
             known = sorted(file.stem for file in MODULES.glob("[a-z]*.py"))
             raise UserError(f"{path}: {name}.module: no module {figure.module!r}{nearest(figure.module, known)}")
     for name, figure in figures.items():
+        if figure.sft not in (None, "shared", "own"):
+            known = ["shared", "own", *(it for it in figures if figures[it].sft == "own")]
+            if figure.sft not in known:
+                raise UserError(f"{path}: {name}.sft: expected shared, own or a figure whose arms have their own, got "
+                                f"{figure.sft!r}{nearest(figure.sft, known)}")
         for other in figure.borrows:
             if other not in figures or not figures[other].sft:
                 known = [it for it in figures if figures[it].sft]

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from roads.judge.settings import OUTSIDE, Gold, Known, LLMJudge, Spending
 from roads.sources import Jsonl, OpenAI, OwnPreferences, Posts, TwoWord, World
-from roads.strict import Batch, Count, Finite, NonNegative, Positive, Strict, Width
+from roads.strict import Batch, Count, Finite, NonNegative, Positive, Seed, Strict, Width
 
 POLICIES = ("dpo", "dpo_2x", "online_sft", "online")
 Policy = Literal["dpo", "dpo_2x", "online_sft", "online"]
@@ -93,6 +93,14 @@ class Train(Strict):
     batch_size: Batch  # rows, or pairs
     epochs: Count
     clip: Positive | None = 1.0  # the norm that gradients are clipped to; null: they are not
+
+
+class Base(Train):
+    seed: Seed = 0  # of the first weights and the order of documents; one base serves every seed of the study
+
+    def told(self) -> dict[str, Any]:
+        """For params.json; seed 0 goes without saying."""
+        return self.model_dump(exclude={"seed"} if self.seed == 0 else None)
 
 
 class SFT(Train):
@@ -201,7 +209,7 @@ class Scale(Strict):
     source: Annotated[World | Posts | Jsonl | OpenAI | TwoWord | OwnPreferences, Field(discriminator="kind")]
     data: Data
     model: Annotated[FromScratch | Pretrained | Packaged, Field(discriminator="kind")]
-    base: Train | None  # none for a model that is trained already
+    base: Base | None  # none for a model that is trained already
     sft: SFT
     reward: Reward
     local: Preference

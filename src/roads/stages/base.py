@@ -22,13 +22,13 @@ ROUNDING = 0.02  # of the distribution function of a token; a model that is run 
 
 
 def base(data: Path, out: Path, cfg: schema.Scale) -> None:
-    """Train a random model on base.npz; seed 0 always, as one base serves every seed of the study."""
+    """Train a random model on base.npz; one base serves every seed of the study."""
 
     def job() -> train.Job:
         rows = arrays.load(data / "base.npz", "tokens", "weights")
         tokens, weights = torch.from_numpy(rows["tokens"]), torch.from_numpy(rows["weights"])
         vocab_size = stage.read_json(data / "metrics.json")["vocab_size"]
-        policy = model.new_policy(cfg.model, vocab_size, seed=0, compute=cfg.compute)
+        policy = model.new_policy(cfg.model, vocab_size, seed=cfg.base.seed, compute=cfg.compute)
 
         def loss(i: torch.Tensor) -> tuple[torch.Tensor, dict]:
             return losses.language_model_loss(policy, tokens[i], weights[i]), {}
@@ -36,7 +36,8 @@ def base(data: Path, out: Path, cfg: schema.Scale) -> None:
         return train.Job(policy, loss, len(tokens), lengths=train.tokens(tokens), weights=weights[:, 1:].sum(1),
                          pack=False)  # language_model_loss calls the model itself
 
-    train.run(out, job, cfg.base, cfg, used=schema.used(cfg, "model", "base"), reads=[data], seed=0, name="base")
+    train.run(out, job, cfg.base, cfg, used=schema.used(cfg, "model") | {"base": cfg.base.told()},
+              reads=[data], seed=cfg.base.seed, name="base")
 
 
 @torch.no_grad()
