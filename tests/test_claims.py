@@ -75,7 +75,8 @@ ROLES = {"sizes": {bar: [re.sub("width.*", f"{end} model", bar)] for bar in BARS
              (750, 1500, 3000, 6000), ("fewest pairs", "a quarter of the pairs", "half of the pairs", "all pairs"))}}
 KEYS = {"fig4": ["held_out"], "fig7": ["by_quality"], "told_judges": ["by_quality"],
         "anatomy": ["noisy", "penalty0"]}  # arrays beside the score
-CELL = {"worlds": 1, "bases": 1, "bases_rouge": 1, "learnt": 2}  # words at the end of a bar's name that say which world or cell it is of
+# Words at the end of a bar's name that say which world, base or cell it is of.
+CELL = {"worlds": 1, "bases": 1, "bases_rouge": 1, "learnt": 2}
 
 
 @pytest.fixture
@@ -156,7 +157,8 @@ def test_the_claims_of_the_repository_name_bars_that_the_figures_have():
 def test_the_bars_of_our_own_figures_are_those_that_claims_name(monkeypatch):
     monkeypatch.chdir(ROOT)
     bars = {name: module.bars_of("mini", name) for name, module in
-            (("anatomy", anatomy), ("worlds", worlds), ("learnt", learnt), ("learnt_bases", learnt), ("bases", worlds), ("bases_rouge", worlds))}
+            (("anatomy", anatomy), ("worlds", worlds), ("bases", worlds), ("bases_rouge", worlds), ("learnt", learnt),
+             ("learnt_bases", learnt))}
     bars["methods"] = budget.points_of("mini", "methods")
     named = {name: {label for bar in found for label in (bar.name, bar.series)} for name, found in bars.items()}
     checked = [each for each in claims.load(ROOT / "claims.yaml").claims if each.figure in named]

@@ -14,7 +14,7 @@ import roads
 
 SRC = ROOT / "src"
 MODULES = {".".join(path.relative_to(SRC).with_suffix("").parts): path for path in sorted(SRC.glob("roads/**/*.py"))}
-GROUND = {"config", "schema", "sources", "strict", "active", "stage", "hub", "stats", "process"}
+GROUND = {"config", "schema", "sources", "judge_settings", "strict", "active", "stage", "hub", "stats", "process"}
 LAYERS = ["ground", "shared", "stages", "figures", "runner"]  # each may import what comes before it
 
 

@@ -16,7 +16,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from roads import config, own_preferences, stage, tldr
 from roads.judge import protocol
-from roads.judge.settings import LLMJudge
+from roads.judge_settings import LLMJudge
 from roads.stages import data
 from roads.tldr import EOS, PAD
 
@@ -239,7 +239,7 @@ def test_a_judges_prompt_is_a_file_with_its_slots(monkeypatch, tmp_path):
     assert LLMJudge(prompt="response", **judge).about == "prompt"
     with pytest.raises(ValidationError, match="one of response, summary, two_word; got 'mine'"):
         LLMJudge(prompt="mine", **judge)
-    monkeypatch.setattr("roads.judge.settings.PROMPTS", tmp_path)
+    monkeypatch.setattr("roads.judge_settings.PROMPTS", tmp_path)
     (tmp_path / "mine.txt").write_text("{{prompt}} {{responsea}}")
     with pytest.raises(ValidationError, match=r"mine.txt: expected the slots {{post}}, {{summarya}}, {{summaryb}} or "):
         LLMJudge(prompt="mine", **judge)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from roads.judge.settings import OUTSIDE, Gold, Known, LLMJudge, Spending
+from roads.judge_settings import OUTSIDE, Gold, Known, LLMJudge, Spending
 from roads.sources import Jsonl, OpenAI, OwnPreferences, Posts, TwoWord, World
 from roads.strict import Batch, Count, Finite, NonNegative, Positive, Seed, Strict, Width
 

@@ -61,8 +61,7 @@ def read_rows(path: Path) -> list[Row]:
 
 def read_comparisons(path: Path) -> list[Comparison]:
     """Read a jsonl file of comparisons, of either shape. Raises UserError as `read_rows` does."""
-    return [comparison_of(value, where) for value, where in objects(path, SIDES)
-            if value.get("batch") not in CNN_DM]
+    return [comparison_of(*found) for found in objects(path, SIDES) if found[0].get("batch") not in CNN_DM]
 
 
 def row_of(value: dict, where: str) -> Row:
@@ -195,8 +194,7 @@ def pad(sequences: list[list[int]], length: int, side: str) -> np.ndarray:
     for row, ids in zip(out, sequences):
         if len(ids) > length:
             raise ValueError(f"a sequence of {len(ids)} tokens does not fit {length}")
-        start = length - len(ids) if side == "left" else 0
-        row[start : start + len(ids)] = ids
+        row[length - len(ids) if side == "left" else 0:][: len(ids)] = ids
     return out
 
 
@@ -227,8 +225,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
     special = (tokenizer := _read_tokenizer(path)[1]).get_added_tokens_decoder()
     for expected, token in enumerate(SPECIAL):
         if expected not in special or not special[expected].special:
-            found = tokenizer.token_to_id(token)
-            raise UserError(f"{path}: {token} has id {found}; expected {expected}, as in Pythia's tokenizer")
+            raise UserError(f"{path}: {token} has id {tokenizer.token_to_id(token)}; expected {expected}, as in "
+                            "Pythia's tokenizer")
     return _plain(tokenizer)
 
 
@@ -268,7 +266,7 @@ def renumber_tokenizer(path: Path, eos: str | int, pad: str | None) -> tuple[Tok
 
 
 def swaps(eos_id: int, pad_id: int) -> list[tuple[int, int]]:
-    """The pairs of places whose tokens change places, one after the other, to bring EOS and padding to 0 and 1.
+    """The pairs of tokens that change places, one after the other, to bring EOS and padding to 0 and 1.
 
     >>> swaps(2, 0)
     [(0, 2), (1, 2)]
@@ -311,8 +309,7 @@ def _read_tokenizer(path: Path) -> tuple[str, Tokenizer]:
         text = Path(path).read_text(encoding="utf-8")
         return text, Tokenizer.from_str(text)
     except Exception as error:  # tokenizers raises plain Exception
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: {reason}; expected a tokenizer.json") from None
+        raise UserError(f"{path}: {getattr(error, 'strerror', 0) or error}; expected a tokenizer.json") from None
 
 
 def _plain(tokenizer: Tokenizer) -> Tokenizer:

@@ -16,8 +16,8 @@ DVC = Path("dvc.yaml")
 LINE = "  # Written from figures.yaml by `make graph` from here on.\n"
 SOURCES = Path(__file__).parents[2]
 # They only carry: parameters, folders, arrays, files of a pinned revision, curves to look at, questions and answers.
-CARRIERS = {"config", "schema", "sources", "settings", "strict", "active", "stage", "arrays", "kept", "process", "hub",
-            "tracking", "client", "endpoint", "batches", "ledger"}
+CARRIERS = {"config", "schema", "sources", "judge_settings", "strict", "active", "stage", "arrays", "kept", "process",
+            "hub", "tracking", "client", "endpoint", "batches", "ledger"}
 # What arm.py reads of a block.
 ARM_READS = ["compute", "source", "data", "reward", "dpo", "samples.human", "samples.online", "samples.evaluate",
              "samples.value", "judge"]

@@ -20,7 +20,7 @@ class Known(Strict):
 
 
 OUTSIDE = ("openai", "batch")  # judges that are asked over a network
-PROMPTS = Path(__file__).parent / "prompts"
+PROMPTS = Path(__file__).parent / "judge" / "prompts"
 # What a judge's prompt has slots for: a post of TL;DR and two summaries, or any prompt as the policy reads it.
 PROMPT_SLOTS = {"post": {"post", "summarya", "summaryb"}, "prompt": {"prompt", "responsea", "responseb"}}
 
