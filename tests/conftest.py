@@ -73,8 +73,8 @@ def edit(where: Path, old: str, new: str, file: str = "params.yaml") -> None:
 def clone(where: Path) -> Path:
     """A checkout of what is in the work tree, with one seed and the scale `tiny`."""
     for name in ("src", "scripts", "data", "docs", "configs", "tests/fake_openai.py", "reports/theory", ".dvc/config",
-                 ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml", "figures.yaml", "active.yaml", "claims.yaml",
-                 "Makefile"):
+                 ".dvc/.gitignore", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml", "figures.yaml",
+                 "active.yaml", "claims.yaml", "Makefile"):
         (where / name).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, where / name, ignore=shutil.ignore_patterns("__pycache__"))
