@@ -245,6 +245,28 @@ def browser():
         chromium.close()
 
 
+def test_claims_filter_by_verdict_and_family(browser):
+    tab = browser.new_page()
+    tab.goto((ROOT / "reports/mini/index.html").as_uri())
+    found = json.loads((ROOT / "reports/mini/claims.json").read_text(encoding="utf-8"))["claims"]
+
+    def rows() -> set[str]:
+        return set(tab.evaluate("[...document.querySelectorAll('.claims tr[data-verdict]')]"
+                                ".filter(row => row.checkVisibility()).map(row => row.id)"))
+
+    def wanted(**keys) -> set[str]:
+        return {f"claim-{row['id']}" for row in found if all(row[name] == value for name, value in keys.items())}
+
+    assert rows() == wanted() and len(found) > 80
+    tab.get_by_role("radio", name="undecided").check()
+    assert rows() == wanted(verdict="undecided")
+    tab.get_by_role("radio", name="ours").check()
+    assert rows() == wanted(verdict="undecided", family="ours") < wanted(family="ours")
+    tab.locator("fieldset", has_text="Verdict").get_by_role("radio", name="all").check()
+    assert rows() == wanted(family="ours")
+    tab.close()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["index", "browse"])
 def test_axe_finds_nothing_serious_in_the_committed_pages(browser, name, scheme):

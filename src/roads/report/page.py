@@ -273,11 +273,14 @@ def page(folder: Path) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
                               keep_trailing_newline=True)
     environment.filters |= {"number": number, "p": p_value, "slug": slug, "sentence": sentence}
+    tally = {v: verdicts.count(v) for v in ("supported", "not supported", "undecided", "not run") if v in verdicts}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         scale=scale, run=provenance(figures), claims=claims,
         browse=(folder / "browse.html").exists(), csv=(folder / "claims.csv").exists(),
         alpha=found and found.alpha, answer=answer(found.headline if found else [], by_id, figures),
-        tally={v: verdicts.count(v) for v in ("supported", "not supported", "undecided", "not run") if v in verdicts},
+        tally=tally,
+        filters={"verdict": list(tally),
+                 "family": list(dict.fromkeys(row["claim"].family for row in claims if row["claim"].family))},
         hypotheses=[{"hypothesis": h, "claims": [by_id[i] for i in h.claims if i in by_id]}
                     for h in (found.hypotheses if found else [])],
         figures=[figure_section(folder, name, figure, claims) for name, figure in figures.items()],
