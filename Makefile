@@ -207,8 +207,8 @@ $(TRL)/.installed: requirements/trl.txt $(VENV)/.installed
 	@$(TRL)/bin/python -c 'import torch' 2>/dev/null || $(TRL_PIP) -r requirements/torch-cuda-libs.txt
 	@$(TRL)/bin/python -c 'import trl' && touch $@
 
-search: setup  ## run: choose mini's hyperparameters anew, on development seeds; writes docs/search.{csv,md}
-	$(PY) scripts/search.py
+search: setup  ## run: choose mini's hyperparameters anew, on development seeds; SCALE=real: those of real
+	@case "$${SCALE:-mini}" in mini) $(PY) scripts/search.py;; *) $(PY) scripts/search_real.py --scale "$$SCALE";; esac
 
 lint: setup  ## develop: ruff, and basedpyright on src
 	$(PY) -m ruff check src tests scripts benchmarks
