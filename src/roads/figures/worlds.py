@@ -72,7 +72,8 @@ def panels(content: dict) -> Figure:
           for label in ("Online(DPO) - DPO 2x", "RM's lead")}
     gaps = of["Online(DPO) - DPO 2x"]
     names = sorted(gaps, key=lambda name: gaps[name]["mean"])
-    shown, (left, *right) = plt.subplots(1, 1 + bool(of["RM's lead"]), figsize=(10.4, 4.9), squeeze=False)[0]
+    shown, axes = plt.subplots(1, 1 + bool(of["RM's lead"]), figsize=(10.4, 4.9), squeeze=False)
+    left, *right = axes[0]
     for y, name in enumerate(names):
         gap = gaps[name]
         left.errorbar(gap["mean"], y, xerr=[[gap["mean"] - gap["low"]], [gap["high"] - gap["mean"]]], color="#d1762c",
