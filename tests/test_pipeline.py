@@ -317,8 +317,8 @@ def test_repro_runs_just_that(scratchpad):
 
 
 # Of parameters, folders, files, answers: no number is made there.
-CARRIERS = {"config", "schema", "strict", "active", "stage", "arrays", "kept", "hub", "client", "endpoint", "batches",
-            "ledger", "process"}
+CARRIERS = {"config", "schema", "sources", "judge_settings", "strict", "active", "stage", "arrays", "kept", "hub",
+            "tracking", "client", "endpoint", "batches", "ledger", "process"}
 
 
 @functools.cache
