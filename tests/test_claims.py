@@ -49,6 +49,7 @@ BARS = {
     "worlds": [f"{series} w{k:02}" for k in range(1, 13)
                for series in ("DPO", "DPO 2x", "Online(DPO)", "Global RM", "DPO RM")],
     "bases": [f"{series} b{k}" for k in range(1, 7) for series in ("DPO", "DPO 2x", "Online(DPO)", "Global RM")],
+    "bases_readers": [f"{series} b{k}" for k in range(1, 7) for series in ("DPO 2x", "Online(DPO)")],
     "bases_rouge": [f"{series} b{k}" for k in range(1, 7) for series in ("DPO", "DPO 2x", "Online(DPO)")],
     "learnt": [f"{series} {kind} n={n}" for kind in ("two", "order", "counts") for n in (375, 6000, 24000)
                for series in ("DPO", "Online(SFT)", "Global RM", "DPO RM", "Probe")],
@@ -76,7 +77,7 @@ ROLES = {"sizes": {bar: [re.sub("width.*", f"{end} model", bar)] for bar in BARS
 KEYS = {"fig4": ["held_out"], "fig7": ["by_quality"], "told_judges": ["by_quality"],
         "anatomy": ["noisy", "penalty0"]}  # arrays beside the score
 # Words at the end of a bar's name that say which world, base or cell it is of.
-CELL = {"worlds": 1, "bases": 1, "bases_rouge": 1, "learnt": 2}
+CELL = {"worlds": 1, "bases": 1, "bases_readers": 1, "bases_rouge": 1, "learnt": 2}
 
 
 @pytest.fixture
@@ -157,14 +158,15 @@ def test_the_claims_of_the_repository_name_bars_that_the_figures_have():
 def test_the_bars_of_our_own_figures_are_those_that_claims_name(monkeypatch):
     monkeypatch.chdir(ROOT)
     bars = {name: module.bars_of("mini", name) for name, module in
-            (("anatomy", anatomy), ("worlds", worlds), ("bases", worlds), ("bases_rouge", worlds), ("learnt", learnt),
+            (("anatomy", anatomy), ("worlds", worlds), ("bases", worlds), ("bases_readers", worlds),
+             ("bases_rouge", worlds), ("learnt", learnt),
              ("learnt_bases", learnt))}
     bars["methods"] = budget.points_of("mini", "methods")
     named = {name: {label for bar in found for label in (bar.name, bar.series)} for name, found in bars.items()}
     checked = [each for each in claims.load(ROOT / "claims.yaml").claims if each.figure in named]
     for each in checked:
         assert {*each.contrast, *each.against} <= named[each.figure], each.id
-    assert len(checked) == 30
+    assert len(checked) == 31
     for found in bars.values():
         assert len({bar.name for bar in found}) == len(found) > 10
 

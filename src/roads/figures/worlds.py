@@ -20,6 +20,8 @@ WHAT = {"worlds": "Worlds drawn at random from stated ranges, none left out, wit
         "bases": "The scale's own world and documents, with bases whose first weights and order of documents were "
                  "drawn from other seeds; every base has an SFT policy and reward models of its own."}
 WHAT["bases_rouge"] = f"{WHAT['bases']} ROUGE-L ranks, as in Fig. 11."
+WHAT["bases_readers"] = (f"{WHAT['bases']} Readers give the summary that they are shown first one logit more, and one "
+                         "label in ten is flipped; the judge of winrates is the world's own.")
 LEFT = ("what Online(DPO) has over DPO 2x in each, with its bootstrap interval over prompts and seeds; the line and "
         "the band are the mean over all of them and its t interval.")
 RIGHT = ("Right: the same against the reward model's lead, how much more often it prefers the truly better summary of "
