@@ -247,6 +247,21 @@ def test_a_judges_prompt_is_a_file_with_its_slots(monkeypatch, tmp_path):
     assert LLMJudge(prompt="mine", **judge).about == "prompt"
 
 
+@pytest.mark.parametrize("scale, prompt, message", [
+    ("chat", "summary", "judge.prompt: expected one about prompts, as response, for source.kind preferences"),
+    ("paper", "response", "judge.prompt: expected one about posts, as summary, for source.kind openai"),
+])
+def test_a_judge_is_asked_about_what_there_is(tmp_path, scale, prompt, message):
+    yaml = YAML()
+    params = yaml.load((ROOT / "params.yaml").read_text())
+    params[scale]["judge"]["prompt"] = prompt
+    (tmp_path / "figures.yaml").write_bytes((ROOT / "figures.yaml").read_bytes())
+    with open(tmp_path / "params.yaml", "w") as file:
+        yaml.dump(params, file)
+    with pytest.raises(stage.UserError, match=message):
+        config.load_scale(scale, tmp_path / "params.yaml")
+
+
 @pytest.mark.slow
 def test_a_chat_dataset_gets_to_figure_3(tmp_path, model):
     """`make fig3 SCALE=chat DATA=FOLDER`, small, on a CPU, with a judge behind an endpoint."""

@@ -175,8 +175,8 @@ def splits_of(source: Path, cfg: schema.Scale, tokenizer: Tokenizer) -> tuple[di
              for split, found in rows.items()}
     for split in ("valid", "test"):
         if split not in drawn:
-            n = min(getattr(cfg.data, split), len(drawn["train"]) // HELD_OUT)
-            drawn["train"], drawn[split] = drawn["train"][: len(drawn["train"]) - n], drawn["train"][-n:] * (n > 0)
+            start = len(drawn["train"]) - min(getattr(cfg.data, split), len(drawn["train"]) // HELD_OUT)
+            drawn["train"], drawn[split] = drawn["train"][:start], drawn["train"][start:]
     special = Tokenizer.from_str(tokenizer.to_str())
     special.encode_special_tokens = False
     counts: dict[str, dict[str, int]] = {}

@@ -243,14 +243,14 @@ class Scale(Strict):
             raise ValueError("spending: expected a block where the judge is asked over a network, and null elsewhere")
         if not (self.model.kind == "new") == (self.base is not None) == (self.data.base > 0):
             raise ValueError("base: expected a block and data.base > 0 for a new model, null and 0 for one pretrained")
-        if self.source.kind == "preferences" and (self.model.kind == "new" or self.samples.human is not None and (
-                self.judge.kind not in OUTSIDE or self.judge.about != "prompt")):
+        is_own, is_asked = self.source.kind == "preferences", bool(self.judge and self.judge.kind in OUTSIDE)
+        if is_own and (self.model.kind == "new" or self.judge and not is_asked):
             raise ValueError("source.kind: preferences needs a pretrained or packaged model, and a judge of kind "
-                             "openai or batch whose prompt has the slot {{prompt}}, as response has")
-        if self.judge and self.judge.kind in OUTSIDE and self.judge.about == "prompt" and (
-                self.source.kind != "preferences"):
-            raise ValueError(f"judge.prompt: expected one about posts, as summary, for source.kind {self.source.kind}; "
-                             f"got {self.judge.prompt}")
+                             "openai or batch")
+        if is_asked and (self.judge.about == "prompt") != is_own:
+            wanted = "prompts, as response" if is_own else "posts, as summary"
+            raise ValueError(f"judge.prompt: expected one about {wanted}, for source.kind {self.source.kind}; got "
+                             f"{self.judge.prompt}")
         if self.compute.attention == "flash" and (self.compute.precision, self.compute.device) != ("bf16", "gpu"):
             raise ValueError("compute.attention: flash needs precision bf16 and device gpu")
         if self.source.kind == "two_word" and self.data.more:

@@ -194,7 +194,7 @@ def pad(sequences: list[list[int]], length: int, side: str) -> np.ndarray:
     for row, ids in zip(out, sequences):
         if len(ids) > length:
             raise ValueError(f"a sequence of {len(ids)} tokens does not fit {length}")
-        row[length - len(ids) if side == "left" else 0:][: len(ids)] = ids
+        row[slice(length - len(ids), None) if side == "left" else slice(len(ids))] = ids
     return out
 
 

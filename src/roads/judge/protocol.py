@@ -119,9 +119,10 @@ def outside(cfg: LLMJudge, spending: Spending, tokenizer: Tokenizer, query: np.n
 def both_orders(cfg: LLMJudge, tokenizer: Tokenizer, query: np.ndarray, first: np.ndarray,
                 second: np.ndarray) -> list[str]:
     """What the judge reads: 2 N messages, first [N, R] shown as A, and then all of them the other way round."""
-    asked, answer = (posts_of, "summary") if cfg.about == "post" else (prompts_of, "response")
+    about = cfg.about  # read from a file
+    asked, answer = (posts_of, "summary") if about == "post" else (prompts_of, "response")
     prompts, a, b = asked(query, tokenizer), texts_of(first, tokenizer), texts_of(second, tokenizer)
-    return [fill(cfg.prompt, **{cfg.about: prompt, f"{answer}a": x, f"{answer}b": y})
+    return [fill(cfg.prompt, **{about: prompt, f"{answer}a": x, f"{answer}b": y})
             for one, other in ((a, b), (b, a)) for prompt, x, y in zip(prompts, one, other, strict=True)]
 
 

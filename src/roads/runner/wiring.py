@@ -64,9 +64,7 @@ def wrapped(key: str, words: list[str], joint: str = ", ", ends: str = "[]") -> 
 def arms_entry(name: str, figure: Figure) -> str:
     """One seed of the whole comparison for each arm of a figure, from whichever SFT checkpoint it has."""
     block = f"${{item.scale}}.{name}.${{item.arm}}"
-    home = "${item.scale}" if figure.sft == "shared" else block
-    if figure.sft not in ("shared", "own"):
-        home = f"${{item.scale}}.{figure.sft}.${{item.arm}}"
+    home = {"shared": "${item.scale}", "own": block}.get(figure.sft, f"${{item.scale}}.{figure.sft}.${{item.arm}}")
     out = f"runs/${{item.scale}}/{name}/${{item.arm}}/${{item.seed}}"
     command = (f"python -m roads.stages.arm runs/{home}/data runs/{home}/sft {out} --scale {block} "
                "--seed ${item.seed}").split(" ") + ["--folders"] * figure.folders
