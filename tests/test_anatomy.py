@@ -8,17 +8,18 @@ import pytest
 import torch
 from conftest import ROOT
 
-from roads import arrays, config, model, schema
+from roads import arrays, config, model, optimum, schema
+from roads.rouge import rouge_scores
 from roads.stage import UserError
-from roads.stages import anatomy, arm, base, data, sft, untrained
-from roads.tldr import PAD
+from roads.stages import anatomy, arm, base, data, dpo, limits, rank, reward, sample, sft, untrained
+from roads.tldr import PAD, load_tokenizer
 from roads.world import World
 
 
 def test_the_best_policy_by_hand():
     """pi_ref (.75, .25), rewards (0, beta ln 3): both are as likely; without rewards pi_ref is normalised."""
     logps = np.log([[0.75, 0.25], [0.3, 0.1]])
-    found = anatomy.exact_policy(logps, np.array([[0.0, 0.5 * np.log(3)], [0.0, 0.0]]), beta=0.5)
+    found = optimum.exact_policy(logps, np.array([[0.0, 0.5 * np.log(3)], [0.0, 0.0]]), beta=0.5)
     assert found == pytest.approx(np.array([[0.5, 0.5], [0.75, 0.25]]))
 
 
@@ -26,7 +27,7 @@ def test_it_is_the_best_of_all():
     """E[r] - beta KL of the exact policy is above that of policies near it."""
     rng = np.random.default_rng(0)
     logps, rewards, beta = np.log(rng.dirichlet(np.ones(8), 1)), rng.normal(size=(1, 8)), 0.2
-    best = anatomy.exact_policy(logps, rewards, beta)
+    best = optimum.exact_policy(logps, rewards, beta)
 
     def value(policy):
         return (policy * (rewards - beta * (np.log(policy) - logps))).sum()
@@ -38,9 +39,9 @@ def test_it_is_the_best_of_all():
 def test_summaries_are_drawn_word_by_word():
     """At T = 1 as often as they are likely; at a low one the likeliest first word, whatever follows it."""
     chances = np.array([0.3, 0.3, 0.4, 0.0])
-    drawn = anatomy.draw(np.tile(chances, (20000, 1)), 2, 1.0, np.random.default_rng(0))
+    drawn = optimum.draw(np.tile(chances, (20000, 1)), 2, 1.0, np.random.default_rng(0))
     assert np.bincount(drawn, minlength=4) / 20000 == pytest.approx(chances, abs=0.01)
-    cold = anatomy.draw(np.tile([0.3, 0.25, 0.4, 0.05], (200, 1)), 2, 0.01, np.random.default_rng(0))
+    cold = optimum.draw(np.tile([0.3, 0.25, 0.4, 0.05], (200, 1)), 2, 0.01, np.random.default_rng(0))
     assert (cold == 0).mean() > 0.95  # .55 against .45, and then .3 against .25; the likeliest summary is another
 
 
@@ -72,7 +73,8 @@ def test_one_seed_of_it(start, tiny, tmp_path, monkeypatch):
     told = tmp_path / "out"
     anatomy.anatomy(start / "data", start / "sft", told, tiny, 0)
     metrics = json.loads((told / "metrics.json").read_text())
-    names = ["sft", *anatomy.TRAINED, "best.rm", "best.gold", *(f"exact.{name}" for name in anatomy.REWARDS)]
+    names = ["sft", *anatomy.TRAINED, *(f"best.{name}" for name in ("rm", "gold")),
+             *(f"exact.{name}" for name in ("rm", "dpo", "local", "gold"))]
     assert sorted(metrics) == sorted(names) and len(names) == 25
     with np.load(told / "scores.npz") as file:
         scores = {name: file[name] for name in file.files}
@@ -89,6 +91,35 @@ def test_one_seed_of_it(start, tiny, tmp_path, monkeypatch):
     gap = scores["exact.rm.quality"] - world.quality(rows["query"], rows["response"])
     assert scores["exact.rm.noisy"] == pytest.approx(1 / (1 + np.exp(-gap / tiny.source.tau)))
     assert np.array_equal(scores["exact.rm.penalty0"], (np.sign(gap) + 1) / 2)
+
+
+def test_the_limits_of_rouge(start, tiny, tmp_path, monkeypatch):
+    """Each way's summary, picked the plain way."""
+    monkeypatch.chdir(tmp_path)
+    folder = start / "data"
+    sample.sample(start / "sft", folder / "preferences.npz", tmp_path / "drawn", tiny, "rouge", 0)
+    rank.rank(tmp_path / "drawn", tmp_path / "pairs", tiny, "rouge", data=folder, split="preferences")
+    reward.reward(tmp_path / "pairs", start / "sft", tmp_path / "rm", tiny, 0)
+    dpo.dpo(tmp_path / "pairs", start / "sft", tmp_path / "dpo", tiny, 0)
+    limits.limits(folder, start / "sft", tmp_path / "rm", tmp_path / "dpo", tmp_path / "out", tiny, 0)
+    scores, metrics = arrays.load(tmp_path / "out/scores.npz"), json.loads((tmp_path / "out/metrics.json").read_text())
+    assert set(scores) == {"cold.rm", "warm.rm", "warm.consensus", "warm.gold", "exact.dpo", "exact.rm"}
+    assert {name: values.mean() for name, values in scores.items()} == pytest.approx(
+        {name: found["score"] for name, found in metrics.items()})
+    sample.sample(start / "sft", folder / "test_rouge.npz", tmp_path / "warm", tiny, "rouge", 0)
+    rows = arrays.tokens(tmp_path / "warm/completions.npz")
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    by_reference = rouge_scores(rows["completions"], arrays.tokens(folder / "test_rouge.npz")["response"], tokenizer)
+    assert np.array_equal(scores["warm.gold"], by_reference.max(1))
+    rm = model.RewardModel.load(tmp_path / "rm", tiny.compute).eval()
+    query = torch.from_numpy(rows["query"])
+    for k in range(5):
+        told = [rm(query[k : k + 1], torch.from_numpy(one)[None]).item() for one in rows["completions"][k]]
+        assert scores["warm.rm"][k] == by_reference[k, int(np.argmax(told))]
+        against = [rouge_scores(rows["completions"][k : k + 1], one[None], tokenizer)[0]
+                   for one in rows["completions"][k]]
+        assert scores["warm.consensus"][k] == by_reference[k, int(np.argmax(np.mean(against, axis=0).round(9)))]
+    assert metrics["exact.rm"]["kl"] > 0 and 0 < metrics["exact.rm"]["outside"] < 1
 
 
 def test_the_probe_finds_a_direction():

@@ -340,6 +340,12 @@ def test_the_anatomy_is_twenty_trainings():
     assert found.steps == 19 * steps + 2 * (steps // 2)  # two of one epoch
 
 
+def test_the_limits_of_rouge_train_nothing():
+    mini = config.load(ROOT / "params.yaml").scales["mini"].model_dump()
+    found = cost.work("python -m roads.stages.limits D S R P O --scale mini --seed 0", {"mini": mini})
+    assert found.steps == 0 and found.judged == 0 and found.decoded > 0 and found.flops > 0
+
+
 def test_completions_are_drawn_once_and_counted_once():
     """By whoever runs first: what the SFT policy draws of a split is the graph's, every seed's and every arm's."""
     drawn = set()

@@ -1,4 +1,4 @@
-"""Figures that compare policies: 3, 4, 5, 6, 10, 11, told, sizes and the switches of the recipe.
+"""Figures that compare policies: 3, 4, 5, 6, 10, 11, what Fig 11 leaves, told, sizes and the switches of the recipe.
 
     python -m roads.figures.policies runs reports/mini --scale mini --figure fig3
 """
@@ -43,6 +43,11 @@ FIGURES = {  # caption, measure, where the bars start
     "rouge_warm": ("Fig. 11's policies, and Online(DPO) on samples at higher temperatures, by which its logits are "
                    "divided too. Prompts whose samples all tie stay, as pairs of equal sides, so that it takes as many "
                    "steps as DPO.", ROUGE, 0),
+    "rouge_limits": ("Fig. 11's policies, and what its reward model could do without training. Pick: the best by it of "
+                     "the SFT policy's samples, cold (at online DPO's temperature) or warm (at that of the pairs). "
+                     "Optimum: the policy that is best under a reward at the same beta, over all valid summaries. "
+                     "Consensus: the sample with most ROUGE-L against the others, which takes no pair. The last bar "
+                     "picks by the reference summary itself, which nobody can see.", ROUGE, 0),
     "sizes": ("Every policy of Fig. 3, and Online(SFT) on more prompts (Fig. 5), at each size, which base, SFT policy, "
               "reward model and policies all have.", WINRATE, 0),
     "told": ("Fig. 3 in a world whose base was told, by the tag at the end of every document, how good it is: "
@@ -56,18 +61,23 @@ FIGURES = {  # caption, measure, where the bars start
                     "tokens, as people wrote them, and not 53. valid-prompts: winrates on the posts of validation.",
                     WINRATE, 0.5),
 }
+LIMITS = {"RM's pick, cold": "cold.rm", "RM's pick, warm": "warm.rm", "Consensus, warm": "warm.consensus",
+          "Optimum, DPO's reward": "exact.dpo", "Optimum, RM": "exact.rm", "ROUGE-L's pick, warm": "warm.gold"}
+ROUGES = "fig11", "rouge_warm", "rouge_limits"
 GAPS = {"Online(DPO) - DPO": ("online", "dpo"), "Online(DPO) - DPO 2x": ("online", "dpo_2x"),
         "Online(SFT) - DPO": ("online_sft", "dpo"), "Online(DPO) 2x - DPO": ("online_2x", "dpo"),
         "DPO - SFT": ("dpo", "sft")}
 
 
 def graph_bars(scale: str, name: str) -> list[Bar]:
-    """The bars of Figs 3, 4 and 11: the scale's own policies."""
-    task, folder = ("rouge" if name in ("fig11", "rouge_warm") else "human"), ("value" if name == "fig4" else "scores")
+    """The bars of Figs 3, 4, 11 and rouge_limits: the scale's own policies."""
+    task, folder = ("rouge" if name in ROUGES else "human"), ("value" if name == "fig4" else "scores")
     longer = name == "fig11" and config.load_scale(scale).synthetic
     shown = ["dpo", "dpo_2x", "online_sft", "online", *["online_2x"] * longer]
+    without = LIMITS.items() if name == "rouge_limits" else []
     seedless = [] if name == "fig4" else [Bar("SFT", f"{scale}/{task}/{folder}/sft")]
-    return seedless + [Bar(NAMES[policy], f"{scale}/{task}/{folder}/{policy}/s{{seed}}") for policy in shown]
+    return seedless + [Bar(NAMES[policy], f"{scale}/{task}/{folder}/{policy}/s{{seed}}") for policy in shown] + [
+        Bar(label, f"{scale}/rouge/limits/s{{seed}}", key) for label, key in without]
 
 
 def arm_bars(scale: str, name: str, arms: dict[str, schema.Scale]) -> list[Bar]:
@@ -158,7 +168,11 @@ def contrasts(name: str, bars: list[Bar]) -> dict[str, dict[str, float]]:
                 for label, (a, b) in GAPS.items() if {NAMES[a] + suffix, NAMES[b] + suffix} <= set(names)}
     if name == "fig5":
         return {f"{bar.removeprefix(names[0] + ' ')} - 1x": {bar: 1, names[0]: -1} for bar in names[1:]}
-    return {label: {NAMES[a]: 1, NAMES[b]: -1} for label, (a, b) in GAPS.items() if {NAMES[a], NAMES[b]} <= set(names)}
+    also = {"Optimum, RM - DPO's reward": {"Optimum, RM": 1, "Optimum, DPO's reward": -1},
+            "Optimum, RM - Online(DPO)": {"Optimum, RM": 1, "Online(DPO)": -1},
+            "RM's pick, warm - DPO": {"RM's pick, warm": 1, "DPO": -1}} if name == "rouge_limits" else {}
+    return also | {label: {NAMES[a]: 1, NAMES[b]: -1} for label, (a, b) in GAPS.items()
+                   if {NAMES[a], NAMES[b]} <= set(names)}
 
 
 def _command() -> None:

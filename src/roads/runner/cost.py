@@ -172,6 +172,16 @@ def _anatomy(c: Command) -> Work:
                    size=8 * 8 * 27 * data["test"])
 
 
+def _limits(c: Command) -> Work:
+    """Two sets of samples scored, and all summaries of the prompts under two policies and the reward model."""
+    rows, samples, source = c.rows("test_rouge"), c.block["samples"], c.block["source"]
+    (where, sft, *_), total = c.places, Work(size=8 * 6 * c.rows("test_rouge"))
+    for settings in (samples["best_of_n"], samples["rouge"]):
+        total += sample(c, rows, settings, sft, f"{where}/test_rouge.npz") + score(c, rows, c.distinct(settings))
+    words = 2 * source["candidates"] ** source["slots"] / c.response  # each prefix once
+    return total + score(c, rows, words, policies=2) + score(c, rows, words)
+
+
 # A new kind of work goes here, under the name of its module; what is not here is 'unknown' until it has run once.
 KINDS: dict[str, Callable[[Command], Work]] = {
     "data": _data,
@@ -190,6 +200,7 @@ KINDS: dict[str, Callable[[Command], Work]] = {
     "best_of_n": _best_of_n,
     "arm": _arm,
     "anatomy": _anatomy,
+    "limits": _limits,
     "untrained": lambda c: score(c, 2 * c.rows(c.places[1]), 2, policies=2),
     "figures": lambda c: Work(size=2e5),
     "report": lambda c: Work(size=2e5),

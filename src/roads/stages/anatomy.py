@@ -20,14 +20,13 @@ Needs a world: gold, and the list of summaries.
 """
 
 import shutil
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from roads import arrays, candidates, config, distributed, model, schema, stage
+from roads import arrays, candidates, config, distributed, model, optimum, schema, stage
 from roads.judge import protocol, quality
 from roads.stages import dpo, kl, rank, reward, sample
 from roads.stages.arm import Steps, splits
@@ -37,7 +36,7 @@ from roads.world import World
 TRAINED = [f"{pairs}.{labels}{divided}" for pairs, labelled in
            (("offline.two", ("readers", "rm", "soft", "gold")), ("online.two", ("readers", "rm", "gold")),
             ("online.ends", ("rm", "gold"))) for labels, divided in product(labelled, ("", ".divided"))]
-REWARDS = ("rm", "dpo", "local", "gold")
+
 PENALTIES = (0.0, 1.0)  # for a summary of invalid words alone, in place of the world's 2K
 
 
@@ -55,34 +54,6 @@ def labelled(drawn: Path, out: Path, scores: np.ndarray, soft: bool = False) -> 
                  rejected=np.where(told[:, None], rejected, chosen), **more)
         stage.write_json(folder / "metrics.json", {"pairs": len(told), "ties": int((~told).sum()),
                                                    "dropped_as_ties": 0})
-
-
-def exact_policy(logps: np.ndarray, rewards: np.ndarray, beta: float) -> np.ndarray:
-    """Probabilities [N, S] of all S summaries of a prompt under pi_ref exp(r / beta), from log pi_ref and r, [N, S].
-
-    It is the policy that is best for E[r] - beta KL (Rafailov et al. 2023, Eq. 4), among those on valid summaries.
-    """
-    logits = logps + rewards / beta
-    weights = np.exp(logits - logits.max(1, keepdims=True))
-    return weights / weights.sum(1, keepdims=True)
-
-
-def draw(probabilities: np.ndarray, words: int, temperature: float, rng: np.random.Generator) -> np.ndarray:
-    """One summary [N] of S = words^K each, word by word, every word's distribution sharpened by the temperature, as
-    a policy is sampled.
-
-    >>> draw(np.array([[0.3, 0.3, 0.4, 0.0]]), 2, 1e-3, np.random.default_rng(0))  # .6 for the first word, then a tie
-    array([1])
-    """
-    every, found = np.arange(len(probabilities)), np.zeros(len(probabilities), int)
-    left = probabilities
-    while left.shape[1] > 1:
-        left = left.reshape(len(left), words, -1)
-        with np.errstate(divide="ignore"):
-            logits = np.log(left.sum(2)) / temperature
-        choice = np.argmax(logits + rng.gumbel(size=logits.shape), axis=1)
-        found, left = found * words + choice, left[every, choice]
-    return found
 
 
 class Measures:
@@ -159,7 +130,9 @@ def anatomy(data: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int) -> N
         by_gold = _gold(measures.world, measures.query, sampled)
         for by, values in (("rm", by_rm), ("gold", by_gold)):
             measured(f"best.{by}", sampled[every, values.argmax(1)])
-        for name, summaries, more in _exact(measures, nets | {"sft": sft}, rm, cfg, seed):
+        listed = measures.world.every_summary(measures.query)
+        true = {"gold": _gold(measures.world, measures.query, listed) / cfg.source.tau}  # in logits, as the RM's
+        for name, summaries, more in optimum.optima(measures.query, listed, nets | {"sft": sft}, rm, cfg, seed, true):
             measured(name, summaries, **more)
         np.savez(folder / "scores.npz", **scores)
         stage.write_json(folder / "metrics.json", metrics)
@@ -190,26 +163,6 @@ def _labels(drawn: dict[str, Path], rm: "model.RewardModel", cfg: schema.Scale,
         if name == "online.ends":
             found[name] = {"rm": by_rm, "gold": gold}
     return found
-
-
-def _exact(measures: Measures, nets: dict[str, Path], rm: "model.RewardModel", cfg: schema.Scale,
-           seed: int) -> Iterator[tuple[str, np.ndarray, dict[str, float]]]:
-    """A summary [N, R] for every test prompt by the best policy under each reward, all summaries of a prompt being
-    listed; its KL from SFT, in nats, and what of SFT's mass is outside the list."""
-    query, every = torch.from_numpy(measures.query), measures.world.every_summary(measures.query)
-    listed = torch.from_numpy(np.pad(every, ((0, 0), (0, 0), (0, 1)), constant_values=PAD))
-    logps = {name: candidates.in_batches(candidates.logps, model.load_policy(path, cfg.compute).eval(), query, listed,
-                                         label=name).double().numpy() for name, path in nets.items()}
-    reference = logps["sft"]
-    rewards = {"rm": candidates.in_batches(candidates.rewards, rm, query, listed, label="rm").double().numpy(),
-               "dpo": cfg.dpo.beta * (logps["dpo"] - reference), "local": cfg.local.beta * logps["local"],
-               "gold": _gold(measures.world, measures.query, every) / cfg.source.tau}  # in logits, as the RM's
-    outside = float(1 - np.exp(reference).sum(1).mean())
-    for name in REWARDS:
-        best = exact_policy(reference, rewards[name], cfg.dpo.beta)
-        chosen = draw(best, cfg.source.candidates, cfg.samples.evaluate.temperature, np.random.default_rng(seed))
-        distance = float((best * (np.log(np.maximum(best, 1e-300)) - reference)).sum(1).mean())
-        yield f"exact.{name}", listed.numpy()[np.arange(len(chosen)), chosen], {"kl": distance, "outside": outside}
 
 
 def _command() -> None:
