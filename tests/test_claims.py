@@ -54,7 +54,8 @@ BARS = {
     "bases_rouge": [f"{series} b{k}" for k in range(1, 7) for series in ("DPO", "DPO 2x", "Online(DPO)")],
     "learnt": [f"{series} {kind} n={n}" for kind in ("two", "order", "counts") for n in (375, 6000, 24000)
                for series in ("DPO", "Online(SFT)", "Global RM", "DPO RM", "Probe")],
-    "learnt_bases": [f"{series} {kind} n=375" for kind in ("four", "blind") for series in ("DPO", "Online(SFT)")],
+    "learnt_bases": [f"{series} {kind} n={n}" for series in ("DPO", "Online(SFT)")
+                     for kind, n in (("four", 375), ("blind", 375), ("topical", 6000), ("alone", 6000))],
     "anatomy": [bar + world for world in ("", " (quality)") for bar in (
         "offline pairs, readers", "offline pairs, readers, divided", "offline pairs, RM", "offline pairs, RM soft",
         "own pairs, RM", "own pairs, RM, divided", "own best and worst, RM, divided", "exact, RM", "exact, DPO")],
@@ -168,7 +169,7 @@ def test_the_bars_of_our_own_figures_are_those_that_claims_name(monkeypatch):
     checked = [each for each in claims.load(ROOT / "claims.yaml").claims if each.figure in named]
     for each in checked:
         assert {*each.contrast, *each.against} <= named[each.figure], each.id
-    assert len(checked) == 31
+    assert len(checked) == 33
     for found in bars.values():
         assert len({bar.name for bar in found}) == len(found) > 10
 

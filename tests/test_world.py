@@ -84,6 +84,27 @@ def test_a_number_is_the_weight_of_coherence_and_of_nothing_else(tiny):
     assert np.array_equal(block.quality(query, response), number.quality(query, response))
 
 
+def test_documents_may_keep_to_a_topic(tiny):
+    """In a slot that offers both clusters, the topic's word comes e^2 times as often; the tag says which one it is."""
+    shown = {"slots": 8, "tags": "topic", "clusters": 2}
+    world = World(tiny.source.model_copy(update=shown))
+    query = world.prompts(4000, np.random.default_rng(0))
+    response = world.documents(query, np.random.default_rng(1))
+    topic = np.random.default_rng(1).integers(2, size=4000)
+    of_offered = world.cluster[world._parse(query)[1]]
+    of_word = world.cluster[response[:, :-1] - world.first_word]
+    both = of_offered.min(2) != of_offered.max(2)
+    assert (world.validity(query, response) == 1).all() and both.sum() > 10000
+    assert (of_word == topic[:, None])[both].mean() == pytest.approx(np.exp(2) / (1 + np.exp(2)), abs=0.01)
+    tags = world.tags(query, response, np.random.default_rng(2)) - world.first_tag
+    assert np.array_equal(tags, of_word.mean(1) > 0.5) and world.tag_shape == (2,)
+    assert np.array_equal(world.tag_values(), [0, 0])  # no topic is better
+    plain = World(tiny.source)
+    query = plain.prompts(40, np.random.default_rng(0))
+    drawn = [draw(query, np.random.default_rng(3)) for draw in (plain.documents, plain.summaries)]
+    assert np.array_equal(*drawn)
+
+
 def test_every_summary_is_listed_once(world):
     query = world.prompts(5, np.random.default_rng(0))
     listed = world.every_summary(query)

@@ -30,7 +30,7 @@ class World(Strict):
     taste: Annotated[list[Finite], Field(min_length=1, max_length=8)]  # weight of each attribute in the gold quality
     interaction: NonNegative | Terms  # weight of coherence there, or of every term
     tau: Positive  # temperature of the Bradley-Terry labels of task human, in units of quality
-    tags: Literal["attributes", "quality"]  # what the last token of a base's document tells: all, or what is liked
+    tags: Literal["attributes", "quality", "topic"]  # what the last token of a base's document tells (world.py)
     tag_buckets: Count  # of each attribute, or of the quality
     tag_noise: NonNegative  # sd of the noise on what the tag tells
     tag_weight: NonNegative  # weight of the tag in the base's loss; a word weighs 1

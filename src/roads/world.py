@@ -16,7 +16,8 @@ neighbours k, k + 1 of B[cluster of y_k, cluster of y_k+1], of standard-normal v
 
 A document of the base's corpus ends, after EOS, in a tag. By `tags: attributes` it tells a noisy look at every
 attribute, and nothing about which of them readers like: only preferences show that. By `tags: quality` it tells a
-noisy look at the quality itself.
+noisy look at the quality itself. By `tags: topic` documents keep to a topic, as natural text does: a word of one
+cluster, another for every document, is e^2 times as likely, and the tag says which cluster most of its words are of.
 """
 
 import math
@@ -26,6 +27,7 @@ import numpy as np
 from roads.schema import World as WorldConfig
 
 EOS, PAD, TLDR = 0, 1, 2
+TOPICAL = 2.0  # nats by which a word of a document's topic is likelier
 _SLOTS = "ba da fa ga ka la ma na pa ra sa ta va za".split()
 _WORDS = "bo do fo go ko lo mo no po ro so to vo zo".split()
 
@@ -46,7 +48,8 @@ class World:
         self.worth = (cfg.terms.attributes * np.tensordot(taste / np.linalg.norm(taste), self.tables, 1)
                       + cfg.terms.counts * of_cluster)
         self.order = np.random.default_rng([cfg.seed, 61]).standard_normal((cfg.clusters, cfg.clusters))
-        self.tag_shape = (cfg.tag_buckets,) * (len(cfg.taste) if cfg.tags == "attributes" else 1)
+        self.tag_shape = ((cfg.clusters,) if cfg.tags == "topic" else
+                          (cfg.tag_buckets,) * (len(cfg.taste) if cfg.tags == "attributes" else 1))
         self.first_tag = TLDR + 1
         self.first_subreddit = self.first_tag + math.prod(self.tag_shape)
         self.first_word = self.first_subreddit + cfg.subreddits
@@ -78,10 +81,22 @@ class World:
         words = np.sort(queries[:, 1:-1].astype(np.int64) - self.first_word, axis=1)
         return queries[:, 0] - self.first_subreddit, words.reshape(len(queries), c.slots, c.candidates)
 
+    def documents(self, queries: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Responses [n, K + 1] of the base's corpus: random ones, or such as keep to a topic (`tags: topic`)."""
+        if self.cfg.tags != "topic":
+            return self.summaries(queries, rng)
+        topic = rng.integers(self.cfg.clusters, size=len(queries))
+        on_topic = self.cluster[self._parse(queries)[1]] == topic[:, None, None]
+        return self._drawn(queries, TOPICAL * on_topic, rng)
+
     def summaries(self, queries: np.ndarray, rng: np.random.Generator, liked: bool = False) -> np.ndarray:
         """Responses [n, K + 1]: per slot a random candidate, or one drawn from softmax(worth)."""
         subreddit, offered = self._parse(queries)
-        logits = self.worth[subreddit[:, None, None], offered] * float(liked)
+        return self._drawn(queries, self.worth[subreddit[:, None, None], offered] * float(liked), rng)
+
+    def _drawn(self, queries: np.ndarray, logits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Responses [n, K + 1], the candidate of each slot by its logits [n, K, candidates]."""
+        _, offered = self._parse(queries)
         choice = np.argmax(logits + rng.gumbel(size=logits.shape), axis=2)
         words = np.take_along_axis(offered, choice[:, :, None], axis=2)[:, :, 0] + self.first_word
         return np.hstack([words, np.full((len(queries), 1), EOS)]).astype(np.int32)
@@ -133,7 +148,10 @@ class World:
         return words
 
     def _tagged(self, queries: np.ndarray, responses: np.ndarray) -> np.ndarray:
-        """What a tag tells of responses [n, R], before its noise: [attributes, n], or the quality [1, n]."""
+        """What a tag tells of responses [n, R], before its noise: [attributes, n], or topic or quality [1, n]."""
+        if self.cfg.tags == "topic":
+            of_word = self.cluster[self._slot_words(responses)]
+            return (of_word[:, :, None] == np.arange(self.cfg.clusters)).sum(1).argmax(1)[None]
         if self.cfg.tags == "attributes":
             return self.attributes(queries, responses)
         return self.quality(queries, responses)[None]
@@ -141,10 +159,14 @@ class World:
     def tags(self, queries: np.ndarray, responses: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Tag tokens [n]: the buckets of a noisy look at what tags tell, the last one's running fastest."""
         told = self._tagged(queries, responses)
+        if self.cfg.tags == "topic":
+            return (self.first_tag + told[0]).astype(np.int32)
         noisy = told + self.cfg.tag_noise * rng.standard_normal(told.shape)
         buckets = [np.searchsorted(edges, look) for edges, look in zip(self.tag_edges, noisy, strict=True)]
         return (self.first_tag + np.ravel_multi_index(buckets, self.tag_shape)).astype(np.int32)
 
     def tag_values(self) -> np.ndarray:
-        """What each tag says, [tags]: the sum of its buckets, each attribute counting alike."""
+        """What each tag says, [tags]: the sum of its buckets, each attribute counting alike; no topic is better."""
+        if self.cfg.tags == "topic":
+            return np.zeros(self.tag_shape)
         return np.indices(self.tag_shape).sum(0).ravel()

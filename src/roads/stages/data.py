@@ -52,7 +52,8 @@ def from_world(cfg: schema.Scale) -> tuple[object, dict[str, dict[str, np.ndarra
         query = world.prompts(getattr(cfg.data, split), rng)
         # References of the preference set are of words that readers like, those of SFT and of the winrate are not: SFT
         # alone must not already solve the task.
-        response = world.summaries(query, rng, liked=split in ("preferences", "valid", "more"))
+        liked = split in ("preferences", "valid", "more")
+        response = world.documents(query, rng) if split == "base" else world.summaries(query, rng, liked)
         splits[split] = {"query": query, "response": response}
     # One more column than a summary needs: when to stop is the policy's to learn.
     for split in SPLITS:
