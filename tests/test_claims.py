@@ -389,6 +389,19 @@ def test_over_worlds_each_is_one_observation(reports):
     assert row["verdict"] == "undecided"  # its interval has 0 in it, one-sided p or not
 
 
+def test_over_worlds_a_series_may_begin_as_another_does(reports):
+    """DPO and DPO 2x; equal gaps everywhere leave nothing to test; equal leads nothing to correlate with."""
+    bars = {f"{series} w{k:02}": np.full((2, 5), value) for k in range(1, 5)
+            for series, value in (("DPO", 0.5), ("DPO 2x", 0.75), ("Global RM", 0.5), ("DPO RM", 0.25))}
+    draw(reports, "worlds", bars)
+    text = claim(figure="worlds", contrast="{DPO: -1, DPO 2x: 1}", more="    over: worlds\n")
+    leads = "    over: worlds\n    against: {Global RM: 1, DPO RM: -1}\n"
+    row, none = decide(reports, text, claim("b", "{DPO: -1, DPO 2x: 1}", "correlated", "0.5", "worlds", leads))
+    assert row["n"] == 4 and row["estimate"]["mean"] == row["estimate"]["low"] == 0.25 and row["p"] == 0
+    assert row["verdict"] == "supported"
+    assert none["verdict"] == "not run" and none["why"] == "Global RM - DPO RM is the same in all 4 worlds"
+
+
 def test_over_worlds_signs_are_those_of_worlds(reports):
     row = over(reports, [0.1, -0.2, 0.3], [0, 0, 0])
     assert "worlds of both signs: +0.1000, -0.2000, +0.3000" in row["why"]
@@ -410,12 +423,12 @@ def test_a_claim_whose_scores_are_elsewhere_keeps_its_estimate(reports):
     claims.save(claims.load(path), first, reports)
     shutil.rmtree(reports.parents[1] / "runs")
     assert decide(reports, claim()) == first
-    with pytest.raises(UserError, match="not found; claims need every prompt's score"):  # another question
-        decide(reports, claim(contrast="{DPO 2x: 2, DPO: -2}"))
+    (row,) = decide(reports, claim(contrast="{DPO 2x: 2, DPO: -2}"))  # another question
+    assert row["verdict"] == "not run" and "not found; claims need every prompt's score" in row["why"]
     draw(reports, "fig3", policies(0.4))
     shutil.rmtree(reports.parents[1] / "runs")
-    with pytest.raises(UserError, match="not found; claims need every prompt's score"):  # another figure
-        decide(reports, claim())
+    (row,) = decide(reports, claim())  # another figure
+    assert row["verdict"] == "not run" and "not found; claims need every prompt's score" in row["why"]
 
 
 def test_rows_of_a_post_are_resampled_together(reports):
@@ -531,23 +544,48 @@ def test_a_bar_that_mini_does_not_have_is_a_mistake(reports):
 
 def test_a_figure_that_there_is_not_is_a_mistake(tmp_path):
     shutil.copyfile(ROOT / "figures.yaml", tmp_path / "figures.yaml")
-    (tmp_path / "claims.yaml").write_text(document(claim(figure="fig33")), encoding="utf-8")
-    with pytest.raises(UserError, match=r"claims.yaml: claims.a.figure: no figure 'fig33' in figures.yaml; did you"):
-        claims.load(tmp_path / "claims.yaml")
+    for wrong, key in ((claim(figure="fig33"), "figure"), (claim(contrast="{fig33/DPO: 1, DPO: -1}"), "contrast")):
+        (tmp_path / "claims.yaml").write_text(document(wrong), encoding="utf-8")
+        with pytest.raises(UserError, match=rf"claims.yaml: claims.a.{key}: no figure 'fig33' in figures.yaml; did"):
+            claims.load(tmp_path / "claims.yaml")
 
 
 def test_a_clone_without_runs_is_told_how_to_get_them(reports):
     draw(reports, "fig3", policies())
+    draw(reports, "fig4", policies(0.5))
     (reports.parents[1] / "runs/mini/fig3/DPO/s1/scores.npz").unlink()
-    with pytest.raises(UserError, match="runs/mini/fig3/DPO/s1/scores.npz: not found; .*`make fig3` makes it"):
-        decide(reports, claim())
+    rows = decide(reports, claim(), claim("b", figure="fig4"), claim("c", contrast="{fig4/DPO 2x: 1, DPO: -1}"))
+    assert [row["verdict"] for row in rows] == ["not run", "supported", "not run"]  # the others are decided
+    assert rows[2]["why"] == ("runs/mini/fig3/DPO/s1/scores.npz: not found; claims need every prompt's score: "
+                              "`make fig3` makes it")
+    assert claims.table(rows).splitlines()[-2:] == [f"not run: {row['id']}: {row['why']}" for row in rows[::2]]
 
 
-def test_scores_that_changed_since_the_figure_are_refused(reports):
+def test_scores_that_changed_since_the_figure_decide_nothing(reports):
     draw(reports, "fig3", policies())
     np.savez(reports.parents[1] / "runs/mini/fig3/DPO/s1/scores.npz", score=np.zeros(400))
-    with pytest.raises(UserError, match="DPO/s1/scores.npz: not the file that .*fig3.json was made from"):
-        decide(reports, claim())
+    (row,) = decide(reports, claim())
+    assert row["verdict"] == "not run"
+    assert re.match("runs/mini/fig3/DPO/s1/scores.npz: not the file that .*fig3.json was made from", row["why"])
+
+
+def test_the_figures_to_make_are_those_that_are_not_there(reports):
+    """Of a claim over two figures, the one that is missing."""
+    draw(reports, "fig3", policies())
+    rows = decide(reports, claim(contrast="{fig4/DPO 2x: 1, DPO: -1}"))
+    assert claims.table(rows).splitlines()[-1] == "not run: `make fig4` makes the figures"
+
+
+def test_a_bar_of_an_arm_that_came_later_is_not_run(reports):
+    """params.yaml has the arm, and mini's report is older; a bar of no arm is a mistake there too."""
+    shutil.copyfile(ROOT / "params.yaml", reports.parents[1] / "params.yaml")
+    shutil.copyfile(ROOT / "figures.yaml", reports.parents[1] / "figures.yaml")
+    draw(reports, "bases_rouge", {f"{series} b1": np.ones((2, 5)) for series in ("DPO", "DPO 2x")})
+    newer = claim(figure="bases_rouge", contrast="{DPO b2: 1, DPO b1: -1}")
+    (row,) = decide(reports, newer)
+    assert row["verdict"] == "not run" and row["why"].endswith("before it had 'DPO b2'; `make bases_rouge` makes it")
+    with pytest.raises(UserError, match="bases_rouge has no bar 'DPO b9'; did you mean 'DPO b1'"):
+        decide(reports, newer.replace("b2", "b9"))
 
 
 def test_scores_that_are_not_numbers_are_refused(reports):

@@ -15,6 +15,21 @@ def test_an_interval_covers_the_mean_in_about_95_percent_of_draws():
     assert 0.90 <= hits / 200 <= 0.985
 
 
+def test_a_correlation_draws_the_seeds_of_both_sides_together():
+    """Three models whose means go with a seed's luck on both sides: r is about 1 in every resample, and not in some."""
+    rng = np.random.default_rng(0)
+    luck = rng.normal(0, 5, size=(3, 3))  # [models, seeds]
+    x, y = ([row[:, None] + rng.normal(0, 0.1, size=(3, 50)) for row in luck] for _ in range(2))
+    found, resampled = stats.correlation(x, y)
+    assert found["low"] > 0.95 and (resampled > 0.9).mean() > 0.99
+
+
+def test_equal_values_of_all_units_leave_nothing_to_test():
+    assert stats.over_units([0.5] * 4) == {"mean": 0.5, "low": 0.5, "high": 0.5, "p": 0.0}
+    assert stats.over_units([0.0] * 4)["p"] == 1.0 and stats.over_units([-0.5] * 4)["p"] == 1.0
+    assert [stats.over_units([value] * 4, margin=0.02)["p"] for value in (0.01, 0.03)] == [0.0, 1.0]
+
+
 def test_seeds_that_differ_widen_the_interval():
     prompts = np.random.default_rng(0).normal(size=400)
     same, apart = (stats.estimate(prompts + np.array(shift)[:, None]) for shift in ([0, 0, 0], [-0.5, 0, 0.5]))

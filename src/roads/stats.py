@@ -50,6 +50,11 @@ def _resamples(n_seeds: int, n_prompts: int, stream: int) -> tuple[np.ndarray, n
     return weights, rng.integers(n_seeds, size=(RESAMPLES, n_seeds))
 
 
+def _shared_seeds(n_seeds: int) -> np.ndarray:
+    """Draws of seeds [RESAMPLES, seeds] for bars whose prompts are not the same and whose seeds are."""
+    return np.random.default_rng([0, n_seeds]).integers(n_seeds, size=(RESAMPLES, n_seeds))
+
+
 def by_post(scores: np.ndarray, post: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Sums of scores [seeds, rows] over each post's rows, [seeds, posts], and how many rows each has, [posts].
 
@@ -62,8 +67,10 @@ def by_post(scores: np.ndarray, post: np.ndarray | None) -> tuple[np.ndarray, np
     return np.stack([np.bincount(post, weights=row, minlength=len(rows)) for row in scores]), rows
 
 
-def bootstrap(scores: np.ndarray, stream: int = 0, post: np.ndarray | None = None) -> np.ndarray:
-    """Means [RESAMPLES] of scores [seeds, rows], seeds and posts resampled independently (two-way, clustered).
+def bootstrap(scores: np.ndarray, stream: int = 0, post: np.ndarray | None = None,
+              seeds: np.ndarray | None = None) -> np.ndarray:
+    """Means [RESAMPLES] of scores [seeds, rows], seeds and posts resampled independently (two-way, clustered); seeds as
+    drawn elsewhere, where `seeds` [RESAMPLES, seeds] has them.
 
     Three seeds give few distinct draws: the interval is honest about prompts and only indicative about seeds,
     which is why every figure shows each seed's point as well.
@@ -71,7 +78,7 @@ def bootstrap(scores: np.ndarray, stream: int = 0, post: np.ndarray | None = Non
     sums, rows = by_post(scores, post)
     weights, draws = _resamples(*sums.shape, stream)
     means = weights @ sums.T if post is None else (weights @ sums.T) / (weights @ rows)[:, None]
-    return np.take_along_axis(means, draws, axis=1).mean(axis=1)
+    return np.take_along_axis(means, draws if seeds is None else seeds, axis=1).mean(axis=1)
 
 
 def total(parts: list[np.ndarray], post: np.ndarray | None = None) -> tuple[dict, np.ndarray]:
@@ -98,11 +105,13 @@ def correlation(x: list[np.ndarray], y: list[np.ndarray]) -> tuple[dict, np.ndar
         left, right = left - left.mean(0), right - right.mean(0)
         return (left * right).sum(0) / np.sqrt((left**2).sum(0) * (right**2).sum(0))
 
-    resampled = r(*(np.stack([bootstrap(scores, stream) for scores in side]) for stream, side in enumerate((x, y))))
+    seeds = _shared_seeds(len(x[0]))
+    resampled = r(*(np.stack([bootstrap(scores, stream, seeds=seeds) for scores in side])
+                    for stream, side in enumerate((x, y))))
     low, high = np.quantile(resampled, [0.025, 0.975])
-    seeds = r(*(np.stack([scores.mean(axis=1) for scores in side]) for side in (x, y)))
+    by_seed = r(*(np.stack([scores.mean(axis=1) for scores in side]) for side in (x, y)))
     mean = r(*(np.array([[scores.mean()] for scores in side]) for side in (x, y)))[0]
-    return {"mean": float(mean), "low": float(low), "high": float(high), "by_seed": seeds.tolist()}, resampled
+    return {"mean": float(mean), "low": float(low), "high": float(high), "by_seed": by_seed.tolist()}, resampled
 
 
 def estimate(scores: np.ndarray, post: np.ndarray | None = None) -> dict:
@@ -131,6 +140,9 @@ def over_units(values: list[float], margin: float | None = None) -> dict[str, fl
     error = float(np.std(values, ddof=1) / n**0.5)
     half = float(t.ppf(0.975, n - 1) * error)
     bounds = [0.0] if margin is None else [-margin, margin]
+    if error == 0:  # the same everywhere: there is nothing to test
+        inside = mean > bounds[0] and (margin is None or mean < bounds[-1])
+        return {"mean": mean, "low": mean, "high": mean, "p": float(not inside)}
     p = max(float(t.sf((mean - bounds[0]) / error, n - 1)),
             float(t.cdf((mean - bounds[-1]) / error, n - 1)) if margin is not None else 0.0)
     return {"mean": mean, "low": mean - half, "high": mean + half, "p": p}

@@ -92,9 +92,11 @@ def load(path: Path) -> Claims:
     """
     raw = strict.read(path, f"the keys {', '.join(Claims.model_fields)}")
     found, table = strict.check(Claims, raw, str(path)), Path(path).with_name(config.FIGURES.name)
-    known = config.load_figures(table) if table.exists() else {claim.figure: None for claim in found.claims}
+    known = config.load_figures(table) if table.exists() else {}
     for claim in found.claims:
-        if claim.figure not in known:
-            raise UserError(f"{path}: claims.{claim.id}.figure: no figure {claim.figure!r} in {table.name}"
-                            f"{nearest(claim.figure, known)}")
+        others = {name.partition("/")[0]: "contrast" for name in [*claim.contrast, *claim.against] if "/" in name}
+        for figure, key in ({claim.figure: "figure"} | others).items() if table.exists() else ():
+            if figure not in known:
+                raise UserError(f"{path}: claims.{claim.id}.{key}: no figure {figure!r} in {table.name}"
+                                f"{nearest(figure, known)}")
     return found
