@@ -441,6 +441,53 @@ def test_a_batch_whose_id_was_lost_is_found_by_its_tag(cache, serve):
     assert len(fake.batches) == 1 and set(fake.asked.values()) == {1}
 
 
+def test_a_line_of_another_model_costs_no_other_answer(cache, serve):
+    """All others are kept, the odd one is paid for, and asked again once the endpoint answers as it should."""
+    fake = serve(["model"])
+    with pytest.raises(UserError, match="asked for gpt-4o-2024-08-06, but .* answered as"):
+        client.answers(MESSAGES, BATCH, SPENDING, cache, poll=0.02)
+    assert len(rows(cache, where="answer IS NOT NULL")) == 59
+    assert client.answers(MESSAGES, BATCH, SPENDING, cache, poll=0.02) == SAID
+    assert len(fake.batches) == 2 and sum(fake.asked.values()) == 61
+
+
+def test_an_error_of_a_batchs_line_may_be_a_text(cache, serve):
+    fake = serve(polls=10**9)
+    book = ledger.Ledger(cache, BATCH, SPENDING)
+    book.db.execute("INSERT INTO batches VALUES ('t', ?, 'batch_9', 0)", [BATCH.model])
+    for message in MESSAGES[:2]:
+        book.enter(ledger.key_of(message, BATCH), message, until=float("inf"), batch="t")
+    lines = [{"custom_id": ledger.key_of(MESSAGES[0], BATCH), "error": "it broke"}]
+    assert batches._store(book, "t", lines) == "None: it broke"
+    assert not rows(cache) and not fake.batches  # both are asked anew
+
+
+def test_a_batch_that_the_endpoint_lost_is_named_and_may_be_forgotten(cache, serve, monkeypatch):
+    fake = serve(polls=10**9)
+    running = process(cache, 60, kind="batch")
+    wait_for(lambda: fake.batches and fake.batches["batch_0"]["polls"] < 10**9)
+    running.send_signal(signal.SIGKILL)
+    running.communicate()
+    fake = serve()  # another account: it has no such batch
+    fake.batches["batch_7"] = {"id": "batch_7"}
+    with pytest.raises(UserError, match="no batch batch_0, .*or count it as paid and ask anew: `python -m roads.judge "
+                       "forget batch_0`"):
+        client.answers(MESSAGES, BATCH, SPENDING, cache, poll=0.02)
+    paid = dollars(cache)
+    with pytest.raises(UserError, match="batch_1: .* has no batch of that id that is not ended"):
+        ledger.forget("batch_1", cache)
+    assert ledger.forget("batch_0", cache) == 60 and dollars(cache) == paid > 0
+    fake.batches.clear()
+    assert client.answers(MESSAGES, BATCH, SPENDING, cache, poll=0.02) == SAID
+    assert dollars(cache) == pytest.approx(paid + fake.dollars(2.5, 10) / 2)
+
+
+def test_an_empty_base_url_is_openais(monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", "")
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    assert str(endpoint.connect().base_url) == "https://api.openai.com/v1/" and endpoint.host_of() == "api.openai.com"
+
+
 def test_a_batch_that_was_never_submitted_is_struck_out(cache, serve):
     serve(key="sk-another")
     with pytest.raises(UserError, match="401"):

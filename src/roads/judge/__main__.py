@@ -2,6 +2,7 @@
 
     python -m roads.judge status                                     # what is stored: answers and dollars by model
     python -m roads.judge estimate COMPLETIONS DATA --scale paper    # what judging these would cost; asks nothing
+    python -m roads.judge forget BATCH                               # wait no longer for a batch that is gone
 """
 
 import argparse
@@ -22,6 +23,8 @@ def _command() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("status", help="what the cache holds, and what it cost")
+    gone = commands.add_parser("forget", help="wait no longer for a batch: it counts as paid, and is asked anew")
+    gone.add_argument("batch", help="its id at the endpoint")
     judging = commands.add_parser("estimate", help="what it costs at most to judge completions against the references")
     judging.add_argument("completions", type=Path)
     judging.add_argument("data", type=Path)
@@ -29,6 +32,8 @@ def _command() -> None:
     a = parser.parse_args()
     if a.command == "status":
         return print(ledger.status())
+    if a.command == "forget":
+        return print(f"{a.batch}: {ledger.forget(a.batch)} requests are no longer waited for")
     cfg = config.load_scale(a.scale)
     if cfg.judge is None or cfg.judge.kind not in OUTSIDE:
         raise UserError(f"{a.scale}: judge.kind: expected openai or batch; its judge is not asked over a network")

@@ -28,6 +28,7 @@ from roads.stage import UserError
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
+    from openai.types import Batch
 
 BATCH_BYTES = 150 * 10**6
 TOO_MUCH = "token_limit_exceeded"  # more is enqueued than the account may have: smaller batches, one after another
@@ -108,12 +109,12 @@ async def collect(client: "AsyncOpenAI", book: Ledger, keys: set[str], bar: tqdm
     problem, too_much, waiting = "", False, book.open_batches(keys)
     while waiting:
         for tag, name in waiting.items():
-            batch = await patiently(book, lambda name=name: client.batches.retrieve(name))
+            batch = await patiently(book, lambda name=name: _retrieve(client, name))
             if batch.status not in ("completed", "failed", "expired", "cancelled"):
                 continue
             lines = []
             for file in filter(None, (batch.output_file_id, batch.error_file_id)):
-                lines += await patiently(book, lambda file=file: _lines(client, file))
+                lines += await patiently(book, lambda file=file, name=name: _lines(client, file, name))
             errors = batch.errors.data if batch.errors and batch.errors.data else []
             found = _store(book, tag, lines)
             problem = problem or found or "; ".join(str(error.message) for error in errors)
@@ -130,13 +131,33 @@ async def _batches(client: "AsyncOpenAI") -> list:
     return [batch async for batch in client.batches.list(limit=100)]
 
 
-async def _lines(client: "AsyncOpenAI", file: str) -> list[dict]:
-    """What a file of answers says, a dict with the custom_id of a request for each line.
+@contextmanager
+def _known(name: str) -> Iterator[None]:
+    """For a batch that the endpoint has not: an error that says what to do about it."""
+    import openai
+
+    try:
+        yield
+    except openai.NotFoundError:
+        raise UserError(f"{host_of()}: no batch {name}, or its answers have expired; go back to the OPENAI_API_KEY and "
+                        "OPENAI_BASE_URL that it was sent with, or count it as paid and ask anew: `python -m "
+                        f"roads.judge forget {name}`") from None
+
+
+async def _retrieve(client: "AsyncOpenAI", name: str) -> "Batch":
+    with _known(name):
+        return await client.batches.retrieve(name)
+
+
+async def _lines(client: "AsyncOpenAI", file: str, name: str) -> list[dict]:
+    """What a file of a batch's answers says, a dict with the custom_id of a request for each line.
 
     Raises:
         Refused: it is something else, or cut: what was answered is still there to be fetched.
     """
-    lines = [as_object(line) for line in (await client.files.content(file)).content.splitlines() if line.strip()]
+    with _known(name):
+        content = (await client.files.content(file)).content
+    lines = [as_object(line) for line in content.splitlines() if line.strip()]
     if not all("custom_id" in line for line in lines):
         raise Refused(f"{file} is not lines of JSON")
     return lines
@@ -144,7 +165,7 @@ async def _lines(client: "AsyncOpenAI", file: str) -> list[dict]:
 
 def _store(book: Ledger, tag: str, lines: list[dict]) -> str:
     """Store the lines of an ended batch and strike out what failed or expired; the first error, or ''."""
-    problem = ""
+    problem, told = "", None
     with book.alone():
         rows = dict(book.db.execute("SELECT key, id FROM answers WHERE batch = ? AND answer IS NULL", [tag]))
         for line in lines:
@@ -158,6 +179,7 @@ def _store(book: Ledger, tag: str, lines: list[dict]) -> str:
                     book.settle(row, completion(body), host_of())
                     continue
                 error = (body.get("error") if isinstance(body, dict) else None) or line.get("error") or {}
+                error = error if isinstance(error, dict) else {"message": error}
                 if error.get("code") in UNBILLED:
                     book.unreadable(row)
                     continue
@@ -170,7 +192,11 @@ def _store(book: Ledger, tag: str, lines: list[dict]) -> str:
             except Refused as refused:
                 book.strike(row)
                 problem = problem or str(refused)
+            except UserError as wrong:  # the row is closed; what others have answered is kept
+                told = told or wrong
         for row in rows.values():
             book.strike(row)
         book.db.execute("UPDATE batches SET done = 1 WHERE tag = ?", [tag])
+    if told:
+        raise told
     return problem

@@ -98,9 +98,13 @@ def request(message: str, judge: LLMJudge) -> dict:
             "temperature": judge.temperature, limit: judge.max_tokens}
 
 
+def _base_url() -> str:
+    return os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"  # empty, as a line of an env file may be
+
+
 def host_of() -> str:
     """Where OPENAI_BASE_URL points, without user or password."""
-    url = os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+    url = _base_url()
     try:
         parts = urlsplit(url)
         host, port, scheme = parts.hostname, parts.port, parts.scheme
@@ -148,7 +152,8 @@ def connect() -> "AsyncOpenAI":
                         f"http:// proxy, or name {name} in NO_PROXY") from None
     except OSError as error:
         raise UserError(f"SSL_CERT_FILE: {error.strerror or error}; expected a file of certificates") from None
-    return AsyncOpenAI(api_key=key, max_retries=0, http_client=web, timeout=httpx.Timeout(600, connect=CONNECT),
+    return AsyncOpenAI(api_key=key, base_url=_base_url(), max_retries=0, http_client=web,
+                       timeout=httpx.Timeout(600, connect=CONNECT),
                        _strict_response_validation=True)  # else a page of HTML is a batch
 
 

@@ -202,6 +202,24 @@ def estimate(messages: list[str], judge: LLMJudge, spending: Spending, cache: Pa
     return len(todo), sum(worst_price(message, judge, spending) for message in todo.values())
 
 
+def forget(batch: str, cache: Path = CACHE) -> int:
+    """Wait no longer for a batch that the endpoint has lost; how many of its requests are unanswered. They count as
+    paid at their worst price, and are asked anew.
+
+    Raises:
+        UserError: no such batch.
+    """
+    db = sqlite3.connect(cache, isolation_level=None) if Path(cache).exists() else None
+    tag = db and db.execute("SELECT tag FROM batches WHERE id = ? AND NOT done", [batch]).fetchone()
+    if not tag:
+        raise UserError(f"{batch}: {cache} has no batch of that id that is not ended")
+    db.execute("BEGIN IMMEDIATE")
+    count = db.execute("UPDATE answers SET until = 0 WHERE batch = ? AND answer IS NULL", tag).rowcount
+    db.execute("UPDATE batches SET done = 1 WHERE tag = ?", tag)
+    db.execute("COMMIT")
+    return count
+
+
 def status(cache: Path = CACHE) -> str:
     """A line per model of what the cache holds."""
     if not Path(cache).exists():
