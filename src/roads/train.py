@@ -260,7 +260,8 @@ def run(out: Path, make: Callable[[], Job], recipe: schema.Train, cfg: schema.Sc
         name: of the progress bar. read: the fingerprint of `reads`, where it is known.
     """
     torch.set_num_threads(cfg.machine.threads)
-    key = stage.fingerprint(used, [], read or stage.fingerprint({}, reads), name)
+    # With the place: arms that run side by side may repeat a training, and each has a checkpoint of its own.
+    key = stage.fingerprint(used, [], read or stage.fingerprint({}, reads), name, out.as_posix())
     with stage.output(out, used, reads) as folder:
         job = make()
         model.for_training(job.net, cfg, pack=job.pack)
