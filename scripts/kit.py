@@ -22,6 +22,7 @@ import time
 import tomllib
 from importlib import metadata
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 PART = 45_000_000  # bytes
@@ -110,6 +111,11 @@ def split(folder: Path, name: str, out: Path) -> list[Path]:
     return parts
 
 
+def refuse(why: str) -> NoReturn:
+    print(f"error: {why}", file=sys.stderr)
+    sys.exit(2)
+
+
 def build(out: Path, scale: str, python: str) -> None:
     pins = entries("cpu.txt") | entries("real.txt")
     there = closure(THERE) - NOT_THERE
@@ -117,6 +123,17 @@ def build(out: Path, scale: str, python: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
     wanted = closure(it for it in project if name_of(it) not in elsewhere) - there | set(entries("real.txt"))
     extra = closure(EXTRA) - there - wanted
+    from roads import config, stage  # not at the top: `unpack` and `pack` need none of it
+
+    try:
+        kind = config.load_scale(scale).model.kind
+    except stage.UserError as error:
+        refuse(str(error))
+    if kind == "pretrained":
+        refuse(f"{scale}: its model comes from a hub, which a machine without a network does not reach; expected a "
+               "scale whose model comes from packages, such as real")
+    if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out / "join.sh").exists()):
+        refuse(f"{out}: it is there, and no kit; expected an empty folder, or an older kit to replace")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     with tempfile.TemporaryDirectory(dir=out) as scratch:
@@ -198,12 +215,13 @@ def machine() -> dict:
 
 def unpack(archive: Path) -> None:
     """Put what came home in its place; of dvc.lock, the entries of its scale alone."""
+    if not archive.is_file():
+        refuse(f"ARCHIVE={archive}: expected the home.tar.xz that a kit's run has packed")
     with tarfile.open(archive) as tar:
         names = tar.getnames()
         scale = next((name.split("/")[1] for name in names if re.match(r"reports/[\w-]+/", name)), None)
         if scale is None or "dvc.lock" not in names:
-            print(f"error: {archive}: no archive of a kit's run (its home.tar.xz)", file=sys.stderr)
-            sys.exit(2)
+            refuse(f"{archive}: no archive of a kit's run (its home.tar.xz)")
         mine = f"reports/{scale}/", f"runs/{scale}/", f"runs/{scale}."
         inside = [m for m in tar.getmembers() if m.name.startswith(mine)]
         tar.extractall(ROOT, inside, filter="data")

@@ -30,7 +30,7 @@ def prepare(runs: Path, cfg: schema.Scale) -> None:
     """Data, SFT policy, and pairs to train on and held out."""
     source = None if cfg.synthetic else Path(active.DATA_FROM[cfg.source.kind])
     once(runs / "data", data.data, source, runs / "data", cfg)
-    once(runs / "base", base.base, runs / "data", runs / "base", cfg)
+    once(runs / "base", base.base if cfg.model.kind == "new" else base.fetch, runs / "data", runs / "base", cfg)
     once(runs / "sft", sft.sft, runs / "data", runs / "base", runs / "sft", cfg)
     for split in ("preferences", "valid"):
         drawn, pairs = runs / split / "candidates", runs / split / "pairs"

@@ -218,6 +218,7 @@ def test_what_does_not_fit_is_counted_and_too_much_of_it_refused(tmp_path, cfg, 
     ({}, "no rows to train on; expected train.jsonl or train.parquet"),
     ({"train.jsonl": b'{"prompt": "a"}\n'}, "train.jsonl:1: no field 'chosen'"),
     ({"train.jsonl": b"\n"}, "train.jsonl: empty; expected one row per line"),
+    ({"train.jsonl": b"{}\n", "train.parquet": b"PAR1"}, "rows: train.jsonl and train.parquet; expected one of them"),
     ({"train.parquet": b"PAR1"}, "train.parquet: .*; expected a parquet file of rows"),
     ({"train.jsonl": b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 3}, "valid: none of 0 rows is left"),
 ])
@@ -228,6 +229,19 @@ def test_files_that_are_none_are_told(tmp_path, cfg, files, message):
     with pytest.raises(stage.UserError, match=message):
         data.data(tmp_path / "rows", tmp_path / "data", cfg)
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("text, message", [
+    ('{"dataset": "rows",', "my.json: Expecting property name .*; expected JSON"),
+    ('{"dataset": "rows", "revision": null, "splits": {"test": "*.jsonl"}}', "my.json: splits.train: missing"),
+    ('{"dataset": "rows", "revision": null, "splits": {"train": "/rows/*.jsonl"}}', "my.json: splits.train: .*"),
+])
+def test_a_file_that_names_no_dataset_is_told(tmp_path, text, message, monkeypatch):
+    monkeypatch.setattr(own_preferences.hub, "fetch", lambda *args: (tmp_path, None))
+    (tmp_path / "my.json").write_text(text)
+    with pytest.raises(stage.UserError, match=message) as error:
+        own_preferences.read(tmp_path / "my.json")
+    assert "\n" not in str(error.value)
 
 
 # The judge's prompt

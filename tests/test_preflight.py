@@ -148,15 +148,42 @@ def test_only_the_gpus_that_may_be_used_count(machine, params, monkeypatch):
 
 def test_a_disk_too_small_is_one_line(machine, params, monkeypatch):
     machine(H100)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3e9))
-    with pytest.raises(UserError, match="these stages write about 5.7 GB and 3 GB are free"):
+    monkeypatch.setattr(preflight, "_links", lambda: False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=6e9))
+    with pytest.raises(UserError, match="these stages write about 11 GB, DVC's cache included, and 6 GB are free"):
         preflight.check(stages("paper"), params, "mini")
+    monkeypatch.setattr(preflight, "_links", lambda: True)  # then there is one copy
+    preflight.check(stages("paper"), params, "mini")
+
+
+def test_links_are_those_of_dvcs_own_settings_or_of_the_disk(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    system = pytest.importorskip("dvc_objects.fs.system")
+
+    def no(source, target):
+        raise OSError("no such call")
+
+    monkeypatch.setattr(system, "reflink", no)
+    assert not preflight._links()
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc/config.local").write_text("[cache]\n    type = hardlink,copy\n")
+    assert preflight._links()
+    (tmp_path / ".dvc/config.local").unlink()
+    monkeypatch.setattr(system, "reflink", lambda source, target: None)
+    assert preflight._links() and sorted(path.name for path in tmp_path.iterdir()) == [".dvc"]
+
+
+def test_a_gpu_that_shares_the_systems_memory_has_that(machine):
+    machine(("[N/A]", "580.95.05"))
+    ((memory, driver),) = preflight.gpus()
+    assert driver == 580 and 1e9 < memory < 1e14
 
 
 def test_what_is_free_is_told_in_its_own_unit(machine, params, monkeypatch):
     machine(H100)
+    monkeypatch.setattr(preflight, "_links", lambda: True)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3e6))
-    with pytest.raises(UserError, match="these stages write about 1.6 GB and 3 MB are free"):
+    with pytest.raises(UserError, match="these stages write about 1.6 GB, .*, and 3 MB are free"):
         preflight.check(stages("lite"), params, "lite")
 
 

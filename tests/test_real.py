@@ -229,6 +229,20 @@ def test_what_comes_home_is_small_and_finds_its_place(tmp_path):
         "sft@mini": "here", "sft@real": "there", "fig11@real": "there"}
 
 
+def test_a_kit_takes_no_folder_of_others_and_no_model_of_a_hub(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/one.jpg").write_bytes(b"1")
+    for args, said in ((["build", "--out", tmp_path / "photos"], "photos: it is there, and no kit"),
+                       (["build", "--scale", "paper"], "paper: its model comes from a hub"),
+                       (["build", "--scale", "reel"], "no block named 'reel'"),
+                       (["unpack", ""], "ARCHIVE=.: expected the home.tar.xz"),
+                       (["unpack", tmp_path / "no.tar.xz"], "no.tar.xz: expected the home.tar.xz")):
+        command = [sys.executable, "scripts/kit.py", *args]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENV)
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert (tmp_path / "photos/one.jpg").exists()
+
+
 def test_an_archive_of_something_else_is_refused(tmp_path):
     with tarfile.open(tmp_path / "other.tar.xz", "w:xz") as tar:
         tar.add(__file__, "elsewhere/file")

@@ -36,6 +36,14 @@ def test_what_the_rules_choose():
     assert search_real.chosen(rows)["dpo"] == {"lr": 1e-5, "beta": 0.3, "epochs": 1}
 
 
+@pytest.mark.parametrize("scale, fetched", [("real", True), ("lite", True), ("tiny", False)])
+def test_a_model_that_there_is_already_is_fetched(tmp_path, monkeypatch, scale, fetched):
+    made = []
+    monkeypatch.setattr(search_real, "once", lambda out, function, *args, **options: made.append(function))
+    search_real.prepare(tmp_path, config.load_scale(scale, ROOT / "params.yaml"))
+    assert (search_real.base.fetch in made, search_real.base.base in made) == (fetched, not fetched)
+
+
 @pytest.mark.slow
 def test_a_killed_search_continues(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

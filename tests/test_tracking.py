@@ -1,12 +1,14 @@
 """Curves of a training in TensorBoard and Weights & Biases: what curves.csv has, and no other result for it."""
 
 import csv
+import os
 import re
 import struct
 import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import clone, run
 
 from roads import tracking
@@ -111,6 +113,36 @@ def test_a_tracker_that_fails_costs_no_training(plain, tmp_path):
     said = trained(plain, "failed", ROADS_TRACKER="tensorboard")
     assert "ROADS_TRACKER: " in said and "this training is not tracked any further" in said and same(plain, "failed")
     board.unlink()
+
+
+def test_mlflow_is_given_what_it_takes(tmp_path, monkeypatch):
+    """Its store and its artifacts lie under runs/.log, and its paths are texts: it takes no others."""
+    from accelerate import tracking as trackers
+
+    made = []
+
+    class Recorder:
+        def __init__(self, project, logging_dir, run_name):
+            made.append((project, logging_dir.removesuffix("/"), run_name, os.environ["MLFLOW_TRACKING_URI"]))
+
+        def start(self): ...
+
+        def store_init_configuration(self, config):
+            made.append(config)
+
+        def log(self, means, step):
+            made.append((means, step))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ROADS_TRACKER", "mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "to be put back")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.setattr(trackers, "MLflowTracker", Recorder)
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: object())
+    watch = tracking.Watch("sft s0", "key", {"lr": 0.1}, 10, None, quiet=False)
+    watch.note(3, torch.arange(2), {"loss": 0.5})
+    store = f"sqlite:///{tmp_path}/runs/.log/mlflow.db"
+    assert made == [("roads", "runs/.log/mlflow", "sft-s0-key", store), {"lr": 0.1}, ({"loss": 0.5}, 3)]
 
 
 def test_a_tracker_that_is_none_is_told_before_anything_runs(monkeypatch):

@@ -11,9 +11,10 @@ its prompt (a `prompt` that the messages repeat is not read twice), put into one
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
@@ -33,7 +34,7 @@ class Dataset(strict.Strict):
 
     dataset: str
     revision: str | None
-    splits: dict[Literal["train", "valid", "test"], str]  # split -> pattern
+    splits: dict[Literal["train", "valid", "test"], Annotated[str, Field(pattern="^[^/]")]]  # split -> pattern
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,21 @@ def read(source: Path) -> dict[str, Rows]:
         UserError: no file of train, or one that cannot be read.
     """
     if source.is_dir():
-        files = {split: [path] for split in SPLITS for suffix in SUFFIXES
-                 if (path := source / f"{split}{suffix}").exists()}
+        files = {split: found for split in SPLITS
+                 if (found := [path for suffix in SUFFIXES if (path := source / f"{split}{suffix}").exists()])}
+        for found in files.values():
+            if len(found) > 1:
+                raise UserError(f"{source}: {' and '.join(path.name for path in found)}; expected one of them")
     else:
-        wanted = strict.check(Dataset, stage.read_json(source), str(source))
+        try:
+            content = stage.read_json(source)
+        except ValueError as error:  # of JSON, or of its encoding
+            raise UserError(f"{source}: {error}; expected JSON, as data/ultrafeedback.json is") from None
+        wanted = strict.check(Dataset, content, str(source))
         folder, _ = hub.fetch(wanted.dataset, wanted.revision, list(wanted.splits.values()), "dataset")
         files = {split: sorted(folder.glob(pattern)) for split, pattern in wanted.splits.items()}
+        if "train" not in files:
+            raise UserError(f"{source}: splits.train: missing; expected a pattern of the files to train on")
         for split, found in files.items():
             if not found:
                 raise UserError(f"{source}: splits.{split}: no file {wanted.splits[split]} in {wanted.dataset}")

@@ -65,8 +65,9 @@ class Watch:
         makers: dict[str, Callable[[], Any]] = {
             "tensorboard": lambda: tracking.TensorBoardTracker(name, LOGS / "tensorboard"),
             "wandb": lambda: tracking.WandBTracker("roads", name=name, id=key, resume="allow", config=config, dir=LOGS),
-            "mlflow": lambda: tracking.MLflowTracker("roads", LOGS / "mlflow", run_name=name)}
+            "mlflow": lambda: tracking.MLflowTracker("roads", str(LOGS / "mlflow"), run_name=name)}
         LOGS.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{LOGS.resolve()}/mlflow.db")
         tracker = makers[kind]()
         tracker.main_process_only = False  # this is the process that writes
         tracker.start()

@@ -7,6 +7,8 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import tempfile
+from collections import defaultdict
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -35,9 +37,17 @@ def cards() -> list[tuple[str, float, int]]:
     except (OSError, subprocess.TimeoutExpired):
         return []
     rows = [line.split(",") for line in done.stdout.splitlines()] if done.returncode == 0 else []
-    found = [(name.strip(), float(memory) * 2**20, int(driver.split(".")[0])) for name, memory, driver in rows]
+    found = [(name.strip(), _bytes(memory), int(driver.split(".")[0])) for name, memory, driver in rows]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return found if visible is None else found[: len([name for name in visible.split(",") if name.strip()])]
+
+
+def _bytes(mebibytes: str) -> float:
+    """Of a GPU's memory; where it shares the system's, nvidia-smi says [N/A]."""
+    try:
+        return float(mebibytes) * 2**20
+    except ValueError:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def launched() -> tuple[int, int]:
@@ -172,10 +182,35 @@ def _check_gpu(blocks: dict[str, schema.Scale], processes: int, shards: int, cor
 
 
 def _check_disk(size: float) -> None:
-    free = shutil.disk_usage("runs" if Path("runs").exists() else ".").free
-    if size > free:
-        raise UserError(f"these stages write about {amount(size)} and {amount(free)} are free; make room, or put runs/ "
-                        "and .dvc/cache on a larger disk")
+    """Room for what stages write, in runs/ and, where DVC copies it, once more in its cache."""
+    wanted = defaultdict(float)  # a folder on each disk -> bytes
+    disks = {}
+    for folder in ("runs", *[".dvc/cache"] * (not _links())):
+        place = folder if Path(folder).exists() else "."
+        wanted[disks.setdefault(os.stat(place).st_dev, place)] += size
+    for place, needed in wanted.items():
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            raise UserError(f"these stages write about {amount(needed)}, DVC's cache included, and {amount(free)} are "
+                            "free; make room, or put runs/ and .dvc/cache on a larger disk")
+
+
+def _links() -> bool:
+    """Whether outputs take no room of their own in DVC's cache: `cache.type` of .dvc/config.local names links (scale
+    real), or the file system shares blocks, which DVC tries first."""
+    from dvc_objects.fs import system
+
+    local = Path(".dvc/config.local")
+    if local.exists() and "link" in local.read_text(encoding="utf-8"):
+        return True
+    with tempfile.TemporaryDirectory(dir=".") as scratch:
+        file = Path(scratch, "block")
+        file.write_bytes(b"x" * 4096)
+        try:
+            system.reflink(str(file), str(file.with_name("shared")))
+        except OSError:
+            return False
+        return True
 
 
 def amount(size: float) -> str:
