@@ -161,6 +161,29 @@ def test_killed_processes_go_on_and_end_with_the_same_bits(tmp_path, launch):
         assert (killed / "out" / name).read_bytes() == (whole / "out" / name).read_bytes()
 
 
+def test_equal_trainings_at_once_have_a_checkpoint_each(tiny, tmp_path, monkeypatch):
+    """Arms may repeat one: the key is of the place too, and a run that goes on finds its own."""
+    monkeypatch.chdir(tmp_path)
+    saved = []
+    monkeypatch.setattr(train, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(train, "save_checkpoint", lambda key, *rest: saved.append(key))
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft/tokenizer.json").write_text("{}")
+
+    def job() -> train.Job:
+        net, loss, told = problem("sft", 24)
+        return train.Job(net, loss, 24, pack=False, **told)
+
+    keys = []
+    for out in ("one", "two", "one"):
+        train.run(tmp_path / out, job, schema.Train(**RECIPE), tiny, used={}, reads=[tmp_path / "sft"], seed=0,
+                  name="sft")
+        keys.append(saved.copy())
+        saved.clear()
+    assert all(len(found) == 2 and len(set(found)) == 1 for found in keys)  # 6 steps: after 2 and 4
+    assert keys[0] == keys[2] != keys[1]
+
+
 def children(pid: int) -> list[int]:
     """A process and all its descendants."""
     table = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout.split()
