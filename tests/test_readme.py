@@ -84,7 +84,7 @@ def test_make_help_lists_every_target(checkout):
     targets = re.search(r"^\.PHONY: (.*)$", makefile, re.M)[1].split()
     extra = [name for name in config.load_figures(ROOT / "figures.yaml") if not name.startswith("fig")]
     listed = make(checkout, "help").split()
-    assert len(FIGURES) == 30 and len(extra) == 22 and "fig3" in listed and "fig12" in listed
+    assert len(FIGURES) == 31 and len(extra) == 23 and "fig3" in listed and "fig12" in listed
     assert set(targets) - {"$(PAPER)", "$(EXTRA)"} | set(extra) <= set(listed)
 
 
@@ -186,7 +186,7 @@ def test_epochs_at_other_numbers_of_pairs_are_what_the_rules_give():
     arms = params.arms_of("mini", "learnt") | params.arms_of("mini", "learnt_bases")
     for arm in arms.values():
         assert {n: (e.dpo, e.reward) for n, e in arm.sizes.items()} == {n: expected[n] for n in arm.sizes}
-    assert len(arms) == 7 and set(arms["two"].sizes) == set(expected)
+    assert len(arms) == 9 and set(arms["two"].sizes) == set(expected)
 
 
 def test_claims_take_every_loss_at_its_best():
