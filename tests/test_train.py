@@ -162,7 +162,7 @@ def test_killed_processes_go_on_and_end_with_the_same_bits(tmp_path, launch):
 
 
 def test_equal_trainings_at_once_have_a_checkpoint_each(tiny, tmp_path, monkeypatch):
-    """Arms may repeat one: the key is of the place too, and a run that goes on finds its own."""
+    """Arms may repeat one: the key is of the place too, and a run that resumes finds its own."""
     monkeypatch.chdir(tmp_path)
     saved = []
     monkeypatch.setattr(train, "CHECKPOINT_EVERY", 2)
