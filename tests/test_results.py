@@ -47,6 +47,24 @@ def test_a_table_has_a_row_for_every_claim_of_a_family(reports):
     assert "| S. | fig3 | – | – | not run |" in results.fill("<!-- $ table ; ours --><!-- $ -->", reports, "x.md")
 
 
+def test_what_came_out_otherwise_elsewhere(reports):
+    """Claims of the same scores there and here are not counted: a, which moved, and d, which did not, are."""
+    found = json.loads((reports.folder / "claims.json").read_text())
+    (a, _), here = found["claims"], []
+    for name, made_from, verdict in (("a", "x", "undecided"), ("c", "x", "supported"), ("d", "x", "supported")):
+        here.append(a | {"id": name, "sentence": f"{name}.", "made_from": made_from, "verdict": verdict})
+    there = [here[0] | {"made_from": "y", "verdict": "supported"}, here[1], here[2] | {"made_from": "y"}]
+    for folder, claims in ((reports.folder, here), (reports.folder.parent / "epyc", there)):
+        folder.mkdir(exist_ok=True)
+        (folder / "claims.json").write_text(json.dumps(found | {"claims": claims}))
+    reports = results.Reports(reports.folder)
+    assert "1 of 2" in results.fill("<!-- $ again ; epyc -->?<!-- $ -->", reports, "x.md")
+    effect = "+0.025 [+0.006, +0.046]"
+    assert results.fill("<!-- $ moved ; epyc -->?<!-- $ -->", reports, "x.md").splitlines()[1:-1] == [
+        "| claim | figure | there | | here | |", "|---|---|---|---|---|---|",
+        f"| a. | fig3 | {effect} | supported | {effect} | undecided |"]
+
+
 @pytest.mark.parametrize("slot, said", [
     ("gap ; fig3 ; Online - DP", "no 'Online - DP'; did you mean 'Online - DPO'?"),
     ("gap ; fig4 ; x", "no figure 'fig4' in"), ("bar ; fig3 ; accurcy ; DPO", "did you mean 'accuracy'?"),

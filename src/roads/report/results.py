@@ -14,6 +14,8 @@ semicolons, as a bar would end a cell of a table:
     <!-- $ say ; online-beats-offline ; wins ; does not win ; may win -->wins<!-- $ -->   if supported | not | undecided
     <!-- $ count ; supported -->18<!-- $ -->
     <!-- $ table ; the paper's -->...<!-- $ -->     every claim of a family, a row each
+    <!-- $ again ; mini_epyc -->31 of 36<!-- $ -->    verdicts as in reports/mini_epyc/claims.json, of other scores
+    <!-- $ moved ; mini_epyc -->...<!-- $ -->         the claims whose verdict is another there, a row each
 """
 
 import argparse
@@ -111,8 +113,29 @@ def table(reports: Reports, family: str) -> str:
     return "\n".join([*lines, ""])
 
 
+def _elsewhere(reports: Reports, folder: str) -> list[tuple[Claim, Claim]]:
+    """Claims that were decided there too, from other scores: that one's, and ours."""
+    there = {claim.id: claim for claim in Reports(reports.folder.parent / folder).claims if claim.estimate}
+    return [(there[claim.id], claim) for claim in reports.claims if claim.estimate and claim.id in there
+            and claim.made_from != there[claim.id].made_from]
+
+
+def again(reports: Reports, folder: str) -> str:
+    found = [one.verdict == other.verdict for one, other in _elsewhere(reports, folder)]
+    return f"{sum(found)} of {len(found)}"
+
+
+def moved(reports: Reports, folder: str) -> str:
+    """Every claim with another verdict there, with both effects."""
+    lines = ["", "| claim | figure | there | | here | |", "|---|---|---|---|---|---|"]
+    lines += [f"| {here.sentence} | {here.figure} | " + " | ".join(
+        f"{_interval(each.estimate)} | {each.verdict}" for each in (there, here)) + " |"
+        for there, here in _elsewhere(reports, folder) if there.verdict != here.verdict]
+    return "\n".join([*lines, ""])
+
+
 KINDS: dict[str, Callable[..., str]] = {"gap": gap, "bar": bar, "effect": effect, "verdict": verdict, "seeds": seeds,
-                                        "say": say, "count": count, "table": table}
+                                        "say": say, "count": count, "table": table, "again": again, "moved": moved}
 
 
 def fill(text: str, reports: Reports, name: str) -> str:
