@@ -24,6 +24,13 @@ def test_a_correlation_draws_the_seeds_of_both_sides_together():
     assert found["low"] > 0.95 and (resampled > 0.9).mean() > 0.99
 
 
+@pytest.mark.parametrize("value", [0.5, 0.1, 1 / 3, 0.7])
+def test_the_interval_of_equal_scores_is_their_value(value):
+    """Sums of 4,999 equal numbers are off in the last digits; a plot wants no interval beside its mean."""
+    found = stats.estimate(np.full((2, 4999), value))
+    assert found["low"] == found["mean"] == found["high"] == pytest.approx(value)
+
+
 def test_equal_values_of_all_units_leave_nothing_to_test():
     assert stats.over_units([0.5] * 4) == {"mean": 0.5, "low": 0.5, "high": 0.5, "p": 0.0}
     assert stats.over_units([0.0] * 4)["p"] == 1.0 and stats.over_units([-0.5] * 4)["p"] == 1.0

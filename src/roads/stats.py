@@ -88,9 +88,10 @@ def total(parts: list[np.ndarray], post: np.ndarray | None = None) -> tuple[dict
         parts: arrays [seeds, prompts], each of a world of its own: their prompts and seeds are resampled apart.
         post: [prompts], for one part whose prompts share posts (`by_post`).
     """
-    resampled = sum(bootstrap(part, stream, post) for stream, part in enumerate(parts))
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    found = {"mean": float(sum(part.mean() for part in parts)), "low": float(low), "high": float(high),
+    resampled = sum(bootstrap(part, stream, post) for stream, part in enumerate(parts))  # equal scores: up to rounding
+    mean = float(sum(part.mean() for part in parts))
+    low, high = (mean if abs(end - mean) < TIE else float(end) for end in np.quantile(resampled, [0.025, 0.975]))
+    found = {"mean": mean, "low": low, "high": high,
              "by_seed": np.asarray(sum(part.mean(axis=1) for part in parts)).tolist()}
     return found, resampled
 
