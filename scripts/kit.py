@@ -117,12 +117,6 @@ def refuse(why: str) -> NoReturn:
 
 
 def build(out: Path, scale: str, python: str) -> None:
-    pins = entries("cpu.txt") | entries("real.txt")
-    there = closure(THERE) - NOT_THERE
-    elsewhere = {*THERE, *EXTRA, *LEFT_OUT}
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-    wanted = closure(it for it in project if name_of(it) not in elsewhere) - there | set(entries("real.txt"))
-    extra = closure(EXTRA) - there - wanted
     from roads import config, stage  # not at the top: `unpack` and `pack` need none of it
 
     try:
@@ -134,6 +128,12 @@ def build(out: Path, scale: str, python: str) -> None:
                "scale whose model comes from packages, such as real")
     if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out / "join.sh").exists()):
         refuse(f"{out}: it is there, and no kit; expected an empty folder, or an older kit to replace")
+    pins = entries("cpu.txt") | entries("real.txt")
+    there = closure(THERE) - NOT_THERE
+    elsewhere = {*THERE, *EXTRA, *LEFT_OUT}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    wanted = closure(it for it in project if name_of(it) not in elsewhere) - there | set(entries("real.txt"))
+    extra = closure(EXTRA) - there - wanted
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     with tempfile.TemporaryDirectory(dir=out) as scratch:
