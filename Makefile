@@ -208,7 +208,7 @@ $(TRL)/.installed: requirements/trl.txt $(VENV)/.installed
 	@$(TRL)/bin/python -c 'import trl' && touch $@
 
 search: setup  ## run: choose mini's hyperparameters anew, on development seeds; SCALE=real: those of real
-	@case "$${SCALE:-mini}" in mini) $(PY) scripts/search.py;; *) $(PY) scripts/search_real.py --scale "$$SCALE";; esac
+	@case "$${SCALE:-mini}" in mini) $(PY) scripts/search.py;; *) $(PY) scripts/search_real.py --scale "$$SCALE" $(if $(JOBS),--jobs="$$JOBS");; esac
 
 lint: setup  ## develop: ruff, and basedpyright on src
 	$(PY) -m ruff check src tests scripts benchmarks

@@ -2,15 +2,21 @@
 
     make search SCALE=real
 
-First the reward model's learning rate by log loss, then offline DPO's learning rate, β and epochs by winrate; online
-DPO takes what offline DPO has. A cell that is in runs/.search is not run again, so that a killed search continues.
-Writes docs/search_<scale>.csv after every cell, and says what belongs into params.yaml.
+The reward model's learning rate by log loss, offline DPO's learning rate, β and epochs by winrate; online DPO takes
+what offline DPO has. All cells of one seed come before those of the next, JOBS of them at once. A cell that is in
+runs/.search is not run again, so that a killed search continues. Writes docs/search_<scale>.csv after every cell, and
+says what belongs into params.yaml.
 """
 
 import argparse
 import csv
+import os
+import shutil
 from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from math import sqrt
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +24,7 @@ from search import changed, metrics, once, settings
 from tqdm import tqdm
 
 from roads import active, config, schema, stage
+from roads.runner import preflight
 from roads.stages import base, data, dpo, evaluate, likelihood, rank, reward, sample, sft
 
 SEEDS = (100, 101)
@@ -39,21 +46,24 @@ def prepare(runs: Path, cfg: schema.Scale) -> None:
 
 
 def cell(runs: Path, cfg: schema.Scale, kind: str, values: dict, seed: int) -> dict:
-    """Train with these values from one seed, and score on development posts."""
+    """Train with these values from one seed, and score on development posts; the model is thrown away."""
     cfg = changed(cfg, kind, **values)
     out = runs / kind / "_".join(f"{key}{value:g}" for key, value in values.items()) / f"s{seed}"
-    inputs = runs / "preferences/pairs", runs / "sft"
+    pairs, start, net, done = runs / "preferences/pairs", runs / "sft", out / "model", out / "scores"
+    if not done.exists():
+        if kind == "reward":
+            once(net, reward.reward, pairs, start, net, cfg, seed)
+            once(done, likelihood.likelihood, net, runs / "valid/pairs", start, done, cfg, "reward")
+        else:
+            once(net, dpo.dpo, pairs, start, net, cfg, seed)
+            drawn = out / "completions"
+            once(drawn, sample.sample, net, runs / "data/test_human.npz", drawn, cfg, "evaluate", seed)
+            once(done, evaluate.evaluate, drawn, runs / "data", done, cfg, "human")
+    shutil.rmtree(net, ignore_errors=True)
     if kind == "reward":
-        once(out / "model", reward.reward, *inputs, out / "model", cfg, seed)
-        once(out / "likelihood", likelihood.likelihood, out / "model", runs / "valid/pairs", runs / "sft",
-             out / "likelihood", cfg, "reward")
-        found = {"log_loss": metrics(out / "likelihood")["log_loss"]}
+        found = {"log_loss": metrics(done)["log_loss"]}
     else:
-        once(out / "model", dpo.dpo, *inputs, out / "model", cfg, seed)
-        once(out / "completions", sample.sample, out / "model", runs / "data/test_human.npz", out / "completions", cfg,
-             "evaluate", seed)
-        once(out / "scores", evaluate.evaluate, out / "completions", runs / "data", out / "scores", cfg, "human")
-        with np.load(out / "scores/scores.npz") as file:
+        with np.load(done / "scores.npz") as file:
             found = {"winrate": float(file["score"].mean()), "prompts": len(file["score"])}
     return {"kind": kind, "seed": seed, **values, **found}
 
@@ -88,27 +98,44 @@ def write(rows: list[dict], path: Path) -> None:
                          for row in rows)
 
 
-def search(cfg: schema.Scale, runs: Path, out: Path) -> dict[str, dict]:
-    """Run the cells that are not there yet; what the rules choose."""
+def cells(runs: Path, cfg: schema.Scale, plan: list[tuple], jobs: int) -> Iterator[tuple[int, dict]]:
+    """The number of every cell of a plan and what it found, as they are done."""
+    if jobs == 1:
+        yield from ((i, cell(runs, cfg, *it)) for i, it in enumerate(plan))
+        return
+    os.environ[stage.STAGES_PER_GPU] = str(jobs)
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:  # not forks: this process may have used the GPU
+        futures = {pool.submit(cell, runs, cfg, *it): i for i, it in enumerate(plan)}
+        try:
+            yield from ((futures[future], future.result()) for future in as_completed(futures))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def search(cfg: schema.Scale, runs: Path, out: Path, jobs: int = 1) -> dict[str, dict]:
+    """Run the cells that are not there yet, `jobs` at once; what the rules choose."""
     if cfg.source.kind == "posts":
         cfg = changed(cfg, "source", held_out="development")
     prepare(runs, cfg)
-    jobs = [(kind, values, seed) for kind, grid in (("reward", REWARD), ("dpo", DPO)) for values in settings(grid)
-            for seed in SEEDS]
-    rows = []
-    for job in tqdm(jobs, desc="search", unit="cell"):
-        rows.append(cell(runs, cfg, *job))
-        write(rows, out)
-    return chosen(rows)
+    plan = [(kind, values, seed) for seed in SEEDS for kind, grid in (("reward", REWARD), ("dpo", DPO))
+            for values in settings(grid)]
+    rows = {}
+    for number, row in tqdm(cells(runs, cfg, plan, jobs), total=len(plan), desc="search", unit="cell"):
+        rows[number] = row
+        write([rows[i] for i in sorted(rows)], out)
+    return chosen(list(rows.values()))
 
 
 def _command() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", required=True, help="a block of params.yaml")
-    scale = parser.parse_args().scale
-    out = Path("docs") / f"search_{scale}.csv"
-    for block, values in search(config.load_scale(scale), Path("runs/.search") / scale, out).items():
-        print(f"params.yaml: {scale}.{block}: " + ", ".join(f"{key}: {value:g}" for key, value in values.items()))
+    parser.add_argument("--jobs", type=int, help="cells at once (default: as many as share the GPU, or one)")
+    asked = parser.parse_args()
+    cfg, out = config.load_scale(asked.scale), Path("docs") / f"search_{asked.scale}.csv"
+    jobs = preflight.stages_per_gpu(cfg, [cfg], asked.jobs)
+    jobs = jobs if cfg.compute.device == "gpu" else asked.jobs or 1
+    for block, values in search(cfg, Path("runs/.search") / asked.scale, out, jobs).items():
+        print(f"params.yaml: {asked.scale}.{block}: " + ", ".join(f"{key}: {value:g}" for key, value in values.items()))
     print(f"{out} has every cell.")
 
 

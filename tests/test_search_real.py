@@ -63,10 +63,19 @@ def test_a_killed_search_continues(tiny, tmp_path, monkeypatch):
         search_real.search(tiny, tmp_path / "runs", tmp_path / "cells.csv")
     with open(tmp_path / "cells.csv") as file:
         assert [row["kind"] for row in csv.DictReader(file)] == ["reward", "dpo"]
-    found = search_real.search(tiny, tmp_path / "runs", tmp_path / "cells.csv")
+    whole = tmp_path / "cells.csv"
+    found = search_real.search(tiny, tmp_path / "runs", whole)
     assert len(trained) == 3 and trained[1] == trained[2] and found["reward"] == {"lr": 5e-4}
+    assert not list((tmp_path / "runs").glob("*/*/s100/model"))  # gigabytes, and not needed any more
     with open(tmp_path / "cells.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["kind"] for row in rows] == ["reward", "dpo", "dpo"]
     assert all(0 <= float(row["winrate"]) <= 1 for row in rows[1:]) and float(rows[0]["log_loss"]) > 0
     assert not (tmp_path / "docs").exists()
+    together = tmp_path / "together.csv"
+    for name in "data", "base", "sft", "preferences", "valid":
+        (tmp_path / "again").mkdir(exist_ok=True)
+        (tmp_path / "again" / name).symlink_to(tmp_path / "runs" / name)
+    monkeypatch.setattr(search_real.dpo, "dpo", real)
+    assert search_real.search(tiny, tmp_path / "again", together, jobs=2) == found
+    assert together.read_text() == whole.read_text()
