@@ -24,6 +24,7 @@ from search import changed, metrics, once, settings
 from tqdm import tqdm
 
 from roads import active, config, schema, stage
+from roads.process import end_with_parent
 from roads.runner import preflight
 from roads.stages import base, data, dpo, evaluate, likelihood, rank, reward, sample, sft
 
@@ -91,6 +92,7 @@ def chosen(rows: list[dict]) -> dict[str, dict]:
 
 
 def write(rows: list[dict], path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)  # a kit has no docs
     with stage.writing(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
@@ -104,7 +106,8 @@ def cells(runs: Path, cfg: schema.Scale, plan: list[tuple], jobs: int) -> Iterat
         yield from ((i, cell(runs, cfg, *it)) for i, it in enumerate(plan))
         return
     os.environ[stage.STAGES_PER_GPU] = str(jobs)
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:  # not forks: this process may have used the GPU
+    # Not forks: this process may have used the GPU.
+    with ProcessPoolExecutor(jobs, get_context("spawn"), end_with_parent, (os.getpid(),)) as pool:
         futures = {pool.submit(cell, runs, cfg, *it): i for i, it in enumerate(plan)}
         try:
             yield from ((futures[future], future.result()) for future in as_completed(futures))
