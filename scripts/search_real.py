@@ -30,8 +30,17 @@ from roads.stages import base, data, dpo, evaluate, likelihood, rank, reward, sa
 
 SEEDS = (100, 101)
 DPO = {"lr": (3e-6, 1e-5, 3e-5), "beta": (0.05, 0.1, 0.3), "epochs": (1, 2, 4)}
+DEVELOPMENT = 600  # posts of data/tldr
 REWARD = {"lr": (3e-6, 1e-5, 3e-5)}
 COLUMNS = ["kind", "seed", *DPO, "winrate", "prompts", "log_loss"]
+
+
+def of_development(cfg: schema.Scale) -> schema.Scale:
+    """The scale with its development posts in the place of those of the report, half of them for each split."""
+    if cfg.source.kind != "posts":
+        return cfg
+    fewer = {name: min(getattr(cfg.data, name), DEVELOPMENT // 2) for name in ("valid", "test", "best_of_n")}
+    return changed(changed(cfg, "source", held_out="development"), "data", **fewer)
 
 
 def prepare(runs: Path, cfg: schema.Scale) -> None:
@@ -117,8 +126,7 @@ def cells(runs: Path, cfg: schema.Scale, plan: list[tuple], jobs: int) -> Iterat
 
 def search(cfg: schema.Scale, runs: Path, out: Path, jobs: int = 1) -> dict[str, dict]:
     """Run the cells that are not there yet, `jobs` at once; what the rules choose."""
-    if cfg.source.kind == "posts":
-        cfg = changed(cfg, "source", held_out="development")
+    cfg = of_development(cfg)
     prepare(runs, cfg)
     plan = [(kind, values, seed) for seed in SEEDS for kind, grid in (("reward", REWARD), ("dpo", DPO))
             for values in settings(grid)]

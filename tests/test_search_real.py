@@ -6,7 +6,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from roads import config
+from roads import config, posts
+from roads.stages import data
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import search_real
@@ -42,6 +43,18 @@ def test_a_model_that_there_is_already_is_fetched(tmp_path, monkeypatch, scale, 
     monkeypatch.setattr(search_real, "once", lambda out, function, *args, **options: made.append(function))
     search_real.prepare(tmp_path, config.load_scale(scale, ROOT / "params.yaml"))
     assert (search_real.base.fetch in made, search_real.base.base in made) == (fetched, not fetched)
+
+
+@pytest.mark.parametrize("scale", ["real", "real-tiny"])
+def test_there_are_development_posts_enough(scale):
+    cfg = search_real.of_development(config.load_scale(scale, ROOT / "params.yaml"))
+    rows = data.choose(cfg, ROOT / "data/tldr", *posts.in_folder(ROOT / "data/tldr", cfg.source))
+    ids = {split: {row.id for row in rows[split]} for split in rows}
+    assert len(ids["test"]) == min(300, cfg.data.test) and len(ids["valid"]) == min(300, cfg.data.valid)
+    read = config.load_scale(scale, ROOT / "params.yaml")
+    reported = posts.in_folder(ROOT / "data/tldr", read.source)[0]
+    assert not (ids["test"] | ids["valid"]) & {row.id for split in ("valid", "test") for row in reported[split]}
+    assert not ids["test"] & ids["valid"]
 
 
 @pytest.mark.slow

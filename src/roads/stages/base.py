@@ -103,11 +103,12 @@ def check_against_itself(policy: PreTrainedModel, cfg: schema.Scale, where: str)
         scores = torch.log_softmax(logits(torch.cat([prompt, answer]))[-len(words) - 1 : -1], 1)
         return scores.gather(1, words[:, None]).sum()
 
+    there = [tokens.to(policy.device) for tokens in (query, response)]
     expected = torch.stack([torch.stack([own(q, answer) for answer in answers]) for q, answers in zip(query, response)])
     try:
         ways = {"response_logps": torch.stack([model.response_logps(policy, query, response[:, i]) for i in (0, 1)], 1),
                 "pair_logps": torch.stack(list(model.pair_logps(policy, query, response[:, 0], response[:, 1])), 1),
-                "candidates.logps": candidates.logps(policy, query, response)}
+                "candidates.logps": candidates.logps(policy, *there)}
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise stage.UserError(f"{where}: {type(policy).__name__} does not run here ({error})") from None
     far = {name: float((found.cpu() - expected).abs().max()) for name, found in ways.items()}
