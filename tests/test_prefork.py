@@ -200,3 +200,102 @@ def test_without_a_server_there_is_none_to_do_it(monkeypatch):
     with ours:
         monkeypatch.setenv(prefork.ORDERS, str(ours.fileno()))
         assert prefork.run("python -m roads.active check", dict(os.environ), ".") is None
+
+
+@pytest.fixture
+def order(server, tmp_path):
+    """Have a script run as `start` does, by a process that stays."""
+    (tmp_path / "job.py").write_text("", encoding="utf-8")
+
+    def run(text: str, **env: str) -> subprocess.Popen:
+        (tmp_path / "job.py").write_text(text, encoding="utf-8")
+        _, orders, its = server
+        return subprocess.Popen([sys.executable, "-c", CALL, "python -m run_job", tmp_path], stdout=subprocess.PIPE,
+                                env=its | {prefork.STAY: "1"} | env, stderr=subprocess.STDOUT, text=True,
+                                pass_fds=[orders.fileno()])
+
+    return run
+
+
+WHO = "import os, sys\nprint(os.getpid(), 'kept' in vars(sys))\nsys.kept = True\n"
+
+
+def test_one_process_runs_order_after_order(order):
+    first, second = (said(order(WHO, CUDA_VISIBLE_DEVICES="a"))[0].split() for _ in range(2))
+    assert first[1] == "False" and second == [first[0], "True"]
+    assert said(order(WHO, CUDA_VISIBLE_DEVICES="b"))[0].split()[1] == "False"  # another GPU's
+    assert said(order(WHO, CUDA_VISIBLE_DEVICES="a"))[0].split() == second
+
+
+def test_orders_at_the_same_time_are_run_by_several(order):
+    wait = "import time\ntime.sleep(1)\n"
+    both = [order(WHO + wait, CUDA_VISIBLE_DEVICES="c") for _ in range(2)]
+    pids = {said(process)[0].split()[0] for process in both}
+    assert len(pids) == 2
+    assert said(order(WHO, CUDA_VISIBLE_DEVICES="c"))[0].split()[0] in pids
+
+
+def test_an_order_that_fails_is_its_workers_last(order):
+    first = said(order(WHO, CUDA_VISIBLE_DEVICES="d"))[0].split()
+    out, code = said(order(WHO + "raise ValueError('no such thing')", CUDA_VISIBLE_DEVICES="d"))
+    assert code == 1 and out.startswith(f"{first[0]} True\n") and "ValueError: no such thing" in out
+    assert said(order(WHO, CUDA_VISIBLE_DEVICES="d"))[0].split()[1] == "False"
+    assert gone(int(first[0]))
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGSEGV"])
+def test_a_worker_that_is_killed_tells_by_what(order, name):
+    text = f"import os, signal\nprint('here', flush=True)\nos.kill(os.getpid(), signal.{name})"
+    assert said(order(text)) == ("here\n", -signal.Signals[name])
+    assert said(order("print('again')")) == ("again\n", 0)
+
+
+def test_a_worker_and_what_it_started_end_with_who_ordered_it(order, tmp_path):
+    process = order(SLEEPS)
+    pids = [pid_in(tmp_path / name, process) for name in ("pid", "child")]
+    process.kill()
+    process.wait()
+    assert all(gone(pid) for pid in pids)
+
+
+def test_a_child_that_outlives_its_order_holds_nothing_up(order):
+    """As a compiler's helpers do: what they would print to is not the order's own output."""
+    text = "import subprocess\nprint(subprocess.Popen(['sleep', '600']).pid, 'x' * 200_000)"
+    started = time.monotonic()
+    out, code = said(order(text, CUDA_VISIBLE_DEVICES="e"))
+    assert code == 0 and len(out) > 200_000 and time.monotonic() - started < 30
+    os.kill(child := int(out.split()[0]), 0)  # it is there, until its worker goes
+    assert said(order("raise SystemExit(2)", CUDA_VISIBLE_DEVICES="e"))[1] == 2
+    assert gone(child)
+
+
+def test_a_worker_ends_when_code_has_changed(order, monkeypatch, tmp_path, server):
+    source = ROOT / "src/roads/runner/stay.py"
+    first = said(order(WHO, CUDA_VISIBLE_DEVICES="f"))[0].split()
+    before = source.stat()
+    try:
+        os.utime(source, ns=(before.st_atime_ns, time.time_ns()))
+        assert said(order(WHO, CUDA_VISIBLE_DEVICES="f"))[0].split()[1] == "False"
+    finally:
+        os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert gone(int(first[0]))
+
+
+def test_workers_end_with_the_server(tmp_path):
+    folder = tmp_path / "path"
+    folder.mkdir()
+    (folder / "run_job.py").write_text("import os\nprint(os.getpid())", encoding="utf-8")
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    env = ENV | {"PYTHONPATH": f"{ROOT / 'src'}:{folder}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "roads.runner.prefork", str(theirs.fileno()), str(os.getpid())]
+    process = subprocess.Popen(command, env=env, pass_fds=[theirs.fileno()])
+    theirs.close()
+    with ours:
+        done = subprocess.run([sys.executable, "-c", CALL, "python -m run_job", tmp_path], capture_output=True, text=True,
+                              env=env | {prefork.ORDERS: str(ours.fileno()), prefork.STAY: "1"},
+                              pass_fds=[ours.fileno()])
+        pid = int(done.stdout.split()[0])
+        os.kill(pid, 0)
+        process.kill()
+        process.wait()
+    assert gone(pid)

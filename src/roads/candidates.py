@@ -13,6 +13,9 @@ from roads import model, schema
 from roads.tldr import PAD
 
 
+TOKENS = 2**13  # that are scored at once; on a GPU four times as many, or a small model waits for Python
+
+
 class PrefixTrees(NamedTuple):
     """The distinct prefixes of every prompt's completions: one tree a prompt, a prefix a node, T nodes together.
 
@@ -104,12 +107,13 @@ def logps(policy: PreTrainedModel, query: Tensor, completions: Tensor, temperatu
 
 
 def in_batches(function: Callable, net: nn.Module, query: Tensor, completions: Tensor, *args: object, label: str,
-               budget: int = 2**13) -> Tensor:
-    """`rewards` or `logps` [N, n] of any number of prompts, `budget` tokens at a time.
+               budget: int | None = None) -> Tensor:
+    """`rewards` or `logps` [N, n] of any number of prompts, `budget` tokens at a time: TOKENS, or more on a GPU.
 
     Prompts whose trees are about as large run together.
     """
     device = next(net.parameters()).device
+    budget = budget or (TOKENS if device.type == "cpu" else 4 * TOKENS)
     nodes = [torch.bincount(prefix_trees(part).prompt, minlength=len(part)) for part in completions.long().split(256)]
     size = (query != PAD).sum(1) + torch.cat(nodes)
     order, batches = size.argsort(descending=True, stable=True), []

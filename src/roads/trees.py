@@ -119,8 +119,9 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, trees: Trees, shared: int, 
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     if query.is_cuda and not _compiled:
-        # Once for every number of places, slots and nodes; beyond the limit it would run as written, many times slower.
-        torch._dynamo.config.recompile_limit = 64
+        # Once for every number of places, slots and nodes, of all the stages that a process draws for (stay.py); beyond
+        # the limits it would run as written, many times slower.
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
         _compiled = torch.compile(flex_attention, dynamic=False)
     if trees.mask is None:
         sees, columns = trees.sees, torch.arange(trees.slots // BLOCK, dtype=torch.int32, device=query.device)

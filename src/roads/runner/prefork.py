@@ -18,8 +18,10 @@ import sys
 import traceback
 
 from roads.process import end_with, end_with_parent
+from roads.runner import stay
 
 ORDERS = "ROADS_PREFORK"  # in the environment: the number of the file descriptor that takes orders
+STAY = "ROADS_STAY"  # in the environment: whoever runs an order stays for the next (stay.py)
 PLAIN = re.compile(r"python -m [\w@%+=:,./ -]+", re.ASCII)  # a command that means the same without a shell
 IMPORTS = ("torch", "accelerate", "safetensors.torch", "tokenizers", "tqdm", "pydantic", "ruamel.yaml", "scipy.stats",
            "matplotlib.pyplot", "transformers.models.auto.modeling_auto",
@@ -52,13 +54,17 @@ def serve(orders: socket.socket) -> None:
     for module in IMPORTS:  # orders that come meanwhile wait
         importlib.import_module(module)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children: they say how they ended
+    workers = stay.Workers(_perform, orders)
     while True:
         message, files, *_ = socket.recv_fds(orders, 1 << 20, 3, socket.MSG_CMSG_CLOEXEC)
         if not message:
             return
-        if os.fork() == 0:
-            orders.close()
-            os._exit(_obey(json.loads(message), *files))
+        order = json.loads(message)
+        if STAY in order["env"]:
+            workers.order(message, files)
+        elif os.fork() == 0:
+            workers.forget()
+            os._exit(_obey(order, *files))
         for file in files:
             os.close(file)
 
@@ -78,9 +84,14 @@ def _obey(order: dict, out: int, err: int, reply: int) -> int:
 
 
 def _run(order: dict, out: int, err: int, connection: socket.socket) -> int:
-    """The ordered module, as `python -m` runs it; its exit code."""
+    """In a process of its own, which ends with who ordered it."""
     os.setsid()
     end_with(connection)
+    return _perform(order, out, err)
+
+
+def _perform(order: dict, out: int, err: int) -> int:
+    """Run the ordered module as `python -m` does; its exit code."""
     for here, there in ((1, out), (2, err)):
         os.dup2(there, here)
         os.close(there)

@@ -133,11 +133,16 @@ def ended(code: int) -> str:
     return f"exit code {code}"
 
 
+def interval(piped: bool) -> str:
+    """Seconds between two lines of a progress bar; tqdm reads them where it is imported."""
+    return "10" if piped else "0.1"
+
+
 def run(stage: str, piped: bool, lock: int, gpu: str | None) -> str | None:
     """Run one stage, on a GPU of its own if there is one to give; why it failed, or None. piped: print its lines with
     its name in front."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if piped else {}
-    env = os.environ | {"PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "10" if piped else "0.1"}
+    env = os.environ | {"PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": interval(piped)}
     env |= {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
     if stopping.is_set():
         return "stopped"
@@ -281,12 +286,14 @@ def command() -> int:
     os.environ[STAGES_PER_GPU] = str(per_gpu)
     jobs, gpus = workers(cfg, args.jobs, per_gpu)
     print(f"{len(todo)} stages to bring up to date, {jobs} at once", flush=True)
-    with prefork_server():
+    if cfg.compute.device == "gpu" and cfg.compute.sampler == "tree":
+        os.environ[prefork.STAY] = "1"
+    with prefork_server(piped=jobs > 1):
         return bring_up_to_date(todo, jobs, lock, gpus, Progress(weights(commands, params), jobs))
 
 
 @contextlib.contextmanager
-def prefork_server() -> Iterator[None]:
+def prefork_server(piped: bool) -> Iterator[None]:
     """A process from which stages are forked (prefork.py), where they are not launched on several GPUs."""
     if os.environ.get(LAUNCH) or sys.platform != "linux":
         yield
@@ -296,7 +303,8 @@ def prefork_server() -> Iterator[None]:
     with ours:
         with theirs:
             # One thread: libraries start more as they are imported, and a fork would find their locks taken.
-            env = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+            env = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+                                "TQDM_MININTERVAL": interval(piped)}
             process = subprocess.Popen(command, env=env, start_new_session=True, pass_fds=[theirs.fileno()])
         os.environ[prefork.ORDERS] = str(ours.fileno())
         with process:
