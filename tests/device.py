@@ -53,7 +53,13 @@ def stages(out: Path, cfg: schema.Scale, reads: Path | None) -> None:
         return (reads or out) / name
 
     where = run("data", data.data, None, ..., cfg)
-    start = run("sft", sft.sft, where, run("base", base.base, where, ..., cfg), ..., cfg)
+    pretrained = run("base", base.base, where, ..., cfg)
+    if cfg.compute.precision == "fp32":  # as stage base does with a model that is fetched
+        posts = config.load(ROOT / "params.yaml").scales["real-tiny"].source
+        few = cfg.model_copy(update={"source": posts.model_copy(update={"max_query_tokens": 16,
+                                                                        "max_response_tokens": 6})})
+        base.check_against_itself(model.load_policy(pretrained, cfg.compute).eval(), few, "base")
+    start = run("sft", sft.sft, where, pretrained, ..., cfg)
     drawn = run("candidates", sample.sample, start, where / "preferences.npz", ..., cfg, "human", 0)
     pairs = run("pairs", rank.rank, drawn, ..., cfg, "human", data=where)
     judge = run("reward", reward.reward, pairs, start, ..., cfg, 0)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ENV, ROOT
 
+from roads import config
 from roads.runner import prefork
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="prefork.py is for Linux")
@@ -220,6 +221,12 @@ def order(server, tmp_path):
 WHO = "import os, sys\nprint(os.getpid(), 'kept' in vars(sys))\nsys.kept = True\n"
 
 
+def test_on_a_gpu_processes_stay():
+    scales = config.load(ROOT / "params.yaml").scales
+    assert [prefork.stays(scales[name].compute) for name in ("mini", "real", "real-tiny")] == [False, True, False]
+    assert not prefork.stays(scales["real"].compute.model_copy(update={"sampler": "vllm"}))
+
+
 def test_one_process_runs_order_after_order(order):
     first, second = (said(order(WHO, CUDA_VISIBLE_DEVICES="a"))[0].split() for _ in range(2))
     assert first[1] == "False" and second == [first[0], "True"]
@@ -291,9 +298,9 @@ def test_workers_end_with_the_server(tmp_path):
     process = subprocess.Popen(command, env=env, pass_fds=[theirs.fileno()])
     theirs.close()
     with ours:
-        done = subprocess.run([sys.executable, "-c", CALL, "python -m run_job", tmp_path], capture_output=True, text=True,
-                              env=env | {prefork.ORDERS: str(ours.fileno()), prefork.STAY: "1"},
-                              pass_fds=[ours.fileno()])
+        its = env | {prefork.ORDERS: str(ours.fileno()), prefork.STAY: "1"}
+        done = subprocess.run([sys.executable, "-c", CALL, "python -m run_job", tmp_path], env=its, text=True,
+                              capture_output=True, pass_fds=[ours.fileno()])
         pid = int(done.stdout.split()[0])
         os.kill(pid, 0)
         process.kill()

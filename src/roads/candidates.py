@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from roads import model, schema
 from roads.tldr import PAD
 
-
 TOKENS = 2**13  # that are scored at once; on a GPU four times as many, or a small model waits for Python
 
 

@@ -158,7 +158,7 @@ def supports(trunk: PreTrainedModel) -> bool:
 def prepare(trunk: PreTrainedModel) -> None:
     """Let a trunk run packed rows, with compiled layers: their many small operations are fused, one program for all."""
     trunk.set_attn_implementation(ATTENTION)
-    limits = torch._dynamo.config  # of how often a layer is compiled, in a process that trains one model after the other
+    limits = torch._dynamo.config  # of how often a layer is compiled, in a process that trains model after model
     limits.recompile_limit, limits.accumulated_recompile_limit = max(64, limits.recompile_limit), 4096
     for module in trunk.modules():
         if type(module).__name__ in (trunk._no_split_modules or ()):

@@ -16,9 +16,13 @@ import signal
 import socket
 import sys
 import traceback
+from typing import TYPE_CHECKING
 
 from roads.process import end_with, end_with_parent
 from roads.runner import stay
+
+if TYPE_CHECKING:
+    from roads import schema
 
 ORDERS = "ROADS_PREFORK"  # in the environment: the number of the file descriptor that takes orders
 STAY = "ROADS_STAY"  # in the environment: whoever runs an order stays for the next (stay.py)
@@ -47,6 +51,11 @@ def run(command: str, env: dict[str, str], cwd: str) -> int | None:
                 return None
         code = ours.recv(8)
     return int(code) if code else -signal.SIGKILL
+
+
+def stays(compute: "schema.Compute") -> bool:
+    """Whether a process stays for one stage after the other; vLLM has processes of its own, which end with a stage."""
+    return compute.device == "gpu" and compute.sampler == "tree"
 
 
 def serve(orders: socket.socket) -> None:

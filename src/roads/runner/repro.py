@@ -286,7 +286,7 @@ def command() -> int:
     os.environ[STAGES_PER_GPU] = str(per_gpu)
     jobs, gpus = workers(cfg, args.jobs, per_gpu)
     print(f"{len(todo)} stages to bring up to date, {jobs} at once", flush=True)
-    if cfg.compute.device == "gpu" and cfg.compute.sampler == "tree":
+    if prefork.stays(cfg.compute):
         os.environ[prefork.STAY] = "1"
     with prefork_server(piped=jobs > 1):
         return bring_up_to_date(todo, jobs, lock, gpus, Progress(weights(commands, params), jobs))

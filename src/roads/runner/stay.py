@@ -70,7 +70,7 @@ class Workers:
     def _start(self, files: list[int]) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         if os.fork() == 0:
-            # What is held open here would not be seen to close: the server's sockets, and where the order's output goes.
+            # What is held open here is not seen to close: the server's sockets, and where the order's output goes.
             ours.close()
             self.forget()
             for file in files:
