@@ -172,7 +172,8 @@ def pack(out: Path, scale: str) -> None:
              and path.name in SMALL
              and not any(part.startswith(".") for part in path.parts)]
     files += [path for path in sorted(Path("reports", scale).rglob("*")) if path.is_file()]
-    files += [path for path in map(Path, ("dvc.lock", "params.yaml", "active.yaml", "runs/times.csv")) if path.exists()]
+    also = "dvc.lock", "params.yaml", "active.yaml", "runs/times.csv", f"docs/search_{scale}.csv"
+    files += [path for path in map(Path, also) if path.exists()]
     with tarfile.open(out, "w:xz") as tar:
         for path in files:
             tar.add(path)
@@ -222,7 +223,7 @@ def unpack(archive: Path) -> None:
         scale = next((name.split("/")[1] for name in names if re.match(r"reports/[\w-]+/", name)), None)
         if scale is None or "dvc.lock" not in names:
             refuse(f"{archive}: no archive of a kit's run (its home.tar.xz)")
-        mine = f"reports/{scale}/", f"runs/{scale}/", f"runs/{scale}."
+        mine = f"reports/{scale}/", f"runs/{scale}/", f"runs/{scale}.", f"docs/search_{scale}.csv"
         inside = [m for m in tar.getmembers() if m.name.startswith(mine)]
         tar.extractall(ROOT, inside, filter="data")
         there = tar.extractfile("dvc.lock").read().decode()

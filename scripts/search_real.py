@@ -2,10 +2,10 @@
 
     make search SCALE=real
 
-The reward model's learning rate by log loss, offline DPO's learning rate, β and epochs by winrate; online DPO takes
-what offline DPO has. All cells of one seed come before those of the next, JOBS of them at once. A cell that is in
-runs/.search is not run again, so that a killed search continues. Writes docs/search_<scale>.csv after every cell, and
-says what belongs into params.yaml.
+The reward model's learning rate by log loss, offline DPO's learning rate and epochs by winrate, then its β; online DPO
+takes what offline DPO has. All cells of one seed come before those of the next, JOBS of them at once. A cell that is
+in runs/.search is not run again, so that a killed search continues. Writes docs/search_<scale>.csv after every cell,
+and says what belongs into params.yaml.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from roads.stages import base, data, dpo, evaluate, likelihood, rank, reward, sa
 
 SEEDS = (100, 101)
 DPO = {"lr": (1e-5, 3e-5, 1e-4), "beta": (0.05, 0.1, 0.3), "epochs": (1, 2, 4)}
+BETA = 0.1  # at which learning rate and epochs are chosen; β then at these
 DEVELOPMENT = 600  # posts of data/tldr
 REWARD = {"lr": (3e-5, 1e-4, 3e-4)}
 COLUMNS = ["kind", "seed", *DPO, "winrate", "prompts", "log_loss"]
@@ -89,15 +90,23 @@ def means(rows: list[dict], kind: str, keys: list[str], measure: str) -> dict[tu
 def chosen(rows: list[dict]) -> dict[str, dict]:
     """What the rules make of the cells: for each block of params.yaml its values.
 
-    Of DPO's settings within one standard error of the best winrate, that of a share of all prompts judged, the one with
-    the fewest epochs, then the largest β, then the better one; the reward model's with the lowest log loss.
+    A setting is as good as the best where its winrate is within one standard error, that of a share of all prompts
+    judged. Of DPO's learning rates and epochs at BETA the fewest epochs that are as good, then the better one; of the
+    βs at these the largest that is as good. The reward model's learning rate is the one with the lowest log loss.
     """
     winrate = means(rows, "dpo", list(DPO), "winrate")
-    best, judged = max(winrate.values()), sum(row["prompts"] for row in rows if row["kind"] == "dpo") / len(winrate)
-    near = [values for values, mean in winrate.items() if mean >= best - sqrt(best * (1 - best) / judged)]
-    first = min(near, key=lambda values: (values[2], -values[1], -winrate[values]))
+    judged = sum(row["prompts"] for row in rows if row["kind"] == "dpo") / len(winrate)
+
+    def as_good(settings: list[tuple]) -> list[tuple]:
+        best = max(winrate[values] for values in settings)
+        return [values for values in settings if winrate[values] >= best - sqrt(best * (1 - best) / judged)]
+
+    first = min(as_good([values for values in winrate if values[1] == BETA]),
+                key=lambda values: (values[2], -winrate[values]))
+    there = as_good([values for values in winrate if values[::2] == first[::2]])
     losses = means(rows, "reward", list(REWARD), "log_loss")
-    return {"dpo": dict(zip(DPO, first)), "reward": dict(zip(REWARD, min(losses, key=losses.__getitem__)))}
+    return {"dpo": dict(zip(DPO, max(there, key=lambda values: values[1]))),
+            "reward": dict(zip(REWARD, min(losses, key=losses.__getitem__)))}
 
 
 def write(rows: list[dict], path: Path) -> None:
@@ -126,15 +135,22 @@ def cells(runs: Path, cfg: schema.Scale, plan: list[tuple], jobs: int) -> Iterat
 
 def search(cfg: schema.Scale, runs: Path, out: Path, jobs: int = 1) -> dict[str, dict]:
     """Run the cells that are not there yet, `jobs` at once; what the rules choose."""
-    cfg = of_development(cfg)
+    cfg, rows = of_development(cfg), []
     prepare(runs, cfg)
-    plan = [(kind, values, seed) for seed in SEEDS for kind, grid in (("reward", REWARD), ("dpo", DPO))
-            for values in settings(grid)]
-    rows = {}
-    for number, row in tqdm(cells(runs, cfg, plan, jobs), total=len(plan), desc="search", unit="cell"):
-        rows[number] = row
-        write([rows[i] for i in sorted(rows)], out)
-    return chosen(list(rows.values()))
+
+    def run(label: str, **asked: list[dict]) -> None:
+        plan = [(kind, values, seed) for seed in SEEDS for kind, several in asked.items() for values in several]
+        found = {}
+        for number, row in tqdm(cells(runs, cfg, plan, jobs), total=len(plan), desc=label, unit="cell"):
+            found[number] = row
+            write(rows + [found[i] for i in sorted(found)], out)
+        rows.extend(found[i] for i in sorted(found))
+
+    grid = settings(DPO)
+    run("learning rates and epochs", reward=settings(REWARD), dpo=[it for it in grid if it["beta"] == BETA])
+    first = chosen(rows)["dpo"]
+    run("β", dpo=[it for it in grid if it["beta"] != BETA and it == first | {"beta": it["beta"]}])
+    return chosen(rows)
 
 
 def _command() -> None:

@@ -210,6 +210,7 @@ def test_what_comes_home_is_small_and_finds_its_place(tmp_path):
     (dpo / "metrics.json").write_text("{}")
     (there / "reports/real").mkdir(parents=True)
     (there / "reports/real/fig11.json").write_text("{}")
+    (there / "docs/search_real.csv").write_text("kind,seed\n")
     outs = {"sft@real": "runs/real/sft", "fig11@real": "reports/real/fig11.json", "sft@mini": "runs/mini/sft",
             "sft@real-tiny": "runs/real-tiny/sft"}
     entries = (f"  {name}:\n    cmd: there\n    outs:\n    - path: {out}\n" for name, out in outs.items())
@@ -222,6 +223,7 @@ def test_what_comes_home_is_small_and_finds_its_place(tmp_path):
     subprocess.run([*command, "unpack", tmp_path / "home.tar.xz"], cwd=home, env=ENV, check=True)
     assert np.load(home / "runs/real/rouge/scores/sft/scores.npz")["score"].tolist() == [0, 1, 2]
     assert np.load(home / "runs/real/fig12/n375/s0/scores.npz")["dpo"].tolist() == [0, 1]
+    assert (home / "docs/search_real.csv").read_text(encoding="utf-8") == "kind,seed\n"
     assert (home / "reports/real/fig11.json").exists() and (home / "runs/real/rouge/dpo/s0/metrics.json").exists()
     assert "torch: 2." in (home / "reports/real/machine.txt").read_text(encoding="utf-8")
     stages = YAML(typ="safe").load((home / "dvc.lock").read_text(encoding="utf-8"))["stages"]

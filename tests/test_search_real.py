@@ -19,7 +19,8 @@ def dpo(winrate: float, *values, seed: int = 100, prompts: int = 200) -> dict:
 
 def test_the_rules_of_the_page_are_the_grid_of_the_search():
     text = " ".join((ROOT / "docs/real.md").read_text(encoding="utf-8").split())
-    assert "learning rate (1e-5, 3e-5, 1e-4), β (.05, .1, .3) and epochs (1, 2, 4)" in text
+    assert "learning rate (1e-5, 3e-5, 1e-4) and epochs (1, 2, 4) at β .1" in text
+    assert "then β (.05, .1, .3) at these" in text and search_real.BETA == 0.1
     assert "by log loss on held-out pairs, learning rate 3e-5, 1e-4 or 3e-4, one epoch" in text
     assert search_real.DPO == {"lr": (1e-5, 3e-5, 1e-4), "beta": (0.05, 0.1, 0.3), "epochs": (1, 2, 4)}
     assert search_real.REWARD == {"lr": (3e-5, 1e-4, 3e-4)} and min(search_real.SEEDS) >= 100
@@ -27,14 +28,17 @@ def test_the_rules_of_the_page_are_the_grid_of_the_search():
 
 
 def test_what_the_rules_choose():
-    """The best is .60 over 400 prompts: one standard error is sqrt(.6 * .4 / 400) = .0245, so .5755 is near enough."""
+    """The best at β .1 is .60 over 400 prompts: one standard error is sqrt(.6 * .4 / 400) = .0245, so .5755 is near
+    enough."""
     rows = [{"kind": "reward", "seed": 100, "lr": lr, "log_loss": loss} for lr, loss in ((3e-6, 0.66), (1e-5, 0.61))]
     rows += [dpo(winrate, *values, seed=seed) for seed in (100, 101) for winrate, *values in (
-        (0.60, 3e-5, 0.05, 4), (0.59, 1e-5, 0.05, 1), (0.576, 1e-5, 0.1, 1), (0.58, 3e-5, 0.1, 1),
-        (0.575, 1e-5, 0.3, 1), (0.5, 3e-6, 0.3, 1))]
+        (0.60, 3e-5, 0.1, 4), (0.576, 1e-5, 0.1, 1), (0.58, 3e-5, 0.1, 1), (0.575, 1e-4, 0.1, 1), (0.59, 1e-5, 0.1, 2))]
     assert search_real.chosen(rows) == {"dpo": {"lr": 3e-5, "beta": 0.1, "epochs": 1}, "reward": {"lr": 1e-5}}
-    rows += [dpo(0.4, 3e-5, 0.05, 4, seed=102)] * 2  # the best of two seeds is not the best on average: .59 is
-    assert search_real.chosen(rows)["dpo"] == {"lr": 1e-5, "beta": 0.3, "epochs": 1}
+    betas = [dpo(0.62, 3e-5, 0.05, 1, seed=seed) for seed in (100, 101)]  # .1 is further below than .0243, .3 is not
+    betas += [dpo(0.60, 3e-5, 0.3, 1, seed=seed) for seed in (100, 101)]
+    assert search_real.chosen(rows + betas)["dpo"] == {"lr": 3e-5, "beta": 0.3, "epochs": 1}
+    betas[2:] = [dpo(0.5, 3e-5, 0.3, 1, seed=seed) for seed in (100, 101)]
+    assert search_real.chosen(rows + betas)["dpo"] == {"lr": 3e-5, "beta": 0.05, "epochs": 1}
 
 
 @pytest.mark.parametrize("scale, fetched", [("real", True), ("lite", True), ("tiny", False)])
@@ -61,7 +65,7 @@ def test_there_are_development_posts_enough(scale):
 def test_a_killed_search_continues(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(search_real, "SEEDS", (100,))
-    monkeypatch.setattr(search_real, "DPO", {"lr": (1e-4, 3e-4), "beta": (0.1,), "epochs": (1,)})
+    monkeypatch.setattr(search_real, "DPO", {"lr": (1e-4, 3e-4), "beta": (0.1, 0.2), "epochs": (1,)})
     monkeypatch.setattr(search_real, "REWARD", {"lr": (5e-4,)})
     trained, real = [], search_real.dpo.dpo
 
@@ -78,11 +82,13 @@ def test_a_killed_search_continues(tiny, tmp_path, monkeypatch):
         assert [row["kind"] for row in csv.DictReader(file)] == ["reward", "dpo"]
     whole = tmp_path / "cells.csv"
     found = search_real.search(tiny, tmp_path / "runs", whole)
-    assert len(trained) == 3 and trained[1] == trained[2] and found["reward"] == {"lr": 5e-4}
+    assert len(trained) == 4 and trained[1] == trained[2] and found["reward"] == {"lr": 5e-4}
     assert not list((tmp_path / "runs").glob("*/*/s100/model"))  # gigabytes, and not needed any more
     with open(tmp_path / "cells.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [row["kind"] for row in rows] == ["reward", "dpo", "dpo"]
+    assert [row["kind"] for row in rows] == ["reward", "dpo", "dpo", "dpo"]
+    assert [row["beta"] for row in rows] == ["", "0.1", "0.1", "0.2"]  # β at the learning rate that was chosen
+    assert float(rows[3]["lr"]) == found["dpo"]["lr"]
     assert all(0 <= float(row["winrate"]) <= 1 for row in rows[1:]) and float(rows[0]["log_loss"]) > 0
     assert not (tmp_path / "docs").exists()
     together = tmp_path / "together.csv"
