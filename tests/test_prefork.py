@@ -257,6 +257,16 @@ def test_a_worker_that_is_killed_tells_by_what(order, name):
     assert said(order("print('again')")) == ("again\n", 0)
 
 
+def test_a_worker_that_was_killed_with_nothing_to_do_is_replaced(order):
+    first = said(order(WHO, CUDA_VISIBLE_DEVICES="g"))[0].split()
+    time.sleep(0.5)
+    os.kill(int(first[0]), signal.SIGKILL)
+    assert gone(int(first[0]))
+    time.sleep(0.5)
+    out, code = said(order(WHO, CUDA_VISIBLE_DEVICES="g"))
+    assert code == 0 and out.split()[1] == "False"
+
+
 def test_a_worker_and_what_it_started_end_with_who_ordered_it(order, tmp_path):
     process = order(SLEEPS)
     pids = [pid_in(tmp_path / name, process) for name in ("pid", "child")]

@@ -56,16 +56,18 @@ class Workers:
 
     def _look(self) -> None:
         """Which of those at work are done, and which are gone."""
-        for it in select.select([keeper for keeper, _ in self.at_work], [], [], 0)[0]:
-            entry = next(entry for entry in self.at_work if entry[0] is it)
-            self.at_work.remove(entry)
-            said = b""
-            with contextlib.suppress(OSError):
-                said = it.recv(1)
-            if said:
-                self.idle.append(entry)
-            else:
-                it.close()
+        entries = {it[0]: it for it in self.idle + self.at_work}
+        while readable := select.select(list(entries), [], [], 0)[0]:
+            for keeper in readable:  # one that was done may be gone since: both are read
+                entry, said = entries[keeper], b""
+                (self.idle if entry in self.idle else self.at_work).remove(entry)
+                with contextlib.suppress(OSError):
+                    said = keeper.recv(1)
+                if said:
+                    self.idle.append(entry)
+                else:
+                    del entries[keeper]
+                    keeper.close()
 
     def _start(self, files: list[int]) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -104,6 +106,8 @@ def _keep(orders: socket.socket, perform: Perform) -> int:
     code = b"0"
     while code == b"0":
         message = b""
+        if ours in select.select([orders, ours], [], [])[0]:
+            break  # the worker has died, with nothing to do
         with contextlib.suppress(OSError):  # the server has gone, and had not heard all
             message, files, *_ = socket.recv_fds(orders, 1 << 20, 3, socket.MSG_CMSG_CLOEXEC)
         if not message:
