@@ -34,6 +34,8 @@ def test_what_the_rules_choose():
     rows += [dpo(winrate, *values, seed=seed) for seed in (100, 101) for winrate, *values in (
         (0.60, 3e-5, 0.1, 4), (0.576, 1e-5, 0.1, 1), (0.58, 3e-5, 0.1, 1), (0.575, 1e-4, 0.1, 1), (0.59, 1e-5, 0.1, 2))]
     assert search_real.chosen(rows) == {"dpo": {"lr": 3e-5, "beta": 0.1, "epochs": 1}, "reward": {"lr": 1e-5}}
+    third = [dpo(0.4, 3e-5, 0.1, 1, seed=102)] * 2  # good with two seeds, and not on average: .59 with two epochs is
+    assert search_real.chosen(rows + third)["dpo"] == {"lr": 1e-5, "beta": 0.1, "epochs": 2}
     betas = [dpo(0.62, 3e-5, 0.05, 1, seed=seed) for seed in (100, 101)]  # .1 is further below than .0243, .3 is not
     betas += [dpo(0.60, 3e-5, 0.3, 1, seed=seed) for seed in (100, 101)]
     assert search_real.chosen(rows + betas)["dpo"] == {"lr": 3e-5, "beta": 0.3, "epochs": 1}

@@ -70,7 +70,7 @@ def serve(orders: socket.socket) -> None:
             return
         order = json.loads(message)
         if STAY in order["env"]:
-            workers.order(message, files)
+            workers.order(message, files, order["env"].get("CUDA_VISIBLE_DEVICES"))
         elif os.fork() == 0:
             workers.forget()
             os._exit(_obey(order, *files))

@@ -38,9 +38,9 @@ class Workers:
         self.idle: list[tuple[socket.socket, object]] = []
         self.at_work: list[tuple[socket.socket, object]] = []
 
-    def order(self, message: bytes, files: list[int]) -> None:
-        """Have a worker of today's code and of the same GPU run an order, a new one where none is idle."""
-        kind = code(), json.loads(message)["env"].get("CUDA_VISIBLE_DEVICES")
+    def order(self, message: bytes, files: list[int], gpu: str | None) -> None:
+        """Have a worker of today's code and of this GPU run an order, a new one where none is idle."""
+        kind = code(), gpu
         self._look()
         for keeper, _ in [it for it in self.idle if it[1][0] != kind[0]]:
             keeper.close()
