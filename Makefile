@@ -55,6 +55,9 @@ export MPLBACKEND := Agg
 # As many stages as cores run side by side: NumPy keeps to one core each, and torch to params.yaml's `threads`.
 # Numbers then do not depend on how many cores there are.
 export OMP_NUM_THREADS := 1
+# glibc keeps memory that was freed for the next step, which else asks the kernel for it anew.
+export MALLOC_MMAP_THRESHOLD_ := 33554432
+export MALLOC_TRIM_THRESHOLD_ := 268435456
 export TOKENIZERS_PARALLELISM := false
 export DVC_NO_ANALYTICS := 1
 # Training stages start themselves again under `accelerate launch` with this file; DVC does not see it.
