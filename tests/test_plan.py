@@ -12,8 +12,8 @@ import pytest
 from conftest import ENV, ROOT
 from ruamel.yaml import YAML
 
-from roads import active, config, generate, generate_tree, model, schema
-from roads.runner import cost, dvc_patches, plan, repro
+from roads import active, config, generate, generate_tree, lockfile, model, schema
+from roads.runner import cost, plan, repro
 from roads.runner import work as work_of
 from roads.stage import UserError
 from roads.stages import value
@@ -161,9 +161,9 @@ def test_a_folder_with_fewer_posts_counts_as_it_is(tmp_path):
 
 
 def single(*stages: str) -> int:
-    """`python -m roads.runner.repro --single-item STAGE`, one after the other; how many of them fail."""
+    """`python -m roads.runner.single STAGE`, one after the other; how many of them fail."""
     env = ENV | {"PYTHONPATH": str(ROOT / "src")}
-    return sum(subprocess.run([sys.executable, "-m", "roads.runner.repro", repro.SINGLE, name], env=env).returncode != 0
+    return sum(subprocess.run([sys.executable, "-m", "roads.runner.single", name], env=env).returncode != 0
                for name in stages)
 
 
@@ -216,7 +216,7 @@ def test_a_lock_in_the_middle_of_a_merge_is_left_alone(project):
 def test_a_lock_with_more_than_stages_in_it_is_written_by_dvc(project):
     reproduce()
     whole = Path("dvc.lock").read_text()
-    entry, at = dvc_patches.entry_of("fig11@mini", whole)
+    entry, at = lockfile.entry_of("fig11@mini", whole)
     Path("dvc.lock").write_text(whole[:at] + whole[at + len(entry) :] + "datasets: []\n")
     assert single("fig11@mini") == 0
     assert lock() == {**YAML(typ="safe").load(whole), "datasets": []}
@@ -226,19 +226,22 @@ def test_an_arm_in_the_lock_keeps_it_one_that_is_read_by_entry(project):
     """Its name has a dot; DVC alone reads and writes all of the lock, which takes seconds for every stage."""
     name = "arm_sft@mini-horizon.k4"
     arm = "  {}:\n    cmd: true\n    outs:\n    - path: runs/mini.horizon.k4/sft\n".format(name)
-    assert dvc_patches.LAYOUT.fullmatch(dvc_patches.LOCK + arm)
-    assert dvc_patches.entry_of(name, dvc_patches.LOCK + arm) == (arm, len(dvc_patches.LOCK))
+    assert lockfile.LAYOUT.fullmatch(lockfile.LOCK + arm)
+    assert lockfile.entry_of(name, lockfile.LOCK + arm) == (arm, len(lockfile.LOCK))
 
 
 def test_every_entry_of_the_committed_lock_is_found():
     text = (ROOT / "dvc.lock").read_text(encoding="utf-8")
-    assert text.startswith(dvc_patches.LOCK) and dvc_patches.LAYOUT.fullmatch(text)
-    at = len(dvc_patches.LOCK)
-    for name in YAML(typ="safe").load(text)["stages"]:
-        entry, begins = dvc_patches.entry_of(name, text)
-        assert begins == at and entry.startswith(f"  {name}:\n")
+    assert text.startswith(lockfile.LOCK) and lockfile.LAYOUT.fullmatch(text)
+    at, stages = len(lockfile.LOCK), YAML(typ="safe").load(text)["stages"]
+    assert list(entries := lockfile.entries(text)) == list(stages)
+    for name, known in stages.items():
+        entry, begins = lockfile.entry_of(name, text)
+        assert begins == at and entry.startswith(f"  {name}:\n") and entry == entries[name]
+        for kind in "deps", "outs":
+            assert lockfile.paths(kind, entry) == [item["path"] for item in known.get(kind, [])]
         at += len(entry)
-    assert at == len(text) and dvc_patches.entry_of("fig3", text) == dvc_patches.entry_of("no@such", text) == ("", at)
+    assert at == len(text) and lockfile.entry_of("fig3", text) == lockfile.entry_of("no@such", text) == ("", at)
 
 
 # The cost model

@@ -14,7 +14,7 @@ import pytest
 from conftest import ENV, ROOT, run
 from ruamel.yaml import YAML
 
-from roads import active
+from roads import active, lockfile
 from roads.runner import dvc_patches, repro
 from roads.stage import LAUNCH, UserError
 
@@ -152,7 +152,7 @@ def test_a_lock_without_its_last_newline_stays_a_lock(project):
     Path("words.txt").write_text("four\n")
     reproduce()
     assert set(parsed()["stages"]) == set(YAML(typ="safe").load(whole)["stages"])
-    assert dvc_patches.LAYOUT.fullmatch(Path("dvc.lock").read_text())
+    assert lockfile.LAYOUT.fullmatch(Path("dvc.lock").read_text())
     assert "Up to date" in reproduce()
 
 
@@ -165,7 +165,7 @@ def test_wherever_a_lock_is_cut_a_run_leaves_one_that_parses_or_the_same(project
     whole = Path("dvc.lock").read_text()
     ends = []
     at_md5, at_outs = whole.rindex("md5: ") + 20, whole.rindex("    outs:\n") + len("    outs:\n")
-    start = len(dvc_patches.LOCK)
+    start = len(lockfile.LOCK)
     for cut in (start, start + 20, whole.index("hash"), at_outs, at_md5, len(whole) - 1):
         Path("dvc.lock").write_text(whole[:cut])
         done = subprocess.run([sys.executable, "-m", "roads.runner.repro", "words@mini", "job@mini"], env=ENV | PATH,
@@ -177,6 +177,37 @@ def test_wherever_a_lock_is_cut_a_run_leaves_one_that_parses_or_the_same(project
             assert done.stderr.startswith("error: dvc: ") and "`git checkout dvc.lock`" in done.stderr, done.stderr
         ends.append(done.returncode)
     assert {0, 2} == set(ends)
+
+
+def test_params_edited_while_a_stage_runs_are_not_taken_for_what_it_used(project):
+    Path("dvc.yaml").write_text(DVC_YAML + "    params: [mini.base.lr]\n")
+    now = "base: {lr: 3.0e-3, schedule: cosine, batch_size: 128"
+    assert now in Path("params.yaml").read_text()
+    Path("job.py").write_text(JOB + "file = pathlib.Path('params.yaml')\n"
+                              f"file.write_text(file.read_text().replace({now!r}, {now.replace('3.0', '4.0')!r}))\n"
+                              "pathlib.Path(sys.argv[1]).write_text('done')\n")
+    reproduce("job@mini")
+    assert parsed()["stages"]["job@mini"]["params"]["params.yaml"] == {"mini.base.lr": 3e-3}
+    assert set(repro.out_of_date(["job@mini"])[0]) == {"job@mini"}
+    reproduce("job@mini")
+    assert parsed()["stages"]["job@mini"]["params"]["params.yaml"] == {"mini.base.lr": 4e-3}
+
+
+def test_of_a_lock_that_was_parsed_before_the_new_entry_alone_is(project, monkeypatch):
+    class Counted(YAML):
+        def parse(self, text: str):
+            read.append(text)
+            return super().parse(text)
+
+    read, old, new = [], lockfile.LOCK + "  a@mini:\n    cmd: true\n", "  b@mini:\n    cmd: true\n"
+    monkeypatch.setattr(dvc_patches, "YAML", Counted)
+    dvc_patches.PARSES.parent.mkdir(parents=True)
+    dvc_patches.expect_yaml(old)
+    with pytest.raises(Exception, match="did not find expected"):
+        dvc_patches.expect_yaml(old + new[:-5] + "[true\n", old, new[:-5] + "[true\n")
+    dvc_patches.expect_yaml(old + new, old, new)
+    dvc_patches.expect_yaml(old + new, old, new)  # not what was parsed last
+    assert [len(text) for text in read] == [len(old), len(lockfile.LOCK + new) + 1, len(lockfile.LOCK + new), len(old + new)]
 
 
 def test_another_dvc_is_refused(project, monkeypatch):
@@ -193,7 +224,7 @@ def test_what_would_not_parse_is_not_written(project):
 
     reproduce("words@mini", "job@mini")
     broken = Path("dvc.lock").read_text().replace("    cmd: python", "    cmd: [python")
-    assert dvc_patches.LAYOUT.fullmatch(broken)
+    assert lockfile.LAYOUT.fullmatch(broken)
     _, dump = dvc_patches.own_entry("words@mini", Lockfile._load, Lockfile.dump_stages)
     with Repo() as repo:
         stage = repo.stage.load_one(name="words@mini")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from roads import lockfile
+
 
 def provenance(files: list[Path]) -> dict:
     """What the figure was drawn from: files, commit, what dvc.lock has of the runs behind them, and their params."""
@@ -21,17 +23,19 @@ def provenance(files: list[Path]) -> dict:
     lock, params = Path("dvc.lock"), {}
     digest = hashlib.sha256()
     if lock.exists():
-        stages = YAML(typ="safe").load(lock.read_text(encoding="utf-8")).get("stages", {})
-        makers = {out["path"]: name for name, entry in stages.items() for out in entry.get("outs", [])}
-        seen, todo = set(), [path.as_posix() for path in files]
+        entries = lockfile.entries(lock.read_text(encoding="utf-8"))
+        makers = {path: name for name, entry in entries.items() for path in lockfile.paths("outs", entry)}
+        seen, todo = [], [path.as_posix() for path in files]
         while todo:
             path = Path(todo.pop())
             name = next((makers[p.as_posix()] for p in (path, *path.parents) if p.as_posix() in makers), None)
             if name and name not in seen:
-                seen.add(name)
-                todo += [dep["path"] for dep in stages[name].get("deps", [])]
-                params |= stages[name].get("params", {}).get("params.yaml", {})
+                seen.append(name)
+                todo += lockfile.paths("deps", entries[name])
+        behind = YAML(typ="safe").load(lockfile.LOCK + "".join(entries[name] for name in seen))["stages"] or {}
+        for name in seen:
+            params |= behind[name].get("params", {}).get("params.yaml", {})
         for name in sorted(seen):
-            digest.update(f"{name} {stages[name]}".encode())
+            digest.update(f"{name} {behind[name]}".encode())
     return {"files": {path.as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
             "commit": commit or None, "params": params, "lock": digest.hexdigest() if params else None}

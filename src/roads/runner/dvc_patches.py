@@ -1,7 +1,7 @@
 """What we change inside DVC, all of it. It is made for one version, and refuses another.
 
-DVC 3.67 reads params.yaml anew for every stage, and parses and writes all of dvc.lock before and after every stage:
-at mini that is two thirds of the seconds that a stage takes beside its command. It writes in place: a kill -9 leaves
+DVC 3.67 reads params.yaml several times for every stage, and parses and writes all of dvc.lock before and after every
+stage: at mini that is two thirds of the seconds that a stage takes beside its command. It writes in place: a kill -9 leaves
 half of the file. And it enters outputs in dvc.lock that it could not keep in its cache, with an error that `--quiet`
 hides.
 """
@@ -9,9 +9,9 @@ hides.
 import contextlib
 import errno
 import functools
+import hashlib
 import io
 import logging
-import re
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -20,12 +20,12 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from roads.lockfile import LAYOUT, LOCK, entry_of
 from roads.stage import UserError, expect_file, writing
 
 VERSION = "3.67."
 FILES = ("dvc.yaml", "dvc.lock", ".dvcignore", ".dvc/config", ".dvc/config.local")
-LOCK = "schema: '2.0'\nstages:\n"
-LAYOUT = re.compile(LOCK + r"(?:  [\w@.-]+:\n(?:    .*\n)+)*")  # as DVC writes dvc.lock, with nothing but stages in it
+PARSES = Path(".dvc/tmp/parses")  # the hash of a dvc.lock that has been parsed
 
 
 def check_version() -> None:
@@ -111,7 +111,8 @@ def reproduce(stage: str, run: Callable[[str, dict, str], int | None]) -> None:
 
     stage_run._run, Lockfile._load, Lockfile.dump_stages = run_command, load, dump_what_is_kept
     logging.getLogger("dvc.progress").setLevel(logging.CRITICAL)
-    with set_loggers_level(logging.ERROR), Repo(_wait_for_lock=True) as repo:
+    # Read once: what dvc.lock says is then what the command began with, should params.yaml be edited while it runs.
+    with set_loggers_level(logging.ERROR), params_read_once(), Repo(_wait_for_lock=True) as repo:
         repo.reproduce(stage, single_item=True)
 
 
@@ -155,21 +156,27 @@ def own_entry(stage: str, load_all: Callable, dump_all: Callable) -> tuple[Calla
                     dump_all(lockfile, stages, **kwargs)
                 finally:
                     lockfile.path = str(path)
+                expect_yaml(new.read_text(encoding="utf-8"))
             else:
                 for done in stages:
-                    before, at = entry_of(done.name, text)
-                    text = text[:at] + as_entry(to_lockfile(done, **kwargs)) + text[at + len(before) :]
+                    (old, at), entry = entry_of(done.name, text), as_entry(to_lockfile(done, **kwargs))
+                    before, text = text, text[:at] + entry + text[at + len(old) :]
+                    expect_yaml(text, before, entry)
                 new.write_text(text, encoding="utf-8")
-            for _ in YAML(typ="safe").parse(new.read_text(encoding="utf-8")):  # raises where it is no YAML
-                pass
 
     return load, dump
 
 
-def entry_of(stage: str, lock: str) -> tuple[str, int]:
-    """The text of a stage's entry in dvc.lock, '' if there is none, and where it begins, or would."""
-    found = re.search(rf"^  {re.escape(stage)}:\n(?:    .*\n)+", lock, re.M)
-    return (found[0], found.start()) if found else ("", len(lock))
+def expect_yaml(lock: str, before: str = "", entry: str = "") -> None:
+    """Parse a dvc.lock, which raises where it is no YAML; of one that was parsed `before`, the new entry alone."""
+    known = PARSES.read_text() if PARSES.exists() else ""
+    for _ in YAML(typ="safe").parse(LOCK + entry if known == digest(before) else lock):
+        pass
+    PARSES.write_text(digest(lock))
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def as_entry(stages: dict) -> str:

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 ORDERS = "ROADS_PREFORK"  # in the environment: the number of the file descriptor that takes orders
 STAY = "ROADS_STAY"  # in the environment: whoever runs an order stays for the next (stay.py)
 PLAIN = re.compile(r"python -m [\w@%+=:,./ -]+", re.ASCII)  # a command that means the same without a shell
-IMPORTS = ("torch", "accelerate", "safetensors.torch", "tokenizers", "tqdm", "pydantic", "ruamel.yaml", "scipy.stats",
-           "matplotlib.pyplot", "transformers.models.auto.modeling_auto",
-           "transformers.models.gpt_neox.modeling_gpt_neox")
+IMPORTS = ("torch", "accelerate", "safetensors.torch", "tokenizers", "tqdm", "pydantic.main", "pydantic.types",
+           "ruamel.yaml", "scipy.stats", "matplotlib.pyplot", "rouge_score.rouge_scorer",
+           "transformers.models.auto.modeling_auto", "transformers.models.gpt_neox.modeling_gpt_neox")
 
 
 def run(command: str, env: dict[str, str], cwd: str) -> int | None:

@@ -1,7 +1,7 @@
 """`dvc repro TARGET...`, with stages that do not wait for each other run at the same time.
 
-DVC decides what is out of date and runs every stage (`dvc repro --single-item`); this only keeps N of those
-going, in the order of DVC's graph. A plain `dvc repro` does the same work, one stage at a time.
+DVC decides what is out of date and runs every stage (single.py); this only keeps N of those going, in the order of
+DVC's graph. A plain `dvc repro` does the same work, one stage at a time.
 """
 
 import argparse
@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING
 
 from roads import active, config, schema
 from roads.active import Active
-from roads.process import end_with
-from roads.runner import dvc_patches, preflight, prefork
+from roads.runner import dvc_patches, preflight, prefork, single
 from roads.runner.progress import Progress, clock, weights
 from roads.stage import LAUNCH, STAGES_PER_GPU, UserError, main
 
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
 TMP = Path(".dvc/tmp")
 TIMES = Path("runs/times.csv")  # stage, seconds: a line for every run of a stage; `make times` sums it up
-SINGLE = "--single-item"
 STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
 running: dict[str, subprocess.Popen] = {}
 stopping = threading.Event()
@@ -53,7 +51,7 @@ def checkout_lock() -> int:
         print("Another run is at work in this checkout; waiting for it to end.", file=sys.stderr, flush=True)
         fcntl.flock(lock, fcntl.LOCK_EX)
     reserved = TMP / "rwlock"  # names process ids; later ones, in a container say, may be the same
-    if reserved.exists() and (SINGLE in (text := reserved.read_text()) or not text.endswith("}")):
+    if reserved.exists() and (single.IN_RWLOCK in (text := reserved.read_text()) or not text.endswith("}")):
         reserved.unlink()
     return lock
 
@@ -102,37 +100,6 @@ def resolve(targets: list[str], now: Active) -> list[str]:
     return [f"{name}@{now.scale}" if name in now.figures else name for name in targets if name not in without]
 
 
-def single_item(stage: str, runner: socket.socket | None) -> int:
-    """`dvc repro --single-item STAGE`, its commands as forks of the process that has torch imported already. The
-    runner, which is gone when its end of the socket is closed, is told why it failed."""
-    if runner:
-        end_with(runner)
-    from dvc.stage.exceptions import StageCmdFailedError
-
-    try:
-        dvc_patches.reproduce(stage, prefork.run)
-        return 0
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except Exception as error:
-        cause = error.__cause__ or error  # DVC's "failed to reproduce" comes first
-        code = re.search(r"exited with (-?\d+)$", str(cause)) if isinstance(cause, StageCmdFailedError) else None
-        reason = ended(int(code[1])) if code else dvc_patches.because(cause)
-    if runner:
-        runner.sendall(reason.encode())
-    else:
-        print(f"{stage}: {reason}", file=sys.stderr)
-    return 1
-
-
-def ended(code: int) -> str:
-    """How a process ended that did not end well; a shell tells a signal as 128 more."""
-    with contextlib.suppress(ValueError):
-        sig = signal.Signals(-code if code < 0 else code - 128)
-        return f"killed by signal {sig}{': out of memory?' if sig == signal.SIGKILL else f' ({sig.name})'}"
-    return f"exit code {code}"
-
-
 def interval(piped: bool) -> str:
     """Seconds between two lines of a progress bar; tqdm reads them where it is imported."""
     return "10" if piped else "0.1"
@@ -150,7 +117,7 @@ def run(stage: str, piped: bool, lock: int, gpu: str | None) -> str | None:
     with ours:
         with theirs:
             kept = [lock, theirs.fileno(), *([int(env[prefork.ORDERS])] if prefork.ORDERS in env else [])]
-            cmd = [sys.executable, "-m", "roads.runner.repro", SINGLE, stage, "--runner", str(theirs.fileno())]
+            cmd = [sys.executable, "-m", single.MODULE, stage, str(theirs.fileno())]
             options = {"env": env, "text": True, "errors": "replace", "start_new_session": True, "pass_fds": kept}
             running[stage] = process = subprocess.Popen(cmd, **options, **pipes)
         last = ""
@@ -163,7 +130,7 @@ def run(stage: str, piped: bool, lock: int, gpu: str | None) -> str | None:
         told = ours.recv(1 << 16).decode(errors="replace")
     if not code:
         return None
-    reason = told or ended(code)
+    reason = told or single.ended(code)
     return f"{reason}: {last}" if last and reason.startswith("exit code") else reason
 
 
@@ -237,7 +204,7 @@ def bring_up_to_date(todo: dict[str, set[str]], jobs: int, lock: int, gpus: list
     if len(progress.left) < progress.total and len(failed) > 1:  # they may stand far apart
         print(*failed, sep="\n", file=sys.stderr)
     print(f"{took}; they are kept, and the same command continues. One stage alone, with all that it prints: dvc repro "
-          f"{SINGLE} {failed[0].split()[1].rstrip(':')}", file=sys.stderr, flush=True)
+          f"--single-item {failed[0].split()[1].rstrip(':')}", file=sys.stderr, flush=True)
     return 1
 
 
@@ -259,12 +226,7 @@ def command() -> int:
     parser.add_argument("targets", nargs="*", help="what to bring up to date (default: all)")
     parser.add_argument("--jobs", type=int, help="at once (default: one per core, or per GPU)")
     parser.add_argument("--make", type=int, metavar="PID", help="stop when this make, which runs us, is to stop")
-    parser.add_argument(SINGLE, help=argparse.SUPPRESS)
-    parser.add_argument("--runner", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.single_item:
-        return single_item(args.single_item, args.runner and socket.socket(fileno=args.runner))
-
     params = active.write()  # a bad params.yaml stops everything before anything runs
     now = active.load(params=params)
     targets = resolve(args.targets, now)
