@@ -207,7 +207,8 @@ def test_of_a_lock_that_was_parsed_before_the_new_entry_alone_is(project, monkey
         dvc_patches.expect_yaml(old + new[:-5] + "[true\n", old, new[:-5] + "[true\n")
     dvc_patches.expect_yaml(old + new, old, new)
     dvc_patches.expect_yaml(old + new, old, new)  # not what was parsed last
-    assert [len(text) for text in read] == [len(old), len(lockfile.LOCK + new) + 1, len(lockfile.LOCK + new), len(old + new)]
+    one = len(lockfile.LOCK + new)
+    assert [len(text) for text in read] == [len(old), one + 1, one, len(old + new)]
 
 
 def test_another_dvc_is_refused(project, monkeypatch):

@@ -410,6 +410,28 @@ def test_bf16_is_near_fp32_and_its_weights_stay_fp32(tmp_path, policy, rows):
     assert generate.complete(half, rows[0], 2, 4, 1.0, torch.Generator().manual_seed(0)).shape == (4, 2, 4)
 
 
+@pytest.mark.parametrize("kind", [LlamaConfig, Qwen2Config])  # the second ties its embeddings
+def test_what_is_saved_in_bf16_draws_the_same_and_scores_as_near(tmp_path, kind, rows):
+    torch.manual_seed(0)
+    net = AutoModelForCausalLM.from_config(small(kind))
+    rm = model.RewardModel(net.base_model)
+    bf16 = model.PLAIN.model_copy(update={"precision": "bf16"})
+    for precision in "fp32", "bf16":
+        distributed.save(net, tmp_path / precision, precision)
+        distributed.save(rm, tmp_path / "rm" / precision, precision)
+    size = [os.path.getsize(tmp_path / precision / "model.safetensors") for precision in ("fp32", "bf16")]
+    assert size[1] < 0.6 * size[0]
+    one, other = (model.load_to_sample(tmp_path / precision, bf16).state_dict() for precision in ("fp32", "bf16"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert torch.equal(*(load_file(tmp_path / "rm" / precision / "head.safetensors")["weight"]
+                         for precision in ("fp32", "bf16")))
+    policies = [model.load_policy(tmp_path / precision, bf16) for precision in ("fp32", "bf16")]
+    rms = [model.RewardModel.load(tmp_path / "rm" / precision, bf16) for precision in ("fp32", "bf16")]
+    assert {part.dtype for part in policies[1].parameters()} == {torch.float32}
+    for found in [model.response_logps(policy, *rows) for policy in policies], [rm(*rows) for rm in rms]:
+        assert torch.allclose(*found, rtol=0.01, atol=0.01)
+
+
 def test_weights_that_moved_are_cast_to_bf16_anew(tmp_path, policy, rows):
     policy.save_pretrained(tmp_path)
     half = model.load_policy(tmp_path, model.PLAIN.model_copy(update={"precision": "bf16"}))

@@ -102,10 +102,14 @@ def delete_checkpoint(key: str) -> None:
         shutil.rmtree(SCRATCH / key, ignore_errors=True)
 
 
-def save(model: nn.Module, folder: Path) -> None:
-    """`model.save_pretrained(folder)` by the first process, once all of them have handed in their shards."""
+def save(model: nn.Module, folder: Path, precision: str = "fp32") -> None:
+    """`model.save_pretrained(folder)` by the first process, once all of them have handed in their shards.
+
+    Where a scale computes in bf16 its matrices are saved so, in half the space: whatever runs them, to draw or to
+    score, rounds them to that first (model.py). A reward model's head stays fp32, and so do norms and biases.
+    """
     rank, _ = rank_and_world_size()
-    if not sharded():
+    if not sharded() and precision == "fp32":
         if rank == 0:
             model.save_pretrained(folder)
         return
@@ -116,6 +120,7 @@ def save(model: nn.Module, folder: Path) -> None:
         tied.add(id(value))
         value = value.full_tensor() if hasattr(value, "full_tensor") else value
         if rank == 0:
-            whole[name] = value.detach().cpu()
+            rounded = precision == "bf16" and value.dim() > 1 and not name.startswith("head.")
+            whole[name] = value.detach().cpu().to(torch.bfloat16 if rounded else value.dtype)
     if rank == 0:
         model.save_pretrained(folder, state_dict=whole)

@@ -268,7 +268,7 @@ def run(out: Path, make: Callable[[], Job], recipe: schema.Train, cfg: schema.Sc
         log = fit(job.net, job.loss, job.n, recipe, seed=seed, key=key, label=f"{name} s{seed}", shards=job.shards,
                   weights=job.weights, lengths=job.lengths, micro_batch=cfg.machine.micro_batch,
                   packed=model.is_packed(job.net))
-        save(job.net, folder)
+        save(job.net, folder, cfg.compute.precision)
         model.copy_tokenizer(reads[-1], folder)
         write_curves(folder / "curves.csv", log)
         stage.write_json(folder / "metrics.json", summary(log) | {"rows": job.n} | (job.also or {}))

@@ -17,7 +17,8 @@ from roads.runner.work import ORDERS, READ, WRITTEN, Command, Work, parameters, 
 
 ROWS, MEMORY, BATCH = 1600, 2**29, 2**13  # generate.py's, and the tokens that are scored at once
 HELD_OUT = 5000  # as stages.value, which is not imported here: torch takes seconds
-FLOAT = INT = 4  # bytes: weights are saved in fp32, token ids as int32
+INT = 4  # bytes: token ids are int32
+WEIGHT = {"fp32": 4, "bf16": 2}  # bytes, as a model is saved (distributed.save)
 
 
 def train(c: Command, rows: int, recipe: dict, sides: int = 1, words: int = 0, reference: bool = False) -> Work:
@@ -26,7 +27,8 @@ def train(c: Command, rows: int, recipe: dict, sides: int = 1, words: int = 0, r
     length = c.prompt + sides * c.response
     once = c.forward(rows * length, length, rows * words)
     return Work(flops=once * (3 * recipe["epochs"] + reference),
-                steps=-(-rows // recipe["batch_size"]) * recipe["epochs"], size=FLOAT * c.parameters)
+                steps=-(-rows // recipe["batch_size"]) * recipe["epochs"],
+                size=WEIGHT[c.block.get("compute", {}).get("precision", "fp32")] * c.parameters)
 
 
 def sample(c: Command, prompts: int, samples: dict, policy: str = "", split: str = "") -> Work:
@@ -70,7 +72,7 @@ def _data(c: Command) -> Work:
 
 def _base(c: Command) -> Work:
     if c.block["model"]["kind"] != "new":  # fetched, or read from a folder
-        return Work(size=FLOAT * c.parameters)
+        return Work(size=WEIGHT["fp32"] * c.parameters)
     return train(c, c.rows("base"), c.block["base"], words=c.prompt + c.response)
 
 

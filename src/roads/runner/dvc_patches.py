@@ -1,9 +1,9 @@
 """What we change inside DVC, all of it. It is made for one version, and refuses another.
 
 DVC 3.67 reads params.yaml several times for every stage, and parses and writes all of dvc.lock before and after every
-stage: at mini that is two thirds of the seconds that a stage takes beside its command. It writes in place: a kill -9 leaves
-half of the file. And it enters outputs in dvc.lock that it could not keep in its cache, with an error that `--quiet`
-hides.
+stage: at mini that is two thirds of the seconds that a stage takes beside its command. It writes in place: a kill -9
+leaves half of the file. And it enters outputs in dvc.lock that it could not keep in its cache, with an error that
+`--quiet` hides.
 """
 
 import contextlib
