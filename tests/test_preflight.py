@@ -149,8 +149,8 @@ def test_only_the_gpus_that_may_be_used_count(machine, params, monkeypatch):
 def test_a_disk_too_small_is_one_line(machine, params, monkeypatch):
     machine(H100)
     monkeypatch.setattr(preflight, "_links", lambda: False)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=6e9))
-    with pytest.raises(UserError, match="these stages write about 11 GB, DVC's cache included, and 6 GB are free"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3e9))
+    with pytest.raises(UserError, match="these stages write about 5.7 GB, DVC's cache included, and 3 GB are free"):
         preflight.check(stages("paper"), params, "mini")
     monkeypatch.setattr(preflight, "_links", lambda: True)  # then there is one copy
     preflight.check(stages("paper"), params, "mini")
@@ -183,7 +183,7 @@ def test_what_is_free_is_told_in_its_own_unit(machine, params, monkeypatch):
     machine(H100)
     monkeypatch.setattr(preflight, "_links", lambda: True)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3e6))
-    with pytest.raises(UserError, match="these stages write about 1.6 GB, .*, and 3 MB are free"):
+    with pytest.raises(UserError, match="these stages write about 810 MB, .*, and 3 MB are free"):
         preflight.check(stages("lite"), params, "lite")
 
 

@@ -24,12 +24,14 @@ class Device:
 
 # GPUs that nobody has measured: NVIDIA's dense bf16 peak x 40%, usual for fine-tuning. Decoding on an H100: a third of
 # what vLLM is reported to reach with 8B parameters (12,500 tokens/s), as completions are short; an A100 at half that,
-# an H200 by its memory bandwidth.
+# an H200 by its memory bandwidth. START: what stages of scale real took on an H200 beside their work, when each was a
+# process of its own (docs/log.md); since then most stages find one that has begun.
+START = 20
 ASSUMED = {
     "cpu": Device(flops=60e9, decode=18, step=0.003, layer=0.0005, startup=5, startup_light=4),
-    "A100": Device(flops=312e12 * 0.4, decode=16_000, step=0, layer=0, startup=60),
-    "H100": Device(flops=989e12 * 0.4, decode=33_000, step=0, layer=0, startup=60),
-    "H200": Device(flops=989e12 * 0.4, decode=46_000, step=0, layer=0, startup=60, memory=141e9),
+    "A100": Device(flops=312e12 * 0.4, decode=16_000, step=0, layer=0, startup=START),
+    "H100": Device(flops=989e12 * 0.4, decode=33_000, step=0, layer=0, startup=START),
+    "H200": Device(flops=989e12 * 0.4, decode=46_000, step=0, layer=0, startup=START, memory=141e9),
 }
 
 
