@@ -12,7 +12,6 @@ import json
 import os
 import re
 import runpy
-import select
 import signal
 import socket
 import sys
@@ -61,12 +60,11 @@ def stays(compute: "schema.Compute") -> bool:
 
 def serve(orders: socket.socket) -> None:
     """Fork a child for each order, until nobody is left to give one."""
+    for module in IMPORTS:  # orders that come meanwhile wait
+        importlib.import_module(module)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children: they say how they ended
-    workers, missing = stay.Workers(_perform, orders), list(IMPORTS)
+    workers = stay.Workers(_perform, orders)
     while True:
-        if missing and not select.select([orders], [], [], 0)[0]:  # an order does not wait for what it may not need
-            importlib.import_module(missing.pop(0))
-            continue
         message, files, *_ = socket.recv_fds(orders, 1 << 20, 3, socket.MSG_CMSG_CLOEXEC)
         if not message:
             return
