@@ -24,6 +24,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
+from roads import lockfile
+
 ROOT = Path(__file__).resolve().parent.parent
 PART = 45_000_000  # bytes
 HOME = 16_000_000  # of what comes home
@@ -117,7 +119,7 @@ def refuse(why: str) -> NoReturn:
 
 
 def build(out: Path, scale: str, python: str) -> None:
-    from roads import config, stage  # not at the top: `unpack` and `pack` need none of it
+    from roads import config, stage  # not at the top: `unpack` and `pack` need none of them
 
     try:
         kind = config.load_scale(scale).model.kind
@@ -228,17 +230,13 @@ def unpack(archive: Path) -> None:
         tar.extractall(ROOT, inside, filter="data")
         there = tar.extractfile("dvc.lock").read().decode()
     lock = ROOT / "dvc.lock"
-    stages = stages_of(lock.read_text(encoding="utf-8"))
+    text = lock.read_text(encoding="utf-8")
     mine = re.compile(rf"\n    outs:\n    - path: (runs|reports)/{scale}[./]")
-    stages |= {name: text for name, text in stages_of(there).items() if mine.search(text)}
-    lock.write_text("".join(stages.values()), encoding="utf-8")
+    for name, entry in lockfile.entries(there).items():
+        if mine.search(entry):
+            text = lockfile.with_entry(name, entry, text)
+    lock.write_text(text, encoding="utf-8")
     print(f"{archive}: {len(inside)} files of scale {scale} put in place")
-
-
-def stages_of(lock: str) -> dict[str, str]:
-    """The text of every stage of a dvc.lock by its name, as DVC lays it out; what comes before them under ''."""
-    parts = re.split(r"^(?=  \S)", lock, flags=re.M)
-    return {"": parts[0]} | {part.split(":\n")[0].strip(): part for part in parts[1:]}
 
 
 def main() -> None:

@@ -3,14 +3,21 @@
 import re
 
 LOCK = "schema: '2.0'\nstages:\n"
-ENTRY = r"  ([\w@.-]+):\n(?:    .*\n)+"
+BODY = r"(?:    .*\n)+"
+ENTRY = rf"  ([\w@.-]+):\n{BODY}"
 LAYOUT = re.compile(f"{LOCK}(?:{ENTRY})*")  # as DVC writes dvc.lock, with nothing but stages in it
 
 
 def entry_of(stage: str, lock: str) -> tuple[str, int]:
     """The text of a stage's entry in dvc.lock, '' if there is none, and where it begins, or would."""
-    found = re.search(rf"^  {re.escape(stage)}:\n(?:    .*\n)+", lock, re.M)
+    found = re.search(rf"^  {re.escape(stage)}:\n{BODY}", lock, re.M)
     return (found[0], found.start()) if found else ("", len(lock))
+
+
+def with_entry(stage: str, entry: str, lock: str) -> str:
+    """The text of dvc.lock with this entry of a stage, in the place of the one it has or at the end."""
+    before, at = entry_of(stage, lock)
+    return lock[:at] + entry + lock[at + len(before) :]
 
 
 def entries(lock: str) -> dict[str, str]:

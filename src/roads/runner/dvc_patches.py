@@ -20,7 +20,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from roads.lockfile import LAYOUT, LOCK, entry_of
+from roads.lockfile import LAYOUT, LOCK, entry_of, with_entry
 from roads.stage import UserError, expect_file, writing
 
 VERSION = "3.67."
@@ -159,8 +159,8 @@ def own_entry(stage: str, load_all: Callable, dump_all: Callable) -> tuple[Calla
                 expect_yaml(new.read_text(encoding="utf-8"))
             else:
                 for done in stages:
-                    (old, at), entry = entry_of(done.name, text), as_entry(to_lockfile(done, **kwargs))
-                    before, text = text, text[:at] + entry + text[at + len(old) :]
+                    entry = as_entry(to_lockfile(done, **kwargs))
+                    before, text = text, with_entry(done.name, entry, text)
                     expect_yaml(text, before, entry)
                 new.write_text(text, encoding="utf-8")
 
