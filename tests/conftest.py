@@ -90,7 +90,7 @@ def clone(where: Path) -> Path:
 
 def make(where: Path, *args: str, code: int = 0, env: dict | None = None) -> str:
     """make, with the environment that runs the tests taken as set up."""
-    command = ["make", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.installed", *args]
+    command = ["make", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.installed", "-o", f"{sys.prefix}/.dev", *args]
     done = subprocess.run(command, cwd=where, env=ENV | (env or {}), text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT)
     assert done.returncode == code, done.stdout[-3000:]

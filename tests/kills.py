@@ -54,7 +54,8 @@ def bits(where: Path) -> dict[str, bytes]:
 
 
 def start(where: Path, mark: str, log: Path, figure: str) -> subprocess.Popen:
-    command = ["make", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.installed", figure, "JOBS=2"]
+    command = ["make", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.installed", "-o", f"{sys.prefix}/.dev", figure,
+               "JOBS=2"]
     with log.open("w") as file:
         return subprocess.Popen(command, cwd=where, env=ENV | {"MARK": mark}, stdout=file, stderr=file,
                                 start_new_session=True)

@@ -200,6 +200,9 @@ def test_sizes_are_arms_of_as_many_pairs(start, tiny, tmp_path, monkeypatch):
     sizes = {60: schema.Epochs(dpo=2, reward=1), 120: schema.Epochs(dpo=1, reward=1)}
     cfg = tiny.model_copy(update={"policies": ["dpo", "online_sft"], "sizes": sizes})
     stages_of(cfg, start, tmp_path / "out", monkeypatch)
+    for options in ({"task": "rouge"}, {"folders": True}):
+        with pytest.raises(UserError, match="not for an arm that has sizes"):
+            arm.arm(start / "data", start / "sft", tmp_path / "none", cfg, 0, **options)
     small = arm.of_size(cfg, 60, sizes[60])
     assert (small.data.preferences, small.data.online, small.dpo.epochs, small.sizes) == (60, 60, 2, {})
     arm.arm(start / "data", start / "sft", tmp_path / "alone", small, 0)

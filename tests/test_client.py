@@ -346,7 +346,8 @@ def test_a_proxy_is_for_others_than_this_machine(cache, serve, monkeypatch):
 
 
 @pytest.mark.parametrize("host, local", [
-    ("localhost:80", True), ("judge", True), ("10.1.2.3:8000", True), ("::1", True),
+    ("localhost:80", True), ("judge", True), ("10.1.2.3:8000", True), ("[::1]", True),
+    ("[::1]:8000", True), ("[2606:4700::1]", False),
     ("api.openai.com", False), ("8.8.8.8:80", False)])  # fmt: skip
 def test_a_local_endpoint(host, local):
     assert endpoint._local(host) == local

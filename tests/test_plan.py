@@ -336,6 +336,17 @@ def test_a_cell_of_sizes_and_one_of_rounds_are_sums_too():
     assert thrice.steps - once.steps == 2 * work(DPO).steps and thrice.judged == once.judged
 
 
+def test_a_cell_of_rouge_asks_no_judge_and_one_that_is_kept_trains_the_local_rm():
+    samples = PYTHIA["samples"] | {"rouge": {"n": 25, "temperature": 1.0}}
+    human, rouge, kept = (work(f"arm D S O --seed 0{option}", samples=samples)
+                          for option in ("", " --task rouge", " --folders"))
+    assert human.judged and not rouge.judged
+    assert kept.steps - human.steps == work(f"{DPO} --local").steps
+    data = PYTHIA["data"]  # there are no samples of rows' pairs; 25 of each are ROUGE-L's, and its test is `valid`
+    more = 25 * (data["preferences"] + data["valid"]) + 5 * (data["valid"] - data["test"])
+    assert rouge.decoded - human.decoded == pytest.approx(1.4e9 * 53 * more, rel=1e-6)
+
+
 def test_the_anatomy_is_twenty_trainings():
     mini = config.load(ROOT / "params.yaml").scales["mini"].model_dump()
     found = cost.work("python -m roads.stages.anatomy D S O --scale mini --seed 0", {"mini": mini})

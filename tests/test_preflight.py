@@ -25,7 +25,8 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     def with_gpus(*gpus):
-        rows = "\n".join(f"NVIDIA of the test, {memory}, {driver}" for memory, driver in gpus)
+        rows = "\n".join(f"{i}, GPU-{i}f00-ba, NVIDIA of the test, {memory}, {driver}"
+                         for i, (memory, driver) in enumerate(gpus))
         script = tmp_path / "nvidia-smi"
         script.write_text(f"#!/bin/sh\ncat <<END\n{rows}\nEND\n" if gpus else "#!/bin/sh\necho 'No devices'; exit 9\n")
         script.chmod(0o755)
@@ -138,9 +139,12 @@ def test_launch_is_looked_at(machine, params, monkeypatch, tmp_path):
 
 
 def test_only_the_gpus_that_may_be_used_count(machine, params, monkeypatch):
-    machine(H100, H100)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert len(preflight.gpus()) == 1
+    machine(H100, L4)
+    (_, h100, _), (_, l4, _) = preflight.cards()
+    for visible, memory in {"1": [l4], "1,0": [l4, h100], "GPU-1f00": [l4], "-1": [], "0,7,1": [h100],
+                            "GPU-9": []}.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert [found for found, _ in preflight.gpus()] == memory, visible
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(UserError, match="nvidia-smi shows none"):
         preflight.check(stages("lite"), params, "mini")

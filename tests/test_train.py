@@ -174,14 +174,41 @@ def test_equal_trainings_at_once_have_a_checkpoint_each(tiny, tmp_path, monkeypa
         net, loss, told = problem("sft", 24)
         return train.Job(net, loss, 24, pack=False, **told)
 
-    keys = []
-    for out in ("one", "two", "one"):
-        train.run(tmp_path / out, job, schema.Train(**RECIPE), tiny, used={}, reads=[tmp_path / "sft"], seed=0,
+    def key(out: str, cfg: schema.Scale = tiny) -> str:
+        train.run(tmp_path / out, job, schema.Train(**RECIPE), cfg, used={}, reads=[tmp_path / "sft"], seed=0,
                   name="sft")
-        keys.append(saved.copy())
-        saved.clear()
-    assert all(len(found) == 2 and len(set(found)) == 1 for found in keys)  # 6 steps: after 2 and 4
+        assert len(saved) == 2 and len(set(saved)) == 1  # 6 steps: after 2 and 4
+        used = json.loads((tmp_path / out / "params.json").read_text())
+        assert used == {"compute": cfg.compute.model_dump()}
+        return (saved.pop(), saved.pop())[0]
+
+    keys = [key(out) for out in ("one", "two", "one")]
     assert keys[0] == keys[2] != keys[1]
+    bf16 = with_block(tiny, "compute", precision="bf16")
+    monkeypatch.setattr(model, "for_training", lambda *args, **options: None)
+    assert key("one") == keys[0] != key("one", bf16)
+    monkeypatch.setattr(stage, "code", lambda *modules: "edited")  # since a run was killed: it is not continued
+    assert key("one") != keys[0]
+
+
+def test_code_is_of_all_that_computes_or_of_what_is_named(tmp_path, monkeypatch):
+    package = tmp_path / "roads"
+    for folder in (package, package / "stages", package / "judge", package / "figures"):
+        folder.mkdir()
+        (folder / "one.py").write_text("x = 1\n")
+    monkeypatch.setattr(stage, "__file__", str(package / "stage.py"))
+    before = stage.code()
+    (package / "figures/one.py").write_text("x = 2\n")
+    assert stage.code() == before != stage.code(train)
+    for folder in ("", "stages", "judge"):
+        (package / folder / "one.py").write_text("x = 2\n")
+        assert before != (before := stage.code()), folder
+
+
+def test_more_shards_than_pairs_is_one_line():
+    assert [len(rows) for rows in train.batches(8, 4, 1, 0, shards=8)] == [4, 4]
+    with pytest.raises(stage.UserError, match="shards: 8, and there are 7 pairs; lower it in params.yaml"):
+        train.batches(7, 4, 1, 0, shards=8)
 
 
 def children(pid: int) -> list[int]:

@@ -80,7 +80,7 @@ def load(path: Path = config.PARAMS, params: config.Params | None = None) -> Act
     for key in Active.model_fields:
         if getattr(active, key) != getattr(expected, key):
             raise UserError(f"{place}: {key}: expected {getattr(expected, key)} for scale {active.scale}, got "
-                            f"{getattr(active, key)}; `make figures` writes it anew")
+                            f"{getattr(active, key)}; `python -m roads.active set` writes it anew")
     if params.scales[active.scale].synthetic != (active.data_from is None):
         wanted = "null" if active.data_from else "a folder of posts, or data/openai.json"
         raise UserError(f"{place}: data_from: expected {wanted} for scale {active.scale}, got {active.data_from!r}")

@@ -131,6 +131,6 @@ def _key(policy: Path, query: Tensor, *settings: object) -> str:
     code = stage.code(generate_tree, trees, generate_vllm, model, sys.modules[__name__])
     digest = hashlib.sha256(repr((settings, code, torch.__version__)).encode() + query.numpy().tobytes())
     for file in sorted(Path(policy).glob("*.safetensors")):
-        digest.update(hashlib.file_digest(file.open("rb"), "sha256").digest())
+        digest.update(bytes.fromhex(stage.sha256(file)))
     return digest.hexdigest()[:20]
 

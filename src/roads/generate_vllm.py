@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import AutoConfig
 
-from roads import schema, stage
+from roads import schema
 from roads.process import end_with_parent
 from roads.stage import UserError
 from roads.tldr import EOS, PAD
@@ -43,14 +44,14 @@ def _check(policy: Path, width: int, cfg: schema.Scale) -> None:
     if found == "gpu" and cfg.machine.tensor_parallel > torch.cuda.device_count():
         raise UserError(f"machine.tensor_parallel: {cfg.machine.tensor_parallel}, and a stage sees"
                         f" {torch.cuda.device_count()} GPUs; lower it, or let CUDA_VISIBLE_DEVICES name more")
-    shape = stage.read_json(Path(policy) / "config.json")
-    head = shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
+    shape = AutoConfig.from_pretrained(policy).get_text_config()
+    head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     if head < 32:
         raise UserError(f"{policy}: attention heads are {head} wide and vLLM takes 32 or more; set compute.sampler:"
-                        " hf, or fewer model.heads")
-    if width > shape["max_position_embeddings"]:
+                        " tree, or fewer model.heads")
+    if width > shape.max_position_embeddings:
         raise UserError(f"{policy}: prompt and completion take {width} tokens and the model has positions for"
-                        f" {shape['max_position_embeddings']}; lower source.max_query_tokens")
+                        f" {shape.max_position_embeddings}; lower source.max_query_tokens")
 
 
 def _load(policy: Path, width: int, cfg: schema.Scale, stage_id: int) -> None:

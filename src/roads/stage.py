@@ -76,19 +76,28 @@ def writing(path: Path, *, shared: bool = False) -> Iterator[Path]:
         yield scratch
 
 
+def sha256(path: Path) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def fingerprint(config: dict, inputs: list[Path], *more: object) -> str:
     """Hash of a stage's configuration and of the bytes it reads: the name of its scratch folder."""
     digest = hashlib.sha256(json.dumps([config, *map(str, more)], sort_keys=True).encode())
     for path in inputs:
         for file in sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]:
             if file.is_file() and file.suffix in (".npz", ".safetensors"):
-                digest.update(hashlib.file_digest(file.open("rb"), "sha256").digest())
+                digest.update(bytes.fromhex(sha256(file)))
     return digest.hexdigest()[:20]
 
 
 def code(*modules: object) -> str:
-    """A hash of modules' source, for what is kept from one run for others: changed code finds nothing kept."""
-    return hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in modules)).hexdigest()
+    """A hash of the source of some modules, or of all that stages compute with. It is part of the name of what is kept
+    for other runs and of what a killed run left: changed code finds neither."""
+    package = Path(__file__).parent
+    files = [Path(module.__file__) for module in modules] or [
+        file for folder in (package, package / "stages", package / "judge") for file in sorted(folder.glob("*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 @contextmanager

@@ -39,7 +39,12 @@ def batches(n: int, batch_size: int, epochs: int, seed: int, shards: int = 1) ->
 
     With shards > 1, as the authors' code on that many GPUs: every one of them shuffles for itself and takes its share,
     so that an epoch has 1 - (1 - 1/shards)^shards of the rows, 66% for 8, some of them several times.
+
+    Raises:
+        UserError: fewer rows than shards.
     """
+    if n < shards:
+        raise UserError(f"shards: {shards}, and there are {n} pairs; lower it in params.yaml, or take more pairs")
     generator = torch.Generator().manual_seed(seed)
 
     def epoch() -> Tensor:
@@ -256,12 +261,14 @@ def run(out: Path, make: Callable[[], Job], recipe: schema.Train, cfg: schema.Sc
     and curves.csv, a line a step.
 
     Args:
-        used: the parameters that the result follows from. reads: the folders; the tokenizer is that of the last one.
+        used: the parameters that the result follows from, beside `compute`. reads: the folders; the tokenizer is that
+            of the last one.
         name: of the progress bar. read: the fingerprint of `reads`, where it is known.
     """
     torch.set_num_threads(cfg.machine.threads)
     # With the place: arms that run side by side may repeat a training, and each has a checkpoint of its own.
-    key = stage.fingerprint(used, [], read or stage.fingerprint({}, reads), name, out.as_posix())
+    used = schema.used(cfg, "compute") | used
+    key = stage.fingerprint(used, [], read or stage.fingerprint({}, reads), name, out.as_posix(), stage.code())
     with stage.output(out, used, reads) as folder:
         job = make()
         model.for_training(job.net, cfg, pack=job.pack)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from roads import lockfile
+from roads import lockfile, stage
 
 
 def provenance(files: list[Path]) -> dict:
@@ -37,5 +37,5 @@ def provenance(files: list[Path]) -> dict:
             params |= behind[name].get("params", {}).get("params.yaml", {})
         for name in sorted(seen):
             digest.update(f"{name} {behind[name]}".encode())
-    return {"files": {path.as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+    return {"files": {path.as_posix(): stage.sha256(path) for path in files},
             "commit": commit or None, "params": params, "lock": digest.hexdigest() if params else None}

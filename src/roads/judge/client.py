@@ -5,6 +5,7 @@ import sqlite3
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,14 +50,14 @@ def answers(messages: list[str], judge: LLMJudge, spending: Spending, cache: Pat
     """
     try:
         book = Ledger(cache, judge, spending, readable)
-        keys = [key_of(message, judge, draw) for message in messages]
-        found = {key: book.answer(key) for key in dict.fromkeys(keys)}
-        todo = {key: message for key, message in zip(keys, messages) if found[key] is None}
-        if todo:
-            with tqdm(total=len(found), initial=len(found) - len(todo), desc=judge.model, unit="answer") as bar:
-                asyncio.run(_fetch(book, todo, bar, poll))
-            found |= {key: book.answer(key) for key in todo}
-        book.db.close()
+        with closing(book.db):
+            keys = [key_of(message, judge, draw) for message in messages]
+            found = {key: book.answer(key) for key in dict.fromkeys(keys)}
+            todo = {key: message for key, message in zip(keys, messages) if found[key] is None}
+            if todo:
+                with tqdm(total=len(found), initial=len(found) - len(todo), desc=judge.model, unit="answer") as bar:
+                    asyncio.run(_fetch(book, todo, bar, poll))
+                found |= {key: book.answer(key) for key in todo}
     except sqlite3.Error as error:
         raise UserError(f"{cache}: {error}; expected the SQLite file of answers, on a local disk with room") from None
     return [found[key] for key in keys]

@@ -112,6 +112,7 @@ def host_of() -> str:
         host = port = scheme = None
     if not host or scheme not in ("http", "https") or not url.isprintable() or " " in url:
         raise UserError("OPENAI_BASE_URL: expected http://HOST:PORT/v1 or https://HOST/v1")
+    host = f"[{host}]" if ":" in host else host
     return f"{host}:{port}" if port else host
 
 
@@ -166,7 +167,7 @@ def _is_loopback(name: str) -> bool:
 
 def _local(host: str) -> bool:
     """An endpoint of this machine or its network, which may ask for no key."""
-    name = host.rsplit(":", 1)[0]
+    name = urlsplit(f"//{host}").hostname or ""
     try:
         return ipaddress.ip_address(name).is_private
     except ValueError:

@@ -16,7 +16,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from roads.schema import LLMJudge, Spending
@@ -198,7 +198,8 @@ def estimate(messages: list[str], judge: LLMJudge, spending: Spending, cache: Pa
     todo = {key_of(message, judge): message for message in messages}
     if Path(cache).exists():
         book = Ledger(cache, judge, spending)
-        todo = {key: message for key, message in todo.items() if not book.samples(key)}
+        with closing(book.db):
+            todo = {key: message for key, message in todo.items() if not book.samples(key)}
     return len(todo), sum(worst_price(message, judge, spending) for message in todo.values())
 
 
@@ -209,14 +210,17 @@ def forget(batch: str, cache: Path = CACHE) -> int:
     Raises:
         UserError: no such batch.
     """
-    db = sqlite3.connect(cache, isolation_level=None) if Path(cache).exists() else None
-    tag = db and db.execute("SELECT tag FROM batches WHERE id = ? AND NOT done", [batch]).fetchone()
-    if not tag:
-        raise UserError(f"{batch}: {cache} has no batch of that id that is not ended")
-    db.execute("BEGIN IMMEDIATE")
-    count = db.execute("UPDATE answers SET until = 0 WHERE batch = ? AND answer IS NULL", tag).rowcount
-    db.execute("UPDATE batches SET done = 1 WHERE tag = ?", tag)
-    db.execute("COMMIT")
+    missing = UserError(f"{batch}: {cache} has no batch of that id that is not ended")
+    if not Path(cache).exists():
+        raise missing
+    with closing(sqlite3.connect(cache, isolation_level=None)) as db:
+        tag = db.execute("SELECT tag FROM batches WHERE id = ? AND NOT done", [batch]).fetchone()
+        if not tag:
+            raise missing
+        db.execute("BEGIN IMMEDIATE")
+        count = db.execute("UPDATE answers SET until = 0 WHERE batch = ? AND answer IS NULL", tag).rowcount
+        db.execute("UPDATE batches SET done = 1 WHERE tag = ?", tag)
+        db.execute("COMMIT")
     return count
 
 
@@ -224,10 +228,10 @@ def status(cache: Path = CACHE) -> str:
     """A line per model of what the cache holds."""
     if not Path(cache).exists():
         return f"{cache}: nothing was asked yet"
-    db = sqlite3.connect(f"file:{cache}?mode=ro", uri=True)
-    rows = db.execute("SELECT model, count(answer), total(prompt_tokens), total(completion_tokens), "
-                      "total(answer IS NULL AND until > ?1), total(answer IS NULL AND until <= ?1), sum(dollars) "
-                      "FROM answers GROUP BY model ORDER BY model", [time.time()])
+    with closing(sqlite3.connect(f"file:{cache}?mode=ro", uri=True)) as db:
+        rows = db.execute("SELECT model, count(answer), total(prompt_tokens), total(completion_tokens), "
+                          "total(answer IS NULL AND until > ?1), total(answer IS NULL AND until <= ?1), sum(dollars) "
+                          "FROM answers GROUP BY model ORDER BY model", [time.time()]).fetchall()
     return "\n".join(f"{model}: ${dollars:.2f}, {n:,} answers, {read:,.0f} tokens read and {written:,.0f} written, "
                      f"{waiting:.0f} answers under way, {lost:.0f} lost"
                      for model, n, read, written, waiting, lost, dollars in rows)

@@ -1,12 +1,11 @@
 """The bars that claims name, in the figures of a folder of reports, and the per-prompt scores behind them."""
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from roads import arrays, config
+from roads import arrays, config, stage
 from roads.report.claim import Claim, Measure
 from roads.report.schema import Bar, Figure, read
 from roads.stage import UserError
@@ -44,7 +43,7 @@ def read_scores(figure: Figure, bar: Bar, path: Path, measure: Measure | None = 
     for name in bar.scores:
         if not Path(name).exists():
             raise Lacking(f"{name}: not found; claims need every prompt's score: {make} makes it")
-        if hashlib.sha256(Path(name).read_bytes()).hexdigest() != figure.provenance.files.get(name):
+        if stage.sha256(name) != figure.provenance.files.get(name):
             raise Lacking(f"{name}: not the file that {path} was made from (sha256 differs); {make} makes both anew")
         with np.load(name) as file:
             if key not in file:

@@ -135,10 +135,15 @@ def _arm(c: Command) -> Work:
         return total
     data, samples, policies = c.block["data"], c.block["samples"], c.block["policies"]
     (where, sft, *_), total = c.places, Work()
-    paid = samples["human"]["labels"] == "judge" and c.block["judge"]["kind"] in schema.OUTSIDE
+    task, folders = c.options.get("task", "human"), "folders" in c.options
+    labels, test = samples[task].get("labels"), data["test" if task == "human" else "valid"]
+    paid = labels == "judge" and c.block["judge"]["kind"] in schema.OUTSIDE and not folders
     for split in ("preferences", "valid")[: 2 - paid]:
-        if samples["human"]["labels"] != "rows":
-            total += sample(c, data[split], samples["human"], sft, f"{where}/{split}.npz") + c.labelled(data[split])
+        if labels != "rows":
+            total += sample(c, data[split], samples[task], sft, f"{where}/{split}.npz")
+            total += c.labelled(data[split]) if task == "human" else Work()
+    if folders:
+        total += _dpo(c, data["preferences"], "local") + score(c, data["valid"], 2, policies=1)
     if {"online", "online_sft"} & set(policies):
         total += train(c, data["preferences"], c.block["reward"], sides=2) + score(c, data["valid"], 2)
     for policy in policies:
@@ -153,9 +158,9 @@ def _arm(c: Command) -> Work:
         total += _kl(c, data["best_of_n"])
     total += score(c, data["valid"], 2, policies=2) if "dpo" in policies else Work()
     for policy in (sft, *("" for _ in policies)):
-        total += sample(c, data["test"], samples["evaluate"], policy, f"{where}/test_human.npz")
-        total += c.compared(data["test"])
-    return replace(total, size=8 * data["test"] * (1 + len(policies)))  # the models are thrown away
+        total += sample(c, test, samples["evaluate"], policy, f"{where}/test_{task}.npz")
+        total += c.compared(test) if task == "human" else Work()
+    return replace(total, size=8 * test * (1 + len(policies)))  # the models are thrown away
 
 
 def _anatomy(c: Command) -> Work:

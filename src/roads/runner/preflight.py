@@ -30,16 +30,28 @@ def gpus() -> list[tuple[float, int]]:
 
 
 def cards() -> list[tuple[str, float, int]]:
-    """Name, memory in bytes and driver of every GPU that this process may use."""
-    command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    """Name, memory in bytes and driver of every GPU that this process may use, in the order of CUDA_VISIBLE_DEVICES."""
+    command = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,driver_version",
+               "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    rows = [line.split(",") for line in done.stdout.splitlines()] if done.returncode == 0 else []
-    found = [(name.strip(), _bytes(memory), int(driver.split(".")[0])) for name, memory, driver in rows]
+    lines = done.stdout.splitlines() if done.returncode == 0 else []
+    rows = [[word.strip() for word in line.split(",")] for line in lines]
+    found = {(index, uuid): (name, _bytes(memory), int(driver.split(".")[0]))
+             for index, uuid, name, memory, driver in rows}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return found if visible is None else found[: len([name for name in visible.split(",") if name.strip()])]
+    if visible is None:
+        return list(found.values())
+    chosen = []
+    for wanted in map(str.strip, visible.split(",")):  # CUDA too stops at the first that is not there
+        card = next((card for (index, uuid), card in found.items()
+                     if wanted == index or wanted.startswith(("GPU-", "MIG-")) and uuid.startswith(wanted)), None)
+        if card is None:
+            break
+        chosen.append(card)
+    return chosen
 
 
 def _bytes(mebibytes: str) -> float:

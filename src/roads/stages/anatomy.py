@@ -88,7 +88,7 @@ def anatomy(data: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int) -> N
     torch.set_num_threads(cfg.machine.threads)
     used = schema.used(cfg, "compute", "source", "data", "reward", "local", "samples", "judge")
     used |= {"dpo": cfg.dpo.told(), "seed": seed}
-    key = stage.fingerprint(used, [data, sft], "anatomy")
+    key = stage.fingerprint(used, [data, sft], "anatomy", stage.code())
     with stage.output(out, used, [data, sft]) as folder:
         run = Steps(distributed.SCRATCH / key, 8 + 4 * len(TRAINED), out.as_posix())
         run.where.mkdir(parents=True, exist_ok=True)

@@ -61,13 +61,15 @@ def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int, *, task
         judges: write untrained.<kind> [M] too, what judges held-out pairs without training (stage untrained).
     """
     if cfg.sizes:
+        if folders or task != "human":
+            raise stage.UserError("--task rouge, --folders: not for an arm that has sizes")
         return sweep(where, sft, out, cfg, seed)
     torch.set_num_threads(cfg.machine.threads)
     used = schema.used(cfg, "compute", "policies", "source", "data", "reward", "dpo", "samples", "judge",
                        *["local"] * folders)
     used |= {"dpo": cfg.dpo.told(), "seed": seed} | ({"rounds": cfg.rounds} if cfg.rounds > 1 else {})
     del used["samples"]["human" if task == "rouge" else "rouge"], used["samples"]["best_of_n"]
-    key = stage.fingerprint(used, [where, sft], "arm")
+    key = stage.fingerprint(used, [where, sft], "arm", stage.code())
     with stage.output(out, used, [where, sft]) as folder:
         readers, has_online = task == "human", bool({"online", "online_sft"} & set(cfg.policies))
         total = 6 + 2 * has_online + (cfg.synthetic and readers) + 2 * folders + judges
@@ -87,8 +89,8 @@ def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int, *, task
             found = stage.read_json(done / "metrics.json")
             return {"likelihood": found["mean_score"], "accuracy": found["accuracy"]}
 
-        # A judge that is paid by the answer labels no pairs that nothing is trained on (Fig 6).
-        paid = readers and cfg.samples.human.labels == "judge" and cfg.judge.kind in schema.OUTSIDE
+        # A judge that is paid by the answer labels no pairs that nothing is trained on (Fig 6), unless they are kept.
+        paid = readers and cfg.samples.human.labels == "judge" and cfg.judge.kind in schema.OUTSIDE and not folders
         labelled = {"preferences": run.where / "preferences.npz"} | ({} if paid else {"valid": where / "valid.npz"})
         for name, prompts in labelled.items():
             drawn = run(f"candidates/{name}", sample.sample, sft, prompts, ..., cfg, task, 0)
@@ -113,7 +115,7 @@ def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int, *, task
                 policies[name] = start
         if "dpo" in policies and "valid" in pairs:
             metrics["dpo_rm"] = held_out(policies["dpo"], "dpo")
-        if cfg.synthetic and readers:
+        if cfg.synthetic and readers and "valid" in pairs:
             metrics["zero_shot"] = held_out(sft, "base")
         if folders:
             held_out(run("local", dpo.dpo, pairs["preferences"], sft, ..., cfg, seed, local=True), "local")
@@ -144,7 +146,7 @@ def sweep(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int) -> No
     (stage untrained)."""
     used = schema.used(cfg, "compute", "policies", "source", "data", "reward", "dpo", "samples", "judge", "sizes")
     used["seed"] = seed
-    key = stage.fingerprint(used, [where, sft], "sweep")
+    key = stage.fingerprint(used, [where, sft], "sweep", stage.code())
     with stage.output(out, used, [where, sft]) as folder:
         kept, scores, metrics = distributed.SCRATCH / key, {}, {}
         for n, epochs in cfg.sizes.items():

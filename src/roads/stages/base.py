@@ -7,7 +7,6 @@
 Of whatever tokenizer, EOS is token 0 and padding token 1 from here on: see `renumber`.
 """
 
-import hashlib
 import math
 from pathlib import Path
 
@@ -168,7 +167,7 @@ def fetch(data: Path, out: Path, cfg: schema.Scale) -> None:
         tokens = stage.read_json(data / "metrics.json")
         if cfg.model.kind == "packaged":
             file = hub.gguf(cfg.model.name)
-            source, version, options = file.parent, {"sha256": _sha256(file)}, {"gguf_file": file.name}
+            source, version, options = file.parent, {"sha256": stage.sha256(file)}, {"gguf_file": file.name}
         else:
             source, commit = hub.fetch(cfg.model.name, cfg.model.revision, ["config.json"])
             source = source if commit is None else cfg.model.name
@@ -191,11 +190,6 @@ def fetch(data: Path, out: Path, cfg: schema.Scale) -> None:
         policy.save_pretrained(folder)
         model.copy_tokenizer(data, folder)
         stage.write_json(folder / "metrics.json", version | {"parameters": policy.num_parameters()})
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _command() -> None:

@@ -26,8 +26,8 @@ def mean_kl(policy: Path, sft: Path, prompts: Path, cfg: schema.Scale, seed: int
 def kl(policy: Path, sft: Path, data: Path, out: Path, cfg: schema.Scale, seed: int) -> None:
     """Write the policy's distance on the prompts of best-of-N."""
     torch.set_num_threads(cfg.machine.threads)
-    with stage.output(out, {"samples": {"value": cfg.samples.value.model_dump()}, "seed": seed},
-                      [policy, sft, data]) as folder:
+    used = schema.used(cfg, "compute") | {"samples": {"value": cfg.samples.value.model_dump()}, "seed": seed}
+    with stage.output(out, used, [policy, sft, data]) as folder:
         stage.write_json(folder / "metrics.json", mean_kl(policy, sft, data / PROMPTS, cfg, seed))
 
 

@@ -43,7 +43,8 @@ def likelihood(path: Path, pairs: Path, reference: Path, out: Path, cfg: schema.
     The mean of score is what the paper calls validation likelihood; log loss and accuracy go with it.
     """
     torch.set_num_threads(cfg.machine.threads)
-    used = {"kind": kind, **schema.used(cfg, *[kind] * (kind != "base"), *["source"] * cfg.synthetic)}
+    blocks = ["compute", *[kind] * (kind != "base"), *["source"] * cfg.synthetic]
+    used = schema.used(cfg, *blocks) | {"kind": kind}
     with stage.output(out, used, [path, pairs, reference]) as folder:
         margin = margins(path, pairs, reference, cfg, kind).double()
         scores = {"score": torch.sigmoid(margin).numpy()}

@@ -70,10 +70,12 @@ def reward_scores(query: np.ndarray, completions: np.ndarray, path: Path, comput
 def rank(completions: Path, out: Path, cfg: schema.Scale, by: str, *, data: Path | None = None,
          split: str = "preferences", model: Path | None = None, rewards: bool = False) -> None:
     """Score the completions and write the best and the worst of each prompt as a pair; rewards: with both scores."""
-    settings = getattr(cfg.samples, "online" if by == "reward" else by)
-    used = schema.used(cfg, "source", "judge") | {"labels": settings.labels} if by == "human" else {}
+    name = "online" if by == "reward" else by
+    settings = getattr(cfg.samples, name)
+    blocks = {"human": ("source", "judge"), "rouge": (), "reward": ("compute",)}[by]
+    used = schema.used(cfg, *blocks) | {"by": by, "samples": {name: settings.model_dump()}}
     reads = [completions, *(path for path in (data, model) if path)]
-    with stage.output(out, {"by": by, "ties": settings.ties, **used}, reads) as folder:
+    with stage.output(out, used, reads) as folder:
         rows, told = arrays.tokens(completions / "completions.npz", model=model), {}
         query, sampled = rows["query"], rows["completions"]
         if by == "human":

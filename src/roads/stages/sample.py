@@ -20,7 +20,7 @@ def sample(policy: Path, prompts: Path, out: Path, cfg: schema.Scale, samples: s
     settings = getattr(cfg.samples, samples)
     if settings is None:
         raise stage.UserError(f"samples.{samples}: the scale has none in params.yaml")
-    used = {"samples": {samples: settings.model_dump()}, "seed": seed}
+    used = schema.used(cfg, "compute") | {"samples": {samples: settings.model_dump()}, "seed": seed}
     with stage.output(out, used, [policy, prompts]) as folder:
         rows = arrays.tokens(prompts, model=policy)
         query, length = torch.from_numpy(rows["query"]), rows["response"].shape[1]

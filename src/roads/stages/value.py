@@ -29,7 +29,8 @@ def value(policy: Path, pairs: Path, held_out: Path, reference: Path, out: Path,
     beta is DPO's, pi_ref the SFT policy for every policy, whatever it was trained from.
     """
     torch.set_num_threads(cfg.machine.threads)
-    used = {"samples": {"value": cfg.samples.value.model_dump()}, "beta": cfg.dpo.beta, "seed": seed}
+    used = schema.used(cfg, "compute") | {"samples": {"value": cfg.samples.value.model_dump()}, "beta": cfg.dpo.beta,
+                                          "seed": seed}
     with stage.output(out, used, [policy, pairs, held_out, reference]) as folder:
         scores = of_pairs(policy, pairs, reference, cfg, seed)
         scores["held_out"] = of_pairs(policy, held_out, reference, cfg, seed, HELD_OUT)["score"]
