@@ -3,7 +3,8 @@
 All of it runs in two worlds of its own, 100 and 101, with a training seed of the same number each; the figures use
 other worlds and seeds 0 to 9. First offline DPO alone is brought to its best; online DPO then takes the same values and
 adds only its sampling temperature, shown for both tasks. The reward models are chosen by their log loss on held-out
-pairs. Then the epochs for other numbers of pairs, and other losses. Cells already in runs/.search are not run again.
+pairs. Then the epochs for other numbers of pairs, other losses, and both methods anew for each kind of reward of the
+figures `learnt` and `learnt_bases` where the reward model fell behind. Cells already in runs/.search are not run again.
 Writes docs/search.csv and the tables of docs/search.md.
 """
 
@@ -38,6 +39,10 @@ ALIKE = [{"lr": 1e-4, "beta": 0.02, "epochs": 2}, {"lr": 1e-4, "beta": 0.05, "ep
 METHODS = {"dpo": (0.02, 0.05, 0.1, 0.2, 0.5), "ipo": (0.02, 0.05, 0.1, 0.2, 0.5), "simpo": (0.05, 0.1, 0.2, 0.5),
            "chi_po": (0.02, 0.05, 0.1, 0.2, 0.5)}
 KL = (0.001, 0.01, 0.1)  # the weight in dpo_kl, at DPO's beta
+# What readers may like instead (arms of `learnt` and `learnt_bases`), and what is tried for each (figure `tuned`).
+LIKED = "coherence", "counts", "order", "blind", "topical", "alone"
+LIKED_DPO = {"lr": (1e-4, 3e-4), "epochs": (1, 2, 4)}
+LIKED_REWARD = {"lr": (5e-4, 1e-3, 2e-3, 4e-3), "epochs": (1, 2, 4)}
 
 
 def changed(cfg: schema.Scale, block: str, **values) -> schema.Scale:
@@ -53,16 +58,26 @@ def once(out: Path, function, *args, **options) -> Path:
 
 
 def home(cfg: schema.Scale) -> Path:
-    return RUNS / f"world{cfg.source.seed}"
+    """Where a world's cells are; one whose readers like something else has a place of its own."""
+    name, mini = f"world{cfg.source.seed}", plain(cfg)
+    return RUNS / (name if cfg.source == mini.source else f"{name}-{stage.fingerprint(schema.used(cfg, 'source'), [])}")
 
 
-def prepare(cfg: schema.Scale) -> None:
-    """A world's data, base, SFT policy and pairs."""
+def plain(cfg: schema.Scale) -> schema.Scale:
+    """mini's own kind of reward in the same world."""
+    return changed(config.load_scale("mini"), "source", seed=cfg.source.seed)
+
+
+def prepare(cfg: schema.Scale, tasks: tuple[str, ...] = ("human", "rouge")) -> None:
+    """A world's data, base, SFT policy and pairs. Where documents are those of mini's own reward, so are the models."""
     runs = home(cfg)
+    start = home(plain(cfg)) if cfg.made_from() == plain(cfg).made_from() else runs
     once(runs / "data", data.data, None, runs / "data", cfg)
-    once(runs / "base", base.base, runs / "data", runs / "base", cfg)
-    once(runs / "sft", sft.sft, runs / "data", runs / "base", runs / "sft", cfg)
-    for task, split in itertools.product(("human", "rouge"), ("preferences", "valid")):
+    once(start / "base", base.base, start / "data", start / "base", cfg)
+    once(start / "sft", sft.sft, start / "data", start / "base", start / "sft", cfg)
+    if not (runs / "sft").exists():
+        (runs / "sft").symlink_to((start / "sft").absolute())
+    for task, split in itertools.product(tasks, ("preferences", "valid")):
         where = runs / task / split
         drawn, pairs = where / "candidates", where / "pairs"
         once(drawn, sample.sample, runs / "sft", runs / f"data/{split}.npz", drawn, cfg, task, 0)
@@ -166,6 +181,25 @@ def run(jobs: list[tuple], label: str) -> list[dict]:
         return [future.result() for future in tqdm(futures, desc=label, unit="cell")]
 
 
+def liked(params: config.Params) -> list[tuple[str, schema.Scale]]:
+    """What readers like, and the block of it in every world."""
+    arms = params.arms_of("mini", "learnt") | params.arms_of("mini", "learnt_bases")
+    return [(name, changed(arms[name], "source", seed=seed)) for name in LIKED for seed in WORLDS]
+
+
+def search_liked(params: config.Params) -> dict[str, list[dict]]:
+    """Offline DPO and the reward model, each by itself, for every kind of reward, at 6,000 pairs."""
+    kinds = liked(params)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        list(tqdm(pool.map(prepare, *zip(*[(cfg, ("human",)) for _, cfg in kinds])), total=len(kinds), desc="kinds"))
+    found = {}
+    for kind, grid in (("dpo", LIKED_DPO), ("reward", LIKED_REWARD)):
+        names, jobs = zip(*[(name, (cfg, kind, "human", values)) for name, cfg in kinds for values in settings(grid)])
+        rows = run(list(jobs), f"{kind} of each kind")
+        found[f"liked_{kind}"] = [row | {"likes": name} for name, row in zip(names, rows, strict=True)]
+    return found
+
+
 def table(rows: list[dict], columns: list[str], by: list[str]) -> list[str]:
     """Markdown: one line a setting, the mean over seeds of every column."""
     groups: dict[tuple, list[dict]] = {}
@@ -193,6 +227,8 @@ def write(results: dict[str, list[dict]]) -> None:
         "online": (["dpo", "dpo_2x", "score", "validity", "dropped_ties"], ["task", *DPO, "temperature"]),
         "epochs": (["score", "validity", "accuracy", "log_loss"], ["kind", "task", "epochs"]),
         "methods": (["score", "validity", "kl"], ["loss", "beta", "kl_weight"]),
+        "liked_dpo": (["score", "validity", "accuracy"], ["likes", *LIKED_DPO]),
+        "liked_reward": (["likelihood", "log_loss", "accuracy"], ["likes", *LIKED_REWARD]),
     }
     text = (DOCS / "search.md").read_text(encoding="utf-8")
     for kind, group in results.items():
@@ -224,7 +260,7 @@ def main() -> None:
     results["epochs"] = run([(cfg, kind, f"human{n}", {key: getattr(getattr(mini, kind), key) for key in keys} |
                               {"epochs": epochs}) for kind, keys in (("dpo", ("lr", "beta")), ("reward", ("lr",)))
                              for n, many in PAIRS.items() for epochs in many for cfg in worlds], "epochs")
-    write(results)
+    write(results | search_liked(config.load()))
 
 
 if __name__ == "__main__":

@@ -125,7 +125,6 @@ def test_a_new_arm_is_one_line_in_one_place(params):
     ("    fig12:", "    fig21:", "mini.arms.fig21: no figure with arms; did you mean 'fig12'?"),
     ("  compute: {device: cpu", "  policies: [dpo]\n  compute: {device: cpu", "mini.policies: unknown key; an arm has"),
     ("\nmini:", "\ntasks:", "tasks: a key of active.yaml cannot name a scale"),
-    ("\nmini:", "\nstudies: {}\nmini:", "studies: a params.yaml of before; what is active is in active.yaml now"),
     ("seed: 3, subreddits", "seed: 1000000000000000000000000000000, subreddits",
      "mini.source.seed: input should be less than 4294967296"),
     ("hidden_size: 64", "hidden_size: 200000000", "mini.model.hidden_size: input should be less than"),
@@ -359,7 +358,6 @@ def test_data_that_stage_data_could_not_read_is_found_before_anything_is_written
     ("mini", "data/tldr_sample", "scale mini makes its own data"),
     ("real-cpu", "no/such/folder", "DATA=no/such/folder: not found; expected a folder with train.jsonl"),
     ("reel-cpu", None, "no block named 'reel-cpu'; did you mean 'real-cpu'?"),
-    ("mini-k4", None, "no block named 'mini-k4'; an arm is no scale: .*params.yaml has them under mini.arms"),
 ])  # fmt: skip
 def test_a_bad_switch_changes_nothing(params, scale, data, message):
     path = params()

@@ -3,14 +3,10 @@
 import ast
 import doctest
 import importlib
-import subprocess
-import sys
 from graphlib import TopologicalSorter
 
 import pytest
-from conftest import ENV, ROOT
-
-import roads
+from conftest import ROOT
 
 SRC = ROOT / "src"
 MODULES = {".".join(path.relative_to(SRC).with_suffix("").parts): path for path in sorted(SRC.glob("roads/**/*.py"))}
@@ -52,26 +48,6 @@ def test_of_the_stages_only_whole_comparisons_call_others():
     callers = {module for module, others in IMPORTS.items() if module.startswith("roads.stages.")
                and any(other.startswith("roads.stages.") for other in others)}
     assert callers == {"roads.stages.arm", "roads.stages.anatomy"}
-
-
-@pytest.mark.parametrize("old, new", roads.MOVED.items())
-def test_an_old_command_says_what_it_is_called_now(old, new):
-    assert roads._old_name(["python", "-u", "-m", f"roads.{old}", "--help"]) == old
-    assert {f"roads.{new}", f"roads.{new}.__main__"} & set(MODULES) and f"roads.{old}" not in MODULES
-
-
-def test_an_old_command_ends_with_one_line():
-    done = subprocess.run([sys.executable, "-m", "roads.client", "status"], cwd=ROOT, env=ENV, text=True,
-                          capture_output=True)
-    assert done.returncode == 2 and done.stderr == ("error: roads.client is now roads.judge: python -m roads.judge "
-                                                    "--help\n")
-
-
-def test_an_old_command_that_is_a_module_still_says_so():
-    command = [sys.executable, "-m", "roads.config", "set", "--scale", "tiny"]
-    done = subprocess.run(command, cwd=ROOT, env=ENV, text=True, capture_output=True)
-    assert done.returncode == 2 and done.stderr == ("error: roads.config is now roads.active: python -m roads.active "
-                                                    "--help\n")
 
 
 def test_a_module_is_read_in_one_go():

@@ -172,7 +172,7 @@ def test_equal_trainings_at_once_have_a_checkpoint_each(tiny, tmp_path, monkeypa
 
     def job() -> train.Job:
         net, loss, told = problem("sft", 24)
-        return train.Job(net, loss, 24, pack=False, **told)
+        return train.Job(net, loss, pack=False, **told)
 
     def key(out: str, cfg: schema.Scale = tiny) -> str:
         train.run(tmp_path / out, job, schema.Train(**RECIPE), cfg, used={}, reads=[tmp_path / "sft"], seed=0,

@@ -106,7 +106,7 @@ def write(scale: str | None = None, data: str | None = None, path: Path = config
     before = strict.read(place, "what is active") if place.exists() else {}
     scale = scale or scale_name(path)
     if scale not in params.scales:
-        raise UserError(config.no_block(path, scale, list(params.scales)))
+        raise UserError(f"{path}: no block named {scale!r}{nearest(scale, params.scales)}")
     cfg = params.scales[scale]
     if data is not None and cfg.synthetic:
         raise UserError(f"DATA={data}: scale {scale} makes its own data; use a scale of real posts")

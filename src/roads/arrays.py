@@ -1,5 +1,5 @@
-"""The .npz files that stages leave each other, checked where they are read: one that was cut, edited or made by other
-tools is one line, and no wrong number or index error hours later."""
+"""The .npz files that stages leave each other, checked where they are read. A file that was cut, edited or made by
+another tool gives a one-line error there, instead of wrong numbers or an index error hours later."""
 
 import zipfile
 import zlib

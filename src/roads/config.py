@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from roads import strict
 from roads.schema import Policy, Scale, Task
-from roads.stage import UserError, main
+from roads.stage import UserError
 from roads.strict import Seed, Strict, nearest
 
 PARAMS, FIGURES = Path("params.yaml"), Path("figures.yaml")
@@ -121,7 +121,7 @@ def load_scale(name: str, path: Path = PARAMS) -> Scale:
     raw = _read(path)
     scale, _, rest = name.partition(".")
     if scale not in raw or scale == "seeds":
-        raise UserError(no_block(path, name, [scale for scale in raw if scale != "seeds"]))
+        raise UserError(f"{path}: no block named {name!r}{nearest(name, set(raw) - {'seeds'})}")
     if not rest:
         return _scale(path, name, raw[name])
     figures = load_figures(Path(path).with_name(FIGURES.name))
@@ -136,23 +136,9 @@ def is_name(name: object) -> bool:
     return isinstance(name, str) and NAME.fullmatch(name) is not None
 
 
-def no_block(path: Path, name: str, scales: list[str]) -> str:
-    """What to say of a scale that is not there, or was called something else in versions before."""
-    hint = nearest(name, scales)
-    for scale in scales:
-        if name.startswith(f"{scale}-"):
-            hint = (f"; an arm is no scale: `make <figure> SCALE={scale}` runs those of a figure, and params.yaml has "
-                    f"them under {scale}.arms")
-    return f"{path}: no block named {name!r}{hint}"
-
-
 def _read(path: Path) -> dict:
     """params.yaml as it stands, with names that no shell, folder or key of DVC takes amiss."""
     raw = strict.read(path, "the keys seeds and one block per scale")
-    if old := {"scale", "data_from", "studies", "figures", "worlds"} & set(raw):
-        raise UserError(f"{path}: {sorted(old)[0]}: a params.yaml of before; what is active is in active.yaml now, and "
-                        "arms stand in the block of their scale; `git checkout params.yaml` brings the "
-                        "new file, into which your changes go by hand")
     if "seeds" not in raw:
         close = difflib.get_close_matches("seeds", map(str, raw), n=1)
         said = f"{close[0]}: unknown key; did you mean 'seeds'?" if close else "seeds: missing"
@@ -260,11 +246,3 @@ def merge(block: dict, changes: dict) -> dict:
     both = {key: merge(block[key], value) if isinstance(value, dict) and isinstance(block.get(key), dict) else value
             for key, value in changes.items()}
     return {**block, **both}
-
-
-def _command() -> None:
-    raise UserError("roads.config is now roads.active: python -m roads.active --help")
-
-
-if __name__ == "__main__":
-    main(_command)

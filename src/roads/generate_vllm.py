@@ -26,8 +26,8 @@ from roads.tldr import EOS, PAD
 ROWS = 2**14  # completions sampled at once
 SEEDS = 10_000_019  # of completions, for one seed of a run; on the CPU torch tells 2**32 apart
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-# vLLM reads these: its engine in the process that asks for it; no word unless something goes wrong; nothing reported to
-# its makers; on the CPU room for 4 GiB of keys and values, and OMP_NUM_THREADS threads wherever the system puts them.
+# vLLM reads these: its engine in the process that asks for it; errors alone are logged; no telemetry; on the CPU room
+# for 4 GiB of keys and values, and OMP_NUM_THREADS threads wherever the system puts them.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1",
                "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 _llm = None  # of the process that has it

@@ -143,7 +143,7 @@ def _text(text: str, where: str) -> str:
 
 
 def template_of(model: schema.Pretrained | schema.Packaged) -> Template:
-    """What puts messages into the text that the model's own chat template makes of them, up to where it answers."""
+    """A function that renders messages with the model's own chat template, up to where its answer begins."""
     found = []  # read when the first chat comes
 
     def text_of(messages: list[dict]) -> str:

@@ -264,8 +264,8 @@ class Scale(Strict):
         return self
 
     def made_from(self) -> dict:
-        """What the SFT checkpoint and the test prompts follow from: arms that agree in it share them. Where tags tell
-        attributes, what readers like is in no document of a world."""
+        """What the SFT checkpoint and the test prompts follow from: arms that agree in it share them. Where tags show
+        attributes, no document of a world depends on what readers like."""
         data = self.data.model_dump(exclude={"preferences", "more", "online"})
         made = used(self, "source", "model", "base", "sft") | {"data": data}
         if self.synthetic and self.source.tags == "attributes":

@@ -182,7 +182,7 @@ def main(command: Callable[[], int | None], launch: bool = False) -> None:
     try:
         if launch:
             _launch()
-        if "LOCAL_RANK" in os.environ:  # torch has put us out of reach of who ends the launcher
+        if "LOCAL_RANK" in os.environ:  # torch starts us in a session of our own, which a killed launcher does not end
             end_with_parent(os.getppid())
         sys.exit(command())
     except UserError as error:

@@ -296,7 +296,7 @@ def _renumbered(spec: dict, ids: dict[str, int], eos: str, pad: str) -> str:
         model["vocab"] = [[token, score.get(token, least)] for token in sorted(ids, key=ids.get)]
     added = [token | {"id": ids[name]} for name, token in added.items()]
     spec["added_tokens"] = sorted(added, key=lambda token: token["id"])
-    # What goes around a text by ids (BOS, say) is not ours to add; ByteLevel's makes offsets exact.
+    # Post-processors that add tokens, such as BOS, are dropped. ByteLevel's stays: it makes offsets exact.
     after = spec["post_processor"] or {}
     levels = [one for one in (after, *after.get("processors", ())) if one.get("type") == "ByteLevel"]
     spec |= {"post_processor": levels[0] if levels else None, "truncation": None, "padding": None}

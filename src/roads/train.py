@@ -158,9 +158,8 @@ class _Gradients:
         return next(self.objective.model.parameters()).device
 
     def zero(self) -> None:
-        """Packed rows run in compiled layers, which hand over one buffer for two gradients that are equal, as those of
-        two biases are; without buffers of their own to be added to, both weights would keep it, and the next
-        micro-batch be counted twice."""
+        """Set gradients to zero, for packed rows in buffers that stay. Compiled layers may return one buffer for two
+        equal gradients, as those of two biases: if both weights took it, the next micro-batch would count twice."""
         for parameter in self.objective.model.parameters():
             if not self.packed:
                 parameter.grad = None
@@ -247,8 +246,7 @@ class Job:
 
     net: nn.Module
     loss: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]  # row indices -> mean loss, means to log
-    n: int
-    lengths: Tensor  # [n], tokens
+    lengths: Tensor  # [n], tokens of every row
     weights: Tensor | None = None  # [n], what each row counts in the mean; None: all the same
     shards: int = 1  # `batches`
     pack: bool = True  # whether the loss takes rows packed, on a GPU: those of model.py do
@@ -266,19 +264,19 @@ def run(out: Path, make: Callable[[], Job], recipe: schema.Train, cfg: schema.Sc
         name: of the progress bar. read: the fingerprint of `reads`, where it is known.
     """
     torch.set_num_threads(cfg.machine.threads)
-    # With the place: arms that run side by side may repeat a training, and each has a checkpoint of its own.
     used = schema.used(cfg, "compute") | used
+    # With the place: arms that run side by side may repeat a training, and each has a checkpoint of its own.
     key = stage.fingerprint(used, [], read or stage.fingerprint({}, reads), name, out.as_posix(), stage.code())
     with stage.output(out, used, reads) as folder:
         job = make()
         model.for_training(job.net, cfg, pack=job.pack)
-        log = fit(job.net, job.loss, job.n, recipe, seed=seed, key=key, label=f"{name} s{seed}", shards=job.shards,
-                  weights=job.weights, lengths=job.lengths, micro_batch=cfg.machine.micro_batch,
+        log = fit(job.net, job.loss, len(job.lengths), recipe, seed=seed, key=key, label=f"{name} s{seed}",
+                  shards=job.shards, weights=job.weights, lengths=job.lengths, micro_batch=cfg.machine.micro_batch,
                   packed=model.is_packed(job.net))
         save(job.net, folder, cfg.compute.precision)
         model.copy_tokenizer(reads[-1], folder)
         write_curves(folder / "curves.csv", log)
-        stage.write_json(folder / "metrics.json", summary(log) | {"rows": job.n} | (job.also or {}))
+        stage.write_json(folder / "metrics.json", summary(log) | {"rows": len(job.lengths)} | (job.also or {}))
     delete_checkpoint(key)
 
 

@@ -80,7 +80,6 @@ def panels(content: dict) -> Figure:
         panel.set_title("the scale's world" if world == "own" else f"arm {world}: pretraining told", fontsize=9)
         panel.set_xlabel("winrate" + "; open: as it is, filled: logits divided" * (world == "own"), fontsize=8.5)
         panel.grid(axis="x", alpha=0.3, zorder=0)
-        panel.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_yticks(range(len(names)), names, fontsize=8)
     axes[0, 0].invert_yaxis()
     shown.suptitle(content["title"], fontsize=11)

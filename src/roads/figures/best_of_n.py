@@ -15,8 +15,8 @@ CAPTIONS = {
              "same pairs; the judge compares the one ranked first with the reference summary. In the synthetic world "
              "Base is what pretraining alone picks: each attribute counts alike, for no preference has been seen."),
     "fig9": ("Samples of SFT policies, each ranked by global reward models of several sizes. An arm with a model of "
-             "its own has a base, an SFT policy and, in the synthetic world, pairs of its own as well; one that only "
-             "cuts the reward model to its first layers has the scale's own."),
+             "its own has a base and an SFT policy of its own; one that only cuts the reward model to its first layers "
+             "has the scale's. All reward models are trained on the scale's pairs."),
 }
 KINDS = {"Global RM": "reward", "Local RM": "local", "DPO RM": "dpo"}
 

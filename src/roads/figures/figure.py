@@ -16,11 +16,13 @@ from roads.figures.provenance import provenance
 SYNTHETIC = "synthetic world: evidence about the mechanism, not about TL;DR"
 PAPER = Path("data/paper_numbers.json")
 COLOURS = {"SFT": "#9a9a9a", "DPO": "#4878a8", "DPO 2x": "#a3bcd4", "Online(SFT)": "#e9b44c", "Online(DPO)": "#d1762c",
+           "Online(DPO) 2x": "#e3a06b",
            "Global RM": "#d1762c", "Local RM": "#5f9e6e", "DPO RM": "#4878a8", "Base": "#9a9a9a",
            "DPO + KL": "#a3bcd4", "IPO": "#5f9e6e", "SimPO": "#b05a7a", "chi-PO": "#7d6bb0", "REBEL": "#222222",
           "Online(DPO), 2 rounds": "#b3541e", "Online(DPO), 3 rounds": "#7a3512",
            "small": "#a3bcd4", "medium": "#4878a8", "large": "#1f3d5c"}
 MARKERS = "osD^v"
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,6 @@ def paper_panel(axes: Axes, paper: dict, names: list[str]) -> None:
     axes.tick_params(axis="y", labelsize=7)
     low = min(values)
     axes.set_ylim(0 if low < 0.5 * max(values) else 0.9 * low, 1.08 * max(values))
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def judge_line(bars: list[dict]) -> list[str]:
@@ -152,7 +153,6 @@ def finish(figure: Figure, axes: Axes, content: dict, gaps_above: bool = True) -
         axes.text(0.5, 1.015, gap_lines(content), transform=axes.transAxes, ha="center", fontsize=7.5)
     axes.set_ylabel(content["measure"])
     axes.grid(axis="y", alpha=0.3, zorder=0)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.12)
     how = (f"mean over seeds {', '.join(map(str, content['seeds']))} and n = {content['bars'][0]['n']} prompts; "
            "lines and brackets: 95% bootstrap over both; differences are paired by prompt")
@@ -172,7 +172,7 @@ def bar_chart(content: dict, floor: float) -> Figure:
                                   width_ratios=[2, 1.1][: 1 + beside])
     axes = panels[0, 0]
     for x, bar in enumerate(bars):
-        colour = COLOURS.get(bar["series"], "#4878a8")
+        colour = COLOURS.get(bar["series"], "#5f9e6e")
         axes.bar(x, bar["mean"] - floor, bottom=floor, color=colour, width=0.65, zorder=2)
         axes.errorbar(x, bar["mean"], [[bar["mean"] - bar["low"]], [bar["high"] - bar["mean"]]],
                       color="black", capsize=4, lw=1.2, zorder=4)
@@ -203,11 +203,13 @@ def lines(content: dict, x_label: str, log: bool = False, gaps_at: dict | None =
     """One line per series over x, with 95% intervals and every seed's point.
 
     Args:
-        measured: x is, and not set: no tick for each. named: so it is, and every point has its name.
+        measured: x is a measurement, so that points have no ticks. named: likewise, and every point has its name.
         gaps_at: label of a gap -> (name of its line, x): they are drawn beside, instead of written above.
     """
-    figure, panels = plt.subplots(1, 2 if gaps_at else 1, figsize=(10.2 if gaps_at else 6.8, 4.8), squeeze=False)
     series = list(dict.fromkeys(bar["series"] for bar in content["bars"]))
+    beside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1)} if len(series) > 6 else {}
+    width = (10.2 if gaps_at else 6.8) + (1.8 if beside else 0)
+    figure, panels = plt.subplots(1, 2 if gaps_at else 1, figsize=(width, 4.8), squeeze=False)
     groups = list(dict.fromkeys(name.split(",")[0] for name in series))
     for k, name in enumerate(series):
         bars = sorted((bar for bar in content["bars"] if bar["series"] == name), key=lambda bar: bar["x"])
@@ -234,13 +236,12 @@ def lines(content: dict, x_label: str, log: bool = False, gaps_at: dict | None =
         if not (named or measured):
             axes.set_xticks(places, [f"{x:g}" for x in places])
         axes.set_xlabel(x_label)
-        axes.legend(fontsize=7.5, frameon=False)
+        axes.legend(fontsize=7.5, frameon=False, **beside)
     if gaps_at:
         axes.axhline(0, color="black", lw=0.8, zorder=1)
         axes.set_title("The gap", fontsize=11)
         axes.set_ylabel("difference in " + content["measure"].split(" against")[0])
         axes.grid(axis="y", alpha=0.3, zorder=0)
-        axes.spines[["top", "right"]].set_visible(False)
     finish(figure, panels[0, 0], content, gaps_above=not gaps_at)
     return figure
 

@@ -22,11 +22,14 @@ JUDGES = {"Global RM": "likelihood.reward.by_quality", "DPO RM": "likelihood.dpo
 STYLES = {"Global RM": ("#d1762c", "o-"), "DPO RM": ("#4878a8", "s-"), "Probe": ("#5f9e6e", "D-"),
           "Tag": ("#9a9a9a", "^:"), "Likelihood": ("#9a9a9a", "v:"), "Per token": ("#9a9a9a", "v:")}
 CAPTION = ("Columns: what readers like (params.yaml has each as an arm); x: pairs. Online(SFT) and DPO have the same "
-           "start, the same number of prompts as there are pairs, and the same epochs, chosen for offline DPO at every "
-           "number of pairs in development worlds. Below: how often a judge prefers the truly better summary of a "
-           "held-out pair. Probe: a linear function of the SFT policy's last hidden state, fitted to the same pairs. "
-           "Tag and likelihood: what the SFT policy itself says, without a pair. Pairs of equal quality, of which "
-           "coherence and counts have some, are half right for every judge.")
+           "start, the same number of prompts as there are pairs, and the same {chosen}. Below: how often a judge "
+           "prefers the truly better summary of a held-out pair. Probe: a linear function of the SFT policy's last "
+           "hidden state, fitted to the same pairs. Tag and likelihood: what the SFT policy itself says, without a "
+           "pair. Pairs of equal quality, of which coherence and counts have some, are half right for every judge.")
+EPOCHS = "epochs, chosen for offline DPO at every number of pairs in development worlds"
+TUNED = ("learning rate and epochs, chosen in development worlds for offline DPO and each kind of reward; so are the "
+         "reward model's own")
+CHOSEN = {"learnt": EPOCHS, "learnt_bases": EPOCHS, "tuned": TUNED, "tuned_bases": TUNED}
 
 
 def bars_of(scale: str, name: str) -> list[Bar]:
@@ -78,7 +81,6 @@ def grid(content: dict) -> Figure:
             axes.set_xscale("log")
             axes.minorticks_off()
             axes.grid(axis="y", alpha=0.3, zorder=0)
-            axes.spines[["top", "right"]].set_visible(False)
         places = sorted({bar["x"] for bar in content["bars"]})
         below.set_xticks(places, [f"{x:g}" for x in places], fontsize=6.5, rotation=30)
         below.set_xlabel("pairs", fontsize=8)
@@ -95,10 +97,11 @@ def grid(content: dict) -> Figure:
 
 def _command() -> None:
     parser = stage.arguments(__doc__, "runs", "out")
-    parser.add_argument("--figure", required=True, choices=["learnt", "learnt_bases"])
+    parser.add_argument("--figure", required=True, choices=list(CHOSEN))
     a = parser.parse_args()
     bars = bars_of(a.scale, a.figure)
-    figure.save(a.out, a.figure, a.runs, bars, contrasts(bars), a.scale, CAPTION,
+    figure.save(a.out, a.figure, a.runs, bars, contrasts(bars), a.scale,
+                CAPTION.format(chosen=CHOSEN[a.figure]),
                 "winrate against the reference summary; of judges the share of held-out pairs right by quality", grid)
 
 

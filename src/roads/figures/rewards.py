@@ -68,7 +68,6 @@ def two_panels(content: dict, places: dict[str, tuple[float, float]]) -> Figure:
         axes.axhline(0, color="black", lw=0.8)
         axes.set_xlabel(label, fontsize=8.5)
         axes.grid(axis="y", alpha=0.3, zorder=0)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.25)
     figure.finish(shown, panels[0], content, gaps_above=False)
     panels[0].set_ylabel("Online(DPO) - DPO 2x, quality in sd")

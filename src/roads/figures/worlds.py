@@ -66,7 +66,6 @@ def scatter(axes: Axes, x: list[float], gaps: list[dict], names: list[str]) -> N
     axes.axhline(0, color="black", lw=0.8)
     axes.axvline(0, color="black", lw=0.8)
     axes.grid(alpha=0.3, zorder=0)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def panels(content: dict) -> Figure:
@@ -91,7 +90,6 @@ def panels(content: dict) -> Figure:
                    f"{len(gaps)} above 0", fontsize=9)
     measure = content["measure"].split(" against")[0]
     left.set_xlabel(f"Online(DPO) - DPO 2x, {measure}", fontsize=8.5)
-    left.spines[["top", "right"]].set_visible(False)
     for axes in right:
         scatter(axes, [of["RM's lead"][name]["mean"] for name in names], [gaps[name] for name in names], names)
         axes.set_xlabel("global RM less DPO's own reward: share of held-out pairs right by quality", fontsize=8.5)

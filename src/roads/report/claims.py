@@ -2,7 +2,8 @@
 
     python -m roads.report.claims claims.yaml reports/mini     # writes reports/mini/claims.{json,csv} and prints them
 
-A claim whose figures were not made here, as in a fresh clone, keeps claims.json's estimate if it is of the same scores.
+A claim whose figures were not made here, as in a fresh clone, keeps claims.json's estimate if the hashes of its scores
+match.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python -m roads.report.curves runs/mini reports/mini
 
-A stage's curves.csv has a line a step. Here a run is at most POINTS means over as many steps as make one, which is what
-a picture can show; curves.csv says which steps.
+A stage's curves.csv has a line a step. Here every run is averaged into at most POINTS equal parts, as many as a picture
+can show; the column `step` says where each ends.
 """
 
 import argparse

@@ -7,6 +7,7 @@ semicolons, as a bar would end a cell of a table:
 
     <!-- $ gap ; fig3 ; Online(DPO) - DPO -->+0.025 [+0.006, +0.046]<!-- $ -->
     <!-- $ gap ; fig7 ; accuracy ; Global - Local -->...     a measure that stands beside the one drawn
+    <!-- $ standardised ; fig3 ; Online(DPO) - DPO -->...    over the spread of DPO's score over prompts
     <!-- $ bar ; fig3 ; DPO -->0.723<!-- $ -->
     <!-- $ effect ; online-beats-offline -->+0.025 [+0.006, +0.046]<!-- $ -->
     <!-- $ verdict ; online-beats-offline -->supported<!-- $ -->
@@ -69,6 +70,10 @@ def _interval(found: Estimate) -> str:
 def gap(reports: Reports, figure: str, *words: str) -> str:
     content = reports.figure(figure)
     return _interval(_pick(content.gaps if len(words) == 1 else _pick(content.also, words[0]).gaps, words[-1]))
+
+
+def standardised(reports: Reports, figure: str, name: str) -> str:
+    return _interval(_pick(reports.figure(figure).gaps, name).standardised)
 
 
 def bar(reports: Reports, figure: str, *words: str) -> str:
@@ -134,8 +139,8 @@ def moved(reports: Reports, folder: str) -> str:
     return "\n".join([*lines, ""])
 
 
-KINDS: dict[str, Callable[..., str]] = {"gap": gap, "bar": bar, "effect": effect, "verdict": verdict, "seeds": seeds,
-                                        "say": say, "count": count, "table": table, "again": again, "moved": moved}
+KINDS: dict[str, Callable[..., str]] = {each.__name__: each for each in (
+    gap, standardised, bar, effect, verdict, seeds, say, count, table, again, moved)}
 
 
 def fill(text: str, reports: Reports, name: str) -> str:

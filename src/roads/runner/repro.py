@@ -149,8 +149,8 @@ def stop(signum: int, frame: object) -> None:
 
 
 def stop_with(make: int) -> None:
-    """Stop when make, whose process id is given, has gone or was asked to stop: of the signals that end it, it hands on
-    TERM alone, and then waits for us."""
+    """Stop when make, whose process id is given, has gone or was asked to stop. Of the signals that end it make passes
+    on TERM alone, and then waits for us; so it is watched for the others."""
 
     def asked() -> bool:
         if os.getppid() != make:

@@ -134,8 +134,8 @@ def _keep(orders: socket.socket, perform: Perform) -> int:
 
 def _follow(message: bytes, worker: socket.socket, copied: dict[int, int], connection: socket.socket,
             orders: socket.socket) -> bytes:
-    """Give the worker an order and copy what it prints, until it is done: its exit code, or b"" where it has died, or
-    is to: nobody waits for the order, or the server has gone."""
+    """Give the worker an order and copy what it prints until it is done. Returns its exit code, or b"" where it has
+    died or must be killed: nobody waits for the order any more, or the server has gone."""
     with contextlib.suppress(OSError):
         worker.send(message)
     code, over = b"", False

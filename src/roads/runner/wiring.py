@@ -1,7 +1,7 @@
 """The entries of dvc.yaml that follow from figures.yaml: the figures', and their arms'. `make graph` writes them.
 
-They stand below a line that says so. Of all entries, lists of modules follow from what their commands import. What DVC
-is told of a figure: the folders whose runs it shows, the arms and seeds it reads, its row.
+They stand below a line that says so. In every entry, written by hand or not, the list of modules is computed from what
+its command imports. DVC is told of a figure: the folders whose runs it shows, the arms and seeds it reads, its row.
 """
 
 import ast

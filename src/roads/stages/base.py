@@ -4,7 +4,7 @@
     python -m roads.stages.base DATA OUT --scale paper      # fetch the model that params.yaml names
     python -m roads.stages.base DATA OUT --scale real       # dequantise the one that a package holds
 
-Of whatever tokenizer, EOS is token 0 and padding token 1 from here on: see `renumber`.
+From here on EOS is token 0 and padding token 1, whatever the tokenizer: see `renumber`.
 """
 
 import math
@@ -32,7 +32,7 @@ def base(data: Path, out: Path, cfg: schema.Scale) -> None:
         def loss(i: torch.Tensor) -> tuple[torch.Tensor, dict]:
             return losses.language_model_loss(policy, tokens[i], weights[i]), {}
 
-        return train.Job(policy, loss, len(tokens), lengths=train.tokens(tokens), weights=weights[:, 1:].sum(1),
+        return train.Job(policy, loss, train.tokens(tokens), weights=weights[:, 1:].sum(1),
                          pack=False)  # language_model_loss calls the model itself
 
     train.run(out, job, cfg.base, cfg, used=schema.used(cfg, "model") | {"base": cfg.base.told()},
@@ -53,8 +53,8 @@ def swap_rows(policy: PreTrainedModel, places: list[tuple[int, int]]) -> None:
 
 @torch.no_grad()
 def renumber(policy: PreTrainedModel, eos_id: int, pad_id: int, vocab_size: int) -> None:
-    """Bring the rows of EOS and padding to 0 and 1, in the embeddings and in the output head, as data.py does in the
-    tokenizer; for a padding token that the model has not, add a row, the mean of the others."""
+    """Permute the rows of embeddings and output head so that EOS is 0 and padding 1, as data.py does in the tokenizer.
+    Where the model has no padding token a row is appended first, the mean of the others."""
     if policy.get_input_embeddings().weight.shape[0] < vocab_size:
         policy.resize_token_embeddings(vocab_size, mean_resizing=False)
         head = policy.get_output_embeddings()
@@ -78,8 +78,8 @@ def without_dropout(config: PretrainedConfig) -> None:
 
 @torch.no_grad()
 def check_against_itself(policy: PreTrainedModel, cfg: schema.Scale, where: str) -> None:
-    """Whether what we compute with a model is what it computes itself: on rows as long as the scale has them, one of
-    them padded, log-probs of our three ways; and whether what the sampler draws is what the model would.
+    """Check that our three ways to log-probs, and the sampler, agree with the model's own forward pass, on rows as long
+    as the scale's, one of them padded.
 
     Raises:
         UserError: too few positions, or other numbers: a softcap, a scale or a window that our ways leave out.

@@ -3,8 +3,8 @@
     python -m roads.stages.judge_report COMPLETIONS DATA OUT --scale real
 
 Writes scores.npz: quality [N, n] and words [N, n] of every sample; examples.json: of ten posts, the samples that it
-likes best and least and the author's own summary; metrics.json: how far its quality goes with length, and how far it is
-from a sum over words (`beyond_words`).
+likes best and least and the author's own summary; metrics.json: how strongly its quality correlates
+with length, and how much of it no sum over words explains (`beyond_words`).
 """
 
 from collections import Counter

@@ -2,11 +2,11 @@
 
     python -m roads.stages.limits DATA SFT REWARD DPO OUT --scale mini --seed 0
 
-ROUGE-L of summaries that no training stands between and the reward model, for the prompts of test_rouge:
+ROUGE-L of summaries that the reward model chooses without further training, for the prompts of test_rouge:
 
     cold.rm         its pick of 25 samples of the SFT policy, at the temperature of samples.best_of_n
     warm.rm         and at that of samples.rouge, from which its pairs came
-    warm.consensus  of the same 25 the one with the most ROUGE-L against the others: what takes no pair at all
+    warm.consensus  of the same 25 the one with the most ROUGE-L against the others, which needs no preference pairs
     warm.gold       and with the most against the reference summary, which nobody can see: the ceiling of these samples
     exact.dpo       a sample of the policy that is best under DPO's own reward (optimum.py)
     exact.rm        and under the reward model

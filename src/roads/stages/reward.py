@@ -27,8 +27,8 @@ def reward(pairs: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int) -> N
             ours, theirs = model.pair_rewards(rm, query[i], chosen[i], rejected[i])
             return reward_loss(ours, theirs).mean(), preferences.told_apart(ours, theirs)
 
-        lengths = train.tokens(query, chosen, rejected)
-        return train.Job(rm, loss, len(query), lengths, also=stage.metrics_of(pairs, "dropped_as_ties"))
+        return train.Job(rm, loss, train.tokens(query, chosen, rejected),
+                         also=stage.metrics_of(pairs, "dropped_as_ties"))
 
     used = schema.used(cfg, "reward") | {"seed": seed}
     train.run(out, job, cfg.reward, cfg, used=used, reads=[pairs, sft], seed=seed, name="reward")

@@ -28,17 +28,16 @@ def sft(data: Path, base: Path, out: Path, cfg: schema.Scale) -> None:
             tokens = torch.nn.utils.rnn.pad_sequence(whole, batch_first=True, padding_value=PAD)
             real = (tokens != PAD).float()
 
-
             def of_all(i: torch.Tensor) -> tuple[torch.Tensor, dict]:
                 return losses.language_model_loss(policy, tokens[i], real[i]), {}
 
-            return train.Job(policy, of_all, len(tokens), lengths=train.tokens(tokens), weights=real[:, 1:].sum(1),
+            return train.Job(policy, of_all, train.tokens(tokens), weights=real[:, 1:].sum(1),
                              pack=False)
 
         def loss(i: torch.Tensor) -> tuple[torch.Tensor, dict]:
             return sft_loss(model.response_logps(policy, query[i], response[i]), lengths[i]), {}
 
-        return train.Job(policy, loss, len(query), lengths=train.tokens(query, response), weights=lengths)
+        return train.Job(policy, loss, train.tokens(query, response), weights=lengths)
 
     train.run(out, job, cfg.sft, cfg, used=schema.used(cfg, "sft"), reads=[data, base], seed=0, name="sft")
 

@@ -1,5 +1,5 @@
-"""Stage untrained: how well held-out pairs are judged without a model that was trained to: by what pretraining taught
-the SFT policy, and by a linear function of what it sees, fitted to the pairs.
+"""Stage untrained: how well held-out pairs are judged without a reward model: by what pretraining taught the SFT
+policy, and by a linear probe of its hidden states, fitted to the pairs.
 
     python -m roads.stages.untrained SFT PAIRS HELD_OUT OUT --scale mini.learnt.two
 
