@@ -42,7 +42,7 @@ KL = (0.001, 0.01, 0.1)  # the weight in dpo_kl, at DPO's beta
 # What readers may like instead (arms of `learnt` and `learnt_bases`), and what is tried for each (figure `tuned`).
 LIKED = "coherence", "counts", "order", "blind", "topical", "alone"
 LIKED_DPO = {"lr": (1e-4, 3e-4), "epochs": (1, 2, 4)}
-LIKED_REWARD = {"lr": (5e-4, 1e-3, 2e-3, 4e-3), "epochs": (1, 2, 4)}
+LIKED_REWARD = {"lr": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), "epochs": (1, 2, 4)}
 
 
 def changed(cfg: schema.Scale, block: str, **values) -> schema.Scale:
@@ -196,7 +196,7 @@ def search_liked(params: config.Params) -> dict[str, list[dict]]:
     for kind, grid in (("dpo", LIKED_DPO), ("reward", LIKED_REWARD)):
         names, jobs = zip(*[(name, (cfg, kind, "human", values)) for name, cfg in kinds for values in settings(grid)])
         rows = run(list(jobs), f"{kind} of each kind")
-        found[f"liked_{kind}"] = [row | {"likes": name} for name, row in zip(names, rows, strict=True)]
+        found[f"liked_{kind}"] = [row | {"task": name} for name, row in zip(names, rows, strict=True)]
     return found
 
 
@@ -227,8 +227,8 @@ def write(results: dict[str, list[dict]]) -> None:
         "online": (["dpo", "dpo_2x", "score", "validity", "dropped_ties"], ["task", *DPO, "temperature"]),
         "epochs": (["score", "validity", "accuracy", "log_loss"], ["kind", "task", "epochs"]),
         "methods": (["score", "validity", "kl"], ["loss", "beta", "kl_weight"]),
-        "liked_dpo": (["score", "validity", "accuracy"], ["likes", *LIKED_DPO]),
-        "liked_reward": (["likelihood", "log_loss", "accuracy"], ["likes", *LIKED_REWARD]),
+        "liked_dpo": (["score", "validity", "accuracy"], ["task", *LIKED_DPO]),
+        "liked_reward": (["likelihood", "log_loss", "accuracy"], ["task", *LIKED_REWARD]),
     }
     text = (DOCS / "search.md").read_text(encoding="utf-8")
     for kind, group in results.items():

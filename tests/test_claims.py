@@ -56,6 +56,10 @@ BARS = {
                for series in ("DPO", "Online(SFT)", "Global RM", "DPO RM", "Probe")],
     "learnt_bases": [f"{series} {kind} n={n}" for series in ("DPO", "Online(SFT)")
                      for kind, n in (("four", 375), ("blind", 375), ("topical", 6000), ("alone", 6000))],
+    "tuned": [f"{series} {kind} n=6000" for kind in ("coherence", "counts", "order")
+              for series in ("DPO", "Online(SFT)")],
+    "tuned_bases": [f"{series} {kind} n=6000" for kind in ("blind", "topical", "alone")
+                    for series in ("DPO", "Online(SFT)")],
     "anatomy": [bar + world for world in ("", " (quality)") for bar in (
         "offline pairs, readers", "offline pairs, readers, divided", "offline pairs, RM", "offline pairs, RM soft",
         "own pairs, RM", "own pairs, RM, divided", "own best and worst, RM, divided", "exact, RM", "exact, DPO")],
@@ -163,13 +167,13 @@ def test_the_bars_of_our_own_figures_are_those_that_claims_name(monkeypatch):
     bars = {name: module.bars_of("mini", name) for name, module in
             (("anatomy", anatomy), ("worlds", worlds), ("bases", worlds), ("bases_readers", worlds),
              ("bases_rouge", worlds), ("learnt", learnt),
-             ("learnt_bases", learnt))}
+             ("learnt_bases", learnt), ("tuned", learnt), ("tuned_bases", learnt))}
     bars["methods"] = budget.points_of("mini", "methods")
     named = {name: {label for bar in found for label in (bar.name, bar.series)} for name, found in bars.items()}
     checked = [each for each in claims.load(ROOT / "claims.yaml").claims if each.figure in named]
     for each in checked:
         assert {*each.contrast, *each.against} <= named[each.figure], each.id
-    assert len(checked) == 33
+    assert len(checked) == 39
     for found in bars.values():
         assert len({bar.name for bar in found}) == len(found) > 10
 

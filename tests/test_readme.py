@@ -189,6 +189,37 @@ def test_epochs_at_other_numbers_of_pairs_are_what_the_rules_give():
     assert len(arms) == 9 and set(arms["two"].sizes) == set(expected)
 
 
+def test_each_kind_of_reward_has_what_the_rules_give():
+    """docs/search.md, rule 6."""
+    params = config.load(ROOT / "params.yaml")
+    figures = {"tuned": "learnt", "tuned_bases": "learnt_bases"}
+    arms = {name: (arm, params.arms_of("mini", figures[figure])[name]) for figure in figures
+            for name, arm in params.arms_of("mini", figure).items()}
+    assert set(arms) == {"coherence", "counts", "order", "blind", "topical", "alone"}
+    for name, (arm, before) in arms.items():
+        tried = {kind: {(lr, epochs): sum(found) / len(found) for (lr, epochs), found in groups.items()}
+                 for kind, groups in (("dpo", liked(name, "dpo", "score")),
+                                      ("reward", liked(name, "reward", "log_loss")))}
+        assert len(tried["dpo"]) == 6 and len(tried["reward"]) == 15
+        best = max(tried["dpo"].values())
+        enough = best - (best * (1 - best) / 5000) ** 0.5
+        lr, epochs = min((found for found, winrate in tried["dpo"].items() if winrate >= enough),
+                         key=lambda found: (found[1], found[0]))
+        rm_lr, rm_epochs = min(tried["reward"], key=tried["reward"].get)
+        assert (arm.dpo.lr, arm.reward.lr) == (lr, rm_lr), name
+        assert {n: (e.dpo, e.reward) for n, e in arm.sizes.items()} == {6000: (epochs, rm_epochs)}, name
+        assert arm.source == before.source and arm.dpo.beta == before.dpo.beta
+
+
+def liked(name: str, kind: str, measure: str) -> dict[tuple[float, int], list[float]]:
+    """A measure in every world of docs/search.csv where readers like something else, by learning rate and epochs."""
+    groups: dict[tuple[float, int], list[float]] = {}
+    for row in csv.DictReader((ROOT / "docs/search.csv").open(encoding="utf-8")):
+        if row["kind"] == kind and row["task"] == name:
+            groups.setdefault((float(row["lr"]), int(row["epochs"])), []).append(float(row[measure]))
+    return groups
+
+
 def test_claims_take_every_loss_at_its_best():
     """docs/search.md, rule 5."""
     params, found = config.load(ROOT / "params.yaml"), claims.load(ROOT / "claims.yaml")
