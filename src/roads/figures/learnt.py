@@ -61,8 +61,35 @@ def _points(axes: Axes, found: list[tuple[float, dict]], colour: str, style: str
     axes.errorbar(x, mean, error, color=colour, fmt=style, ms=4, capsize=2, lw=1.2, label=label, zorder=3)
 
 
+def _arms(content: dict) -> list[str]:
+    return list(dict.fromkeys(bar["bar"].split()[1] for bar in content["bars"] if bar["series"] == "DPO"))
+
+
+def row(content: dict) -> Figure:
+    """One number of pairs: what readers like is on x; judges stand side by side."""
+    arms, n = _arms(content), content["bars"][0]["x"]
+    shown, (top, below) = plt.subplots(2, figsize=(2.4 + 1.6 * len(arms), 6), sharex=True)
+    _points(top, [(x, content["gaps"][f"Online(SFT) - DPO, {arm} n={n}"]) for x, arm in enumerate(arms)], "#d1762c",
+            "o", "Online(SFT) - DPO")
+    top.axhline(0, color="black", lw=0.8)
+    drawn = [label for label in STYLES if label != "Per token"]
+    bars = {bar["bar"]: bar for bar in content["bars"]}
+    for k, label in enumerate(drawn):
+        colour, style = STYLES[label]
+        _points(below, [(x + 0.12 * (k - len(drawn) // 2), bars[f"{label} {arm} n={n}"]) for x, arm in enumerate(arms)],
+                colour, style[0], label)
+    below.axhline(0.5, color="black", lw=0.8, ls=":")
+    below.set_xticks(range(len(arms)), arms)
+    below.set_xlabel(f"what readers like, {n:,} pairs", fontsize=8)
+    below.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
+    for axes in (top, below):
+        axes.grid(axis="y", alpha=0.3, zorder=0)
+        axes.margins(x=0.12)
+    return _finish(shown, top, below, content)
+
+
 def grid(content: dict) -> Figure:
-    arms = list(dict.fromkeys(bar["bar"].split()[1] for bar in content["bars"] if bar["series"] == "DPO"))
+    arms = _arms(content)
     shown, panels = plt.subplots(2, len(arms), figsize=(1.2 + 2.3 * len(arms), 6), sharex=True, sharey="row",
                                  squeeze=False)
     for column, arm in enumerate(arms):
@@ -84,9 +111,13 @@ def grid(content: dict) -> Figure:
         places = sorted({bar["x"] for bar in content["bars"]})
         below.set_xticks(places, [f"{x:g}" for x in places], fontsize=6.5, rotation=30)
         below.set_xlabel("pairs", fontsize=8)
-    panels[0, 0].set_ylabel("Online(SFT) - DPO, winrate", fontsize=8.5)
-    panels[1, 0].set_ylabel("held-out pairs right, by quality", fontsize=8.5)
     panels[1, -1].legend(fontsize=6.5, frameon=False, loc="upper left")
+    return _finish(shown, panels[0, 0], panels[1, 0], content)
+
+
+def _finish(shown: Figure, top: Axes, below: Axes, content: dict) -> Figure:
+    top.set_ylabel("Online(SFT) - DPO, winrate", fontsize=8.5)
+    below.set_ylabel("held-out pairs right, by quality", fontsize=8.5)
     shown.suptitle(content["title"], fontsize=11)
     how = (f"mean over seeds {', '.join(map(str, content['seeds']))} and n = {content['bars'][0]['n']} prompts; "
            "95% bootstrap over both; same start, same number of steps")
@@ -102,7 +133,8 @@ def _command() -> None:
     bars = bars_of(a.scale, a.figure)
     figure.save(a.out, a.figure, a.runs, bars, contrasts(bars), a.scale,
                 CAPTION.format(chosen=CHOSEN[a.figure]),
-                "winrate against the reference summary; of judges the share of held-out pairs right by quality", grid)
+                "winrate against the reference summary; of judges the share of held-out pairs right by quality",
+                grid if len({bar.x for bar in bars}) > 1 else row)
 
 
 if __name__ == "__main__":
