@@ -56,6 +56,8 @@ chmod +x "$kit/bin/python"
 cd "$kit/roads"
 export PATH="$kit/bin:$PATH" PYTHONPATH="$kit/site:src" PYTHONHASHSEED=0 MPLBACKEND=Agg OMP_NUM_THREADS=1
 export TOKENIZERS_PARALLELISM=false DVC_NO_ANALYTICS=1 HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=268435456 # as the Makefile has it
+export TORCHINDUCTOR_COMPILE_THREADS=4 # each of several stages has so many
 [ -e .git ] || grep -qs no_scm .dvc/config.local || {
   python -m dvc config --local core.no_scm true
   python -m dvc config --local cache.type hardlink,copy # a checkpoint is there once

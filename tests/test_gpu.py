@@ -182,10 +182,11 @@ def test_one_process_with_nccl_trains_as_none(stages, tmp_path):
     (tmp_path / "one.py").write_text(code)  # a module, as stages are: accelerate launches it by its name
     env = ENV | {"PYTHONPATH": os.pathsep.join([*PATHS, str(tmp_path)])}
     losses = []
-    for launch in ({}, {"ROADS_LAUNCH": "configs/accelerate/1-gpu.yaml"}):
+    # accelerate launches one process without a group of processes; torch's own launcher makes one.
+    for launcher in ([], ["-m", "torch.distributed.run", "--nproc-per-node", "1"]):
         out = tmp_path / f"dpo-{len(losses)}"
-        done = subprocess.run([sys.executable, "-m", "one", cpu / "pairs", cpu / "sft", out], cwd=ROOT,
-                              env=env | launch, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *launcher, "-m", "one", cpu / "pairs", cpu / "sft", out], cwd=ROOT,
+                              env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         losses.append(json.loads((out / "metrics.json").read_text())["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)

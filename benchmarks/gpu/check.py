@@ -171,9 +171,10 @@ def check(cfg: schema.Scale, tiny: bool) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder of the card's file (default: where `make plan` looks)")
+    parser.add_argument("--scale", help="whose model and lengths (default: the active one's)")
     parser.add_argument("--tiny", action="store_true")
     a = parser.parse_args()
-    scale = active.scale_name()
+    scale = a.scale or active.scale_name()
     cfg = config.load_scale(scale)
     compute = {"device": "cpu", "precision": "fp32", "attention": "sdpa", "sampler": "tree"} if a.tiny else {
         "device": "gpu", "precision": "bf16", "attention": "sdpa", "sampler": cfg.compute.sampler}
@@ -195,7 +196,7 @@ def main() -> None:
         stage.write_json(scratch, found)
     print(f"{out}: a step {found['step_seconds']:.2f} s, {found['step_flops'] / 1e12:.0f} TFLOP/s of "
           f"{found['matmul_flops'] / 1e12:.0f}; {found['tree_tokens_per_second']:,.0f} tokens/s")
-    if not a.tiny:
+    if not a.tiny and not a.out:  # the plan looks for the card's file in its own place
         subprocess.run([sys.executable, "-m", "roads.runner.plan", "--device", found["card"]], check=False)
 
 

@@ -17,6 +17,7 @@ from roads.tldr import PAD
 
 ROWS = 1600  # completions of a batch: what is drawn from one generator, and kept at once
 TOGETHER = 4096  # completions that are under way at once on a GPU; on a CPU, as many as a batch has
+STEP = 256  # a GPU's memory is filled in steps of so many prompts
 MEMORY = 2**29  # bytes of a CPU's that they may take; of a GPU three quarters of what is free
 SCRATCH = Path("runs/.scratch")
 
@@ -57,8 +58,10 @@ def _grow(policy: PreTrainedModel, query: Tensor, batches: Iterable[tuple[Any, t
         torch.cuda.empty_cache()  # what an earlier call kept is free
         free, total = torch.cuda.mem_get_info(policy.device)
     memory = min(free * 3 // 4, total * 3 // 4 // stages) if gpu else MEMORY
-    places = min(generate_tree.places_for(policy, longest, n, length, memory),
-                 max(1, (TOGETHER if gpu else ROWS) // n), len(query))
+    fit = generate_tree.places_for(policy, longest, n, length, memory)
+    if gpu and fit > STEP:  # free memory is never the same twice, and every number of places is compiled anew
+        fit -= fit % STEP
+    places = min(fit, max(1, (TOGETHER if gpu else ROWS) // n), len(query))
     return generate_tree.grow(policy, prompts(), longest, n, length, temperature, places)
 
 

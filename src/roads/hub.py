@@ -5,11 +5,12 @@ every later run is held to it. Commit the file; delete an entry to take what the
 """
 
 import fcntl
+import functools
 import importlib.util
 import json
 from pathlib import Path
 
-from roads import stage
+from roads import schema, stage
 from roads.stage import UserError
 
 LOCK = Path("hub.lock.json")
@@ -52,7 +53,21 @@ def gguf(name: str) -> Path:
         if path.suffix != ".gguf" or not path.is_file():
             raise UserError(f"model {name}: no such .gguf file here; packaged are: {', '.join(PACKAGES)}")
     installed("gguf", f"model {name}")
+    import gguf as reader
+
+    # transformers reads the file anew for tokenizer, configuration and weights, and lists its tensors for each of them.
+    for slow in ("GGUFReader", "get_tensor_name_map"):
+        if not hasattr(getattr(reader, slow), "cache_info"):
+            setattr(reader, slow, functools.cache(getattr(reader, slow)))
     return path
+
+
+def reachable(wanted: schema.Pretrained | schema.Packaged) -> None:
+    """Raises UserError where a pretrained model, its revision or its package is not available."""
+    if wanted.kind == "packaged":
+        gguf(wanted.name)
+    else:
+        fetch(wanted.name, wanted.revision, ["config.json"])
 
 
 def fetch(name: str, revision: str | None, files: list[str], kind: str = "model") -> tuple[Path, str | None]:

@@ -245,6 +245,4 @@ def _check_judge(blocks: list[schema.Scale]) -> None:
 def _check_hub(models: list) -> None:
     for model in models:
         if model.kind == "packaged" or model.kind == "pretrained" and not Path(model.name).is_dir():
-            from roads.stages import base
-
-            base.reachable(model)
+            hub.reachable(model)

@@ -4,13 +4,13 @@ from roads.config import Params
 from roads.runner import cost
 
 
-def weights(commands: dict[str, str | list[str]], params: Params) -> dict[str, float]:
-    """What each stage is expected to take, in seconds of some device: only their ratios count. A stage that the model
-    does not know takes as long as the others do on average."""
+def weights(commands: dict[str, str | list[str]], params: Params, device: str) -> dict[str, float]:
+    """What each stage is expected to take, in seconds of some CPU or GPU: only their ratios count. A stage that the
+    model does not know takes as long as the others do on average."""
     blocks, drawn, found = {name: block.model_dump() for name, block in params.blocks.items()}, set(), {}
     for name, command in commands.items():
         done = cost.work(command, blocks, drawn)
-        found[name] = done.seconds(cost.DEVICES["cpu"]) if done else None
+        found[name] = done.seconds(cost.DEVICES["H100" if device == "gpu" else "cpu"]) if done else None
     known = [seconds for seconds in found.values() if seconds]
     usual = sum(known) / len(known) if known else 1.0
     return {name: seconds or usual for name, seconds in found.items()}

@@ -147,14 +147,6 @@ def check_sampler(policy: PreTrainedModel, query: torch.Tensor, length: int, whe
                               f"forward ({furthest:.2g} of its distribution away); set compute.sampler: vllm")
 
 
-def reachable(wanted: schema.Pretrained | schema.Packaged) -> None:
-    """Raises UserError where a pretrained model, its revision or its package is not available."""
-    if wanted.kind == "packaged":
-        hub.gguf(wanted.name)
-    else:
-        hub.fetch(wanted.name, wanted.revision, ["config.json"])
-
-
 def fetch(data: Path, out: Path, cfg: schema.Scale) -> None:
     """Write the pretrained model that the scale names, fp32, and which commit or GGUF file of it this is.
 
