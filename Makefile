@@ -33,8 +33,8 @@ FIND_PYTHON = for p in $(if $(PYTHON),"$$PYTHON",python3 python3.11 python3.12);
 	"$$p" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
 	2>/dev/null && printf '%s\n' "$$p" && break; done
 PIP := $(PY) -m pip --disable-pip-version-check install -qq --no-deps --require-hashes --no-compile
-# Byte code, on all cores, of what has none yet; pip takes twice as long over it. Some packages carry templates in no Python.
-COMPILE = $(PY) -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
+# Byte code takes as long as the rest of an installation, and figures need a sixth of it: what is imported here.
+WARM = env -u PYTHONDONTWRITEBYTECODE $(PY) -c 'from roads.runner import prefork, repro; prefork.imports()'
 ifneq ($(filter rehearsal%,$(SCALE)),)
 override DATA := $(or $(DATA),data/rehearsal/openai.json)
 endif
@@ -94,15 +94,14 @@ $(VENV)/.installed: requirements/cpu.txt
 	@$(PIP) -r requirements/torch-cpu.txt 2>/dev/null || echo "pip finds no CPU build of torch: taking the package index's."
 	@$(PIP) --no-build-isolation -r requirements/cpu.txt
 	@$(PY) -c 'import torch' 2>/dev/null || { echo "Adding the libraries that it wants (GBs)."; $(PIP) -r requirements/torch-cuda-libs.txt; }
-	@$(COMPILE)
 	@$(PY) scripts/relocatable.py
-	@$(PY) -c 'import torch' && touch $@
+	@$(WARM) && touch $@
 
 # What tests, lints and locks beside: as much again as the experiment's own packages, torch aside.
 $(VENV)/.dev: requirements/dev.txt $(VENV)/.installed
 	@echo "Adding what tests and lints: pytest, a browser's driver, ruff, basedpyright."
 	@$(PIP) --no-build-isolation -r requirements/dev.txt
-	@$(COMPILE)
+	@$(PY) -m compileall -q -j 0 $(VENV)/lib >/dev/null || true  # some packages carry templates in no Python
 	@$(PY) scripts/relocatable.py && touch $@
 
 test: setup $(VENV)/.dev  ## develop: the test suite

@@ -32,6 +32,11 @@ IMPORTS = ("torch", "accelerate", "safetensors.torch", "tokenizers", "tqdm", "py
            "transformers.models.auto.modeling_auto", "transformers.models.gpt_neox.modeling_gpt_neox")
 
 
+def imports() -> None:
+    for module in IMPORTS:
+        importlib.import_module(module)
+
+
 def run(command: str, env: dict[str, str], cwd: str) -> int | None:
     """The exit code of `python -m MODULE ARG...`, run as a fork that writes where we do; -N where signal N killed it.
 
@@ -60,8 +65,7 @@ def stays(compute: "schema.Compute") -> bool:
 
 def serve(orders: socket.socket) -> None:
     """Fork a child for each order, until nobody is left to give one."""
-    for module in IMPORTS:  # orders that come meanwhile wait
-        importlib.import_module(module)
+    imports()  # orders that come meanwhile wait
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children: they say how they ended
     workers = stay.Workers(_perform, orders)
     while True:
