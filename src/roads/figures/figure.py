@@ -17,8 +17,8 @@ SYNTHETIC = "synthetic world: evidence about the mechanism, not about TL;DR"
 PAPER = Path("data/paper_numbers.json")
 COLOURS = {"SFT": "#9a9a9a", "DPO": "#4878a8", "DPO 2x": "#a3bcd4", "Online(SFT)": "#e9b44c", "Online(DPO)": "#d1762c",
            "Online(DPO) 2x": "#e3a06b", "Global RM": "#d1762c", "Local RM": "#5f9e6e", "DPO RM": "#4878a8",
-           "Base": "#9a9a9a", "DPO + KL": "#a3bcd4", "IPO": "#5f9e6e", "SimPO": "#b05a7a", "chi-PO": "#7d6bb0", "REBEL": "#222222",
-          "Online(DPO), 2 rounds": "#b3541e", "Online(DPO), 3 rounds": "#7a3512",
+           "Base": "#9a9a9a", "DPO + KL": "#a3bcd4", "IPO": "#5f9e6e", "SimPO": "#b05a7a", "chi-PO": "#7d6bb0",
+           "REBEL": "#222222", "Online(DPO), 2 rounds": "#b3541e", "Online(DPO), 3 rounds": "#7a3512",
            "small": "#a3bcd4", "medium": "#4878a8", "large": "#1f3d5c"}
 MARKERS = "osD^v"
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
