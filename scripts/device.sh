@@ -9,7 +9,8 @@
 #         scores   rewards in bf16 against fp32, Pythia-1.4B's shape
 #     TINY=1 scripts/device.sh OUT [PART...]   # the same on a CPU, small: a rehearsal
 # PYTHON names the interpreter, VLLM_SITE and TRL_SITE folders of packages that only their processes see (- where they are
-# installed), SECONDS_EACH the limit (120; 240 for tests). benchmarks/gpu/table.py OUT writes what was found into docs/measured.md.
+# installed), SECONDS_EACH the limit (120; 240 for tests). benchmarks/gpu/table.py OUT writes what was found into
+# docs/measured.md.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 out=${1:?expected a folder for the results: scripts/device.sh OUT [PART...]}

@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import lzma
+import os
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -251,3 +253,17 @@ def test_an_archive_of_something_else_is_refused(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "scripts/kit.py", "unpack", tmp_path / "other.tar.xz"],
                           capture_output=True, text=True, env=ENV)
     assert done.returncode == 2 and "no archive of a kit's run" in done.stderr
+
+
+def test_a_gguf_file_is_parsed_once_until_it_changes(tmp_path, monkeypatch):
+    parsed, file = [], tmp_path / "model.gguf"
+    package = SimpleNamespace(GGUFReader=lambda path: parsed.append(path) or len(parsed),
+                              get_tensor_name_map=lambda arch, layers: [arch, layers])
+    monkeypatch.setitem(sys.modules, "gguf", package)
+    hub._read_once.__wrapped__()
+    file.write_text("one")
+    assert [package.GGUFReader(file), package.GGUFReader(str(file))] == [1, 1]
+    os.utime(file, ns=(0, 1))
+    assert package.GGUFReader(file) == 2 and parsed == [str(file)] * 2
+    names = package.get_tensor_name_map("llama", 30)
+    assert names == ["llama", 30] and package.get_tensor_name_map("llama", 30) is names
