@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 
 from roads import active, config
+from roads.figures import figure, policies
 from roads.stage import UserError
 
 TEXT = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("params.yaml", "figures.yaml", "active.yaml")}
@@ -128,6 +129,8 @@ def test_a_new_arm_is_one_line_in_one_place(params):
     ("seed: 3, subreddits", "seed: 1000000000000000000000000000000, subreddits",
      "mini.source.seed: input should be less than 4294967296"),
     ("hidden_size: 64", "hidden_size: 200000000", "mini.model.hidden_size: input should be less than"),
+    ("  reward: {lr: 5.0e-4, schedule", "  reward: {layers: 3, lr: 5.0e-4, schedule",
+     "reward.layers: expected at most model.layers=2"),
     ("hidden_size: 64", "hidden_size: 66", "mini.model.heads: expected heads of an even width"),
     ("batch_size: 128", "batch_size: 100000000000000000000000", "mini.base.batch_size: input should be less than"),
     ("candidates: 2", "candidates: 13", "mini.source.candidates: expected 2 to words=12, got 13"),
@@ -338,6 +341,34 @@ def test_switching_the_scale_writes_active_yaml_alone_and_comes_back(params):
     assert active.load(path) == there  # its folder of posts stays while the scale does
     active.write("mini", None, path)
     assert {name: path.with_name(name).read_text(encoding="utf-8") for name in TEXT} == TEXT
+
+
+def test_an_active_yaml_of_any_kind_is_written_anew_where_a_scale_is_named(params):
+    path = params()
+    place = path.with_name("active.yaml")
+    for text in ("<<<<<<< ours\nscale: mini\n", "scale: [", "", None):
+        place.unlink(missing_ok=True)
+        if text is not None:
+            place.write_text(text)
+        with pytest.raises(UserError, match="active.yaml.*; `make FIGURE SCALE=mini`, or another scale, writes it"):
+            active.write(None, None, path)
+        active.write("mini", None, path)
+        assert place.read_text(encoding="utf-8") == TEXT["active.yaml"]
+
+
+def test_bars_of_one_name_are_refused(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    bar = figure.Bar("DPO n=60", "mini/fig12/n60/s{seed}")
+    with pytest.raises(UserError, match="fig12: two arms have the bar 'DPO n=60'; let them differ in what the figure"):
+        figure.read("fig12", tmp_path, [bar, figure.Bar("DPO n=60", "mini/fig12/bold/s{seed}")], [0], [])
+    arms = config.load().arms_of("mini", "fig9")
+    with pytest.raises(UserError, match="sizes: arms 'small' and 'deep' are both 'width 32'"):
+        policies.size_bars("mini", arms | {"deep": arms["small"]})
+    with pytest.raises(UserError, match="sizes: arms 'of the scale' and 'same' are both 'width 64'"):
+        policies.size_bars("mini", {"same": config.load_scale("mini")})
+    fig5 = config.load().arms_of("mini", "fig5")
+    with pytest.raises(UserError, match="fig5: arms 'prompts' and 'again' are both 'Online.SFT. 3x prompts'"):
+        policies.arm_bars("mini", "fig5", fig5 | {"again": fig5["prompts"]})
 
 
 def test_data_that_stage_data_could_not_read_is_found_before_anything_is_written(params, tmp_path):

@@ -160,3 +160,16 @@ def test_what_is_no_model_is_said_in_one_line(tmp_path):
                               env=ENV, cwd=ROOT, text=True, capture_output=True)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
         assert not (tmp_path / "out").exists()
+
+
+def test_what_another_folder_holds_stays(runs):
+    (runs / "mine").mkdir()
+    (runs / "mine/weights.bin").write_text("x")
+    for out in ("mine", "sft"):
+        before = sorted(path.name for path in (runs / out).iterdir())
+        with pytest.raises(stage.UserError, match=f"{out}: expected a new folder, or one that this command wrote"):
+            export.export(runs / "sft", runs / out)
+        assert sorted(path.name for path in (runs / out).iterdir()) == before
+    for _ in range(2):  # its own is written anew
+        export.export(runs / "sft", runs / "out")
+    assert (runs / "out/README.md").exists()

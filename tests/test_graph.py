@@ -6,10 +6,12 @@ import sys
 from itertools import combinations
 from xml.etree import ElementTree
 
+import pytest
 from conftest import ENV, ROOT
 from ruamel.yaml import YAML
 
-from roads.runner import plan
+from roads.runner import plan, wiring
+from roads.stage import UserError
 
 SVG = "{http://www.w3.org/2000/svg}"
 PICTURE = (ROOT / "docs/graph.svg").read_text(encoding="utf-8")
@@ -75,3 +77,21 @@ def test_boxes_lie_apart_and_on_the_card():
     card = TREE.find(f"{SVG}rect")
     assert (card.get("width"), card.get("fill")) == (TREE.get("width"), "#ffffff")
     assert 900 <= width <= 1100  # of a README column
+
+
+@pytest.mark.parametrize("name, title, told", [("mine", 'The \\"gap\\" against noise: é', None),
+                                               ("dpo", "Mine", "not written, as DVC could not read it: ")])
+def test_a_row_of_figures_yaml_is_written_whole_or_not_at_all(tmp_path, name, title, told):
+    for file in ("dvc.yaml", "figures.yaml", "params.yaml"):
+        (tmp_path / file).write_bytes((ROOT / file).read_bytes())
+    row = f'{name}:\n  title: "{title}"\n  module: policies\n  task: human\n  reads: [human/scores]\n'
+    with (tmp_path / "figures.yaml").open("a", encoding="utf-8") as file:
+        file.write(row)
+    if told:
+        with pytest.raises(UserError, match=told):
+            wiring.write(tmp_path / "dvc.yaml")
+        assert (tmp_path / "dvc.yaml").read_bytes() == (ROOT / "dvc.yaml").read_bytes()
+    else:
+        wiring.write(tmp_path / "dvc.yaml")
+        stages = YAML(typ="safe").load((tmp_path / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+        assert stages[name]["desc"] == 'The "gap" against noise: é'

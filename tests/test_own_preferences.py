@@ -299,3 +299,11 @@ def test_a_chat_dataset_gets_to_figure_3(tmp_path, model):
                                    for asked in judge.asked)
     content = json.loads((where / "reports/chat/fig3.json").read_text())
     assert {bar["n"] for bar in content["bars"]} == {8} and "DPO" in {bar["bar"] for bar in content["bars"]}
+
+
+def test_a_column_that_is_not_utf_8_is_told(tmp_path, cfg):
+    (tmp_path / "rows").mkdir()
+    columns = {name: pyarrow.array([b"\xff"]).view(pyarrow.string()) for name in ("prompt", "chosen", "rejected")}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "rows/train.parquet")
+    with pytest.raises(stage.UserError, match="train.parquet: .*; expected a parquet file of rows"):
+        data.data(tmp_path / "rows", tmp_path / "data", cfg)

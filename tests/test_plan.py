@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ENV, ROOT
+from pyarrow import Table, parquet
 from ruamel.yaml import YAML
 
 from roads import active, config, generate, generate_tree, lockfile, model, schema
@@ -153,8 +154,11 @@ def test_a_bad_figure_or_scale_is_one_line(project, figure, scale, message):
 
 def test_a_folder_with_fewer_posts_counts_as_it_is(tmp_path):
     (tmp_path / "train.jsonl").write_text("{}\n{}\n{}\n")
-    wanted = {"sft": 100, "preferences": 2, "valid": 50}
-    assert plan.as_many_as_there_are(tmp_path, wanted) == {"sft": 3, "preferences": 2, "valid": 50}
+    wanted = {"sft": 100, "preferences": 2, "valid": 50, "test": 9}
+    assert plan.as_many_as_there_are(tmp_path, wanted) == {"sft": 3, "preferences": 2, "valid": 0, "test": 0}
+    (tmp_path / "train.jsonl").write_text("{}\n" * 60)
+    parquet.write_table(Table.from_pylist([{"prompt": "x"}] * 4), tmp_path / "test.parquet")
+    assert plan.as_many_as_there_are(tmp_path, wanted) == {"sft": 60, "preferences": 2, "valid": 6, "test": 4}
 
 
 # dvc.lock

@@ -139,7 +139,7 @@ def test_a_post_without_spaces_is_cut_at_once(pythia, post):
 
 
 def test_a_query_too_long_without_its_post(tokenizer):
-    with pytest.raises(UserError, match="row 't3_1': over 10 query tokens without the post"):
+    with pytest.raises(UserError, match="row 't3_1': its title is over source.max_query_tokens=10"):
         Task(max_query_tokens=10).query_ids(ROW, tokenizer)
 
 

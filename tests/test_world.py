@@ -42,6 +42,12 @@ def test_prompts_and_summaries(world):
     assert likely.mean() > world.quality(query, response).mean() + 0.3
 
 
+def test_a_split_may_be_empty(world):
+    rng = np.random.default_rng(0)
+    query = world.prompts(0, rng)
+    assert query.shape == (0, 6) and world.summaries(query, rng).shape == (0, 3)
+
+
 def test_quality_weighs_attributes_by_taste(tiny):
     """Taste (3, -4) scaled to length 1 is (.6, -.8); what the prompt does not offer counts for no attribute."""
     world = World(tiny.source.model_copy(update={"taste": [3.0, -4.0], "interaction": 0.0}))

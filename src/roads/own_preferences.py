@@ -83,10 +83,11 @@ def _rows(path: Path) -> Rows:
 
     try:
         table = parquet.read_table(path)
-    except (OSError, ArrowException) as error:
+        kept = [name for name in (*FIELDS, "reference") if name in table.column_names]
+        rows = table.select(kept).to_pylist()
+    except (OSError, ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}; expected a parquet file of rows") from None
-    kept = [name for name in (*FIELDS, "reference") if name in table.column_names]
-    return [(row, f"{path}: row {i}") for i, row in enumerate(table.select(kept).to_pylist())]
+    return [(row, f"{path}: row {i}") for i, row in enumerate(rows)]
 
 
 def preference_of(value: dict, where: str, template: Template) -> Preference:

@@ -226,6 +226,8 @@ class Scale(Strict):
 
     @model_validator(mode="after")
     def _complete(self) -> "Scale":
+        if self.model.kind == "new" and (self.reward.layers or 1) > self.model.layers:
+            raise ValueError(f"reward.layers: expected at most model.layers={self.model.layers}")
         for name in ("human", "value", "best_of_n") if self.synthetic or self.samples.human else ():
             if getattr(self.samples, name) is None:
                 raise ValueError(f"samples.{name}: missing; preferences need it")

@@ -154,7 +154,7 @@ class Task:
             too_long = min(too_long, word_end.start() + 1 - len(head))
         while len(encoding) > self.max_query_tokens:
             if not post:
-                raise UserError(f"row {row.id!r}: over {self.max_query_tokens} query tokens without the post")
+                raise UserError(f"row {row.id!r}: its title is over source.max_query_tokens={self.max_query_tokens}")
             newline = post.rfind("\n")
             post = post[:newline] if newline >= 0 else post[: min(len(post), max(too_long, 1)) - 1]
             if len(post) < too_long or not post:

@@ -71,7 +71,7 @@ class World:
         """Queries [n, 2 + K * candidates]: subreddit, shuffled candidates, TL;DR marker."""
         c = self.cfg
         offered = rng.permuted(np.tile(np.arange(c.words), (n, c.slots, 1)), axis=2)[:, :, : c.candidates]
-        words = (self.first_word + np.arange(c.slots)[:, None] * c.words + offered).reshape(n, -1)
+        words = (self.first_word + np.arange(c.slots)[:, None] * c.words + offered).reshape(n, c.slots * c.candidates)
         subreddit = self.first_subreddit + rng.integers(c.subreddits, size=(n, 1))
         return np.hstack([subreddit, rng.permuted(words, axis=1), np.full((n, 1), TLDR)]).astype(np.int32)
 

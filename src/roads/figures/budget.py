@@ -49,7 +49,7 @@ def matched(bars: list[Bar], online: Bar, series: str = "DPO") -> dict[str, floa
 def series_of(policy: str, cfg: schema.Scale) -> str:
     """What a policy's method is called."""
     if policy == "dpo":
-        return METHODS[cfg.dpo.loss]
+        return METHODS.get(cfg.dpo.loss, cfg.dpo.loss)
     if cfg.dpo.online_loss == "rebel":
         return "REBEL"
     return NAMES[policy] + f", {cfg.rounds} rounds" * (cfg.rounds > 1)

@@ -60,9 +60,11 @@ def read(name: str, runs: Path, bars: list[Bar], seeds: list[int],
     """Scores [seeds, prompts] of every bar, and the files they come from.
 
     Raises:
-        UserError: a cell of the figure is missing.
+        UserError: a cell of the figure is missing, or two have one name.
     """
     files = {bar.name: [runs / placed(bar.place, seed, more) / "scores.npz" for seed in seeds] for bar in bars}
+    if twice := [bar.name for k, bar in enumerate(bars) if any(other.name == bar.name for other in bars[:k])]:
+        raise stage.UserError(f"{name}: two arms have the bar {twice[0]!r}; let them differ in what the figure shows")
     for path in sorted({path for paths in files.values() for path in paths}):
         if not path.exists():
             raise stage.UserError(f"{path}: not found; `make {name}` makes it")
@@ -95,8 +97,7 @@ def judged(found: list[dict]) -> dict[str, float]:
 def trained(found: list[dict]) -> dict[str, list]:
     """What a bar's models were trained on, for each seed: steps taken, rows, pairs dropped as ties; and how far they
     are from the SFT policy where that was measured (kl, nats)."""
-    entries = [{**metrics.get("training", {}), **({"kl": metrics["kl"]} if "kl" in metrics else {})}
-               for metrics in found]
+    entries = [metrics.get("training", {}) | {k: metrics[k] for k in ("kl",) if k in metrics} for metrics in found]
     return {name: [entry[name] for entry in entries] for name in entries[0] if all(name in it for it in entries)}
 
 
@@ -155,8 +156,7 @@ def finish(figure: Figure, axes: Axes, content: dict, gaps_above: bool = True) -
     axes.margins(y=0.12)
     how = (f"mean over seeds {', '.join(map(str, content['seeds']))} and n = {content['bars'][0]['n']} prompts; "
            "lines and brackets: 95% bootstrap over both; differences are paired by prompt")
-    below = [content["note"], how, *judge_line(content["bars"])]
-    below += [content["paper"]["source"]] if content["paper"] else []
+    below = [content["note"], how, *judge_line(content["bars"]), *(p["source"] for p in [content["paper"]] if p)]
     figure.text(0.5, 0.008, "\n".join(below), ha="center", fontsize=7)
     figure.tight_layout(rect=(0, 0.03 + 0.022 * len(below), 1, 1))
 
@@ -207,8 +207,8 @@ def lines(content: dict, x_label: str, log: bool = False, gaps_at: dict | None =
     """
     series = list(dict.fromkeys(bar["series"] for bar in content["bars"]))
     beside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1)} if len(series) > 6 else {}
-    width = (10.2 if gaps_at else 6.8) + (1.8 if beside else 0)
-    figure, panels = plt.subplots(1, 2 if gaps_at else 1, figsize=(width, 4.8), squeeze=False)
+    size = (10.2 if gaps_at else 6.8) + 1.8 * bool(beside), 4.8
+    figure, panels = plt.subplots(1, 2 if gaps_at else 1, figsize=size, squeeze=False)
     groups = list(dict.fromkeys(name.split(",")[0] for name in series))
     for k, name in enumerate(series):
         bars = sorted((bar for bar in content["bars"] if bar["series"] == name), key=lambda bar: bar["x"])

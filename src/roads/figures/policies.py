@@ -94,7 +94,8 @@ def arm_bars(scale: str, name: str, arms: dict[str, schema.Scale]) -> list[Bar]:
         return graph_bars(scale, name) + warm
     if name == "fig5":
         ours = config.load_scale(scale)
-        labels = {"Online(SFT)": ""} | {f"Online(SFT) {more_prompts(ours, cfg)}": arm for arm, cfg in arms.items()}
+        labels = {"Online(SFT)": ""} | by_label({arm: f"Online(SFT) {more_prompts(ours, cfg)}"
+                                                 for arm, cfg in arms.items()}, name)
         most = max(labels, key=lambda label: arms[labels[label]].data.online if labels[label] else 0)
         return [Bar(label, *figure.policy(scale, "online_sft", name, arm), series="Online(SFT)",
                     roles=("Online(SFT) more prompts",) * (label == most)) for label, arm in labels.items()]
@@ -102,6 +103,21 @@ def arm_bars(scale: str, name: str, arms: dict[str, schema.Scale]) -> list[Bar]:
         name, ["dpo", "dpo_2x", "online"])
     return [Bar(NAMES[policy] + f", {arm}" * (k > 0), *figure.policy(scale, policy, name, arm), series=NAMES[policy])
             for k, arm in enumerate(arms) for policy in ["sft"] * (k == 0) + shown]
+
+
+def by_label(labels: dict[str, str], name: str) -> dict[str, str]:
+    """The arm of every label, given each arm's label.
+
+    Raises:
+        UserError: two arms with one label.
+    """
+    arms: dict[str, str] = {}
+    for arm, label in labels.items():
+        if label in arms:
+            raise stage.UserError(f"{name}: arms {arms[label] or 'of the scale'!r} and {arm!r} are both {label!r}; let "
+                                  "them differ in what the figure shows")
+        arms[label] = arm
+    return arms
 
 
 def bars_of(scale: str, name: str) -> list[Bar]:
@@ -112,9 +128,9 @@ def bars_of(scale: str, name: str) -> list[Bar]:
 def size_bars(scale: str, arms: dict[str, schema.Scale]) -> list[Bar]:
     """Fig 3's policies and Fig 5's at the scale's own size and at those of its arms; ARM-prompts is Fig 5's."""
     more = max(config.load().arms_of(scale, "fig5").items(), key=lambda arm: arm[1].data.online)[0]
-    sizes = {size_label(config.load_scale(scale)): ("", ("fig5", more))}
-    sizes |= {size_label(cfg): (arm, ("sizes", f"{arm}-prompts")) for arm, cfg in arms.items()
-              if not arm.endswith("-prompts")}
+    labels = by_label({"": size_label(config.load_scale(scale))} | {
+        arm: size_label(cfg) for arm, cfg in arms.items() if not arm.endswith("-prompts")}, "sizes")
+    sizes = {label: (arm, ("sizes", f"{arm}-prompts") if arm else ("fig5", more)) for label, arm in labels.items()}
     bars, role = [], size_roles(config.load_scale(scale), arms)
     for label, (arm, (folder, prompts)) in sizes.items():
         bars += [Bar(f"{NAMES[policy]} {label}", *figure.policy(scale, policy, "sizes", arm), series=NAMES[policy],

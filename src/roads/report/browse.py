@@ -46,7 +46,8 @@ def written(home: Path, task: str, prompts: int) -> list[dict]:
     """
     found = {}
     for name, label in NAMES.items():
-        place = f"{task}/completions/{name}" + "/s0" * (name != "sft")
+        drawn = sorted(home.glob(f"{task}/completions/{name}/s*"), key=lambda folder: (len(folder.name), folder.name))
+        place = f"{task}/completions/{name}" + (f"/{drawn[0].name}" if drawn else "")
         scored = home / place.replace("completions", "scores") / "scores.npz"
         if (home / place / "completions.npz").exists() and scored.exists():
             found[label] = home / place / "completions.npz", scored

@@ -57,6 +57,8 @@ def over_worlds(claim: Claim, found: dict[str, tuple[Figure, Bar, Path]], seeds:
         return sum(weight * np.stack([read_scores(*found[f"{name} {world}"], claim.measure, seeds)[0].mean(1)
                                       for world in worlds], 1) for name, weight in weights.items())
 
+    if len(worlds) < (least := 3 if claim.test == "correlated" else 2):
+        raise Lacking(f"{claim.figure}: {len(worlds)} of at least {least} worlds")
     gaps = means(claim.contrast)
     if claim.test == "correlated":
         places = means(claim.against)

@@ -83,6 +83,8 @@ def export(run: Path, out: Path, data: Path | None = None) -> None:
     """
     if not (run / "config.json").exists():
         raise stage.UserError(f"{run}: no config.json; expected the folder of a policy or of a reward model")
+    if out.resolve() == run.resolve() or out.exists() and any(out.iterdir()) and not (out / "README.md").exists():
+        raise stage.UserError(f"{out}: expected a new folder, or one that this command wrote: what is there would go")
     is_reward = (run / "head.safetensors").exists()
     eos_id, pad_id = original_ids(data or data_of(run))
     if is_reward:

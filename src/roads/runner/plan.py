@@ -76,10 +76,23 @@ def switched(scale: str | None, data: str | None) -> Iterator[tuple]:
 
 
 def as_many_as_there_are(folder: Path, wanted: dict[str, int]) -> dict[str, int]:
-    """Rows of every split, where a folder of posts has fewer than a scale wants."""
-    files = {split: folder / f"{split if split in ('valid', 'test') else 'train'}.jsonl" for split in wanted}
-    lines = {file: len(file.read_bytes().splitlines()) for file in set(files.values()) if file.exists()}
-    return {split: min(n, lines.get(files[split], n)) for split, n in wanted.items()}
+    """Rows of every split, where a folder has fewer than a scale wants; of one without a file a tenth of train's."""
+    found = {split: rows for split in ("train", "valid", "test") if (rows := rows_of(folder, split)) is not None}
+    if (train := found.get("train")) is None:
+        return wanted
+    held_out = {split: found.get(split, train // 10) for split in ("valid", "test", "best_of_n")}
+    return {split: min(n, held_out.get(split, train)) for split, n in wanted.items()}
+
+
+def rows_of(folder: Path, split: str) -> int | None:
+    """Rows of a split's file, jsonl or parquet, if there is one."""
+    if (folder / f"{split}.jsonl").exists():
+        return len((folder / f"{split}.jsonl").read_bytes().splitlines())
+    if (folder / f"{split}.parquet").exists():
+        from pyarrow import parquet
+
+        return parquet.read_metadata(folder / f"{split}.parquet").num_rows
+    return None
 
 
 def targets_of(repo: "Repo", figure: str) -> list[str]:

@@ -123,7 +123,7 @@ def run(stage: str, piped: bool, lock: int, gpu: str | None) -> str | None:
         last = ""
         for line in process.stdout or []:
             if line.strip() and not stopping.is_set():
-                last = line.strip()
+                last = last if "%|" in line else line.strip()  # a bar of progress says not why it failed
                 print(f"[{stage}] {line.rstrip()}", flush=True)
         code = process.wait()
         del running[stage]

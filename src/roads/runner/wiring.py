@@ -5,9 +5,12 @@ its command imports. DVC is told of a figure: the folders whose runs it shows, t
 """
 
 import ast
+import json
 import re
 from functools import cache
 from pathlib import Path
+
+from ruamel.yaml import YAML, YAMLError
 
 from roads import config, stage
 from roads.config import Figure
@@ -88,7 +91,8 @@ def figure_entry(name: str, figure: Figure) -> str:
               f"active.yaml: [figure_seeds.{name}]"]
     command = (f"python -m roads.figures.{figure.module} runs reports/${{item.scale}} --scale ${{item.scale}} "
                f"--figure {name}").split(" ")
-    return (f"  {name}:\n    desc: \"{figure.title}\"\n" f'    matrix: {{scale: "${{figures.{name}}}"}}\n'
+    title = json.dumps(figure.title, ensure_ascii=False)
+    return (f"  {name}:\n    desc: {title}\n" f'    matrix: {{scale: "${{figures.{name}}}"}}\n'
             + wrapped("cmd", command, " ", "")
             + wrapped("deps", [*folders, "data/paper_numbers.json", *modules(f"roads.figures.{figure.module}")])
             + wrapped("params", params)
@@ -116,5 +120,12 @@ def write(path: Path = DVC) -> None:
     """dvc.yaml with the entries that figures.yaml asks for; of what stands above the line, the lists of modules."""
     above = path.read_text(encoding="utf-8").partition(LINE)[0].rstrip("\n") + "\n\n"
     above = "".join(map(with_modules, re.split(r"^(?=  \w+:\n)", above, flags=re.M)))
+    text = above + entries(config.load_figures(path.with_name("figures.yaml")))
+    try:
+        YAML(typ="safe").load(text)
+    except YAMLError as error:
+        reason = " ".join(str(getattr(error, "problem", error)).split())
+        raise stage.UserError(f"{path}: not written, as DVC could not read it: {reason}; a row of figures.yaml has the "
+                              "name of another entry, or a title of several lines") from None
     with stage.writing(path) as scratch:
-        scratch.write_text(above + entries(config.load_figures(path.with_name("figures.yaml"))), encoding="utf-8")
+        scratch.write_text(text, encoding="utf-8")
