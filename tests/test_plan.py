@@ -154,11 +154,13 @@ def test_a_bad_figure_or_scale_is_one_line(project, figure, scale, message):
 
 def test_a_folder_with_fewer_posts_counts_as_it_is(tmp_path):
     (tmp_path / "train.jsonl").write_text("{}\n{}\n{}\n")
-    wanted = {"sft": 100, "preferences": 2, "valid": 50, "test": 9}
-    assert plan.as_many_as_there_are(tmp_path, wanted) == {"sft": 3, "preferences": 2, "valid": 0, "test": 0}
+    wanted = {"sft": 100, "preferences": 2, "valid": 50, "test": 9, "best_of_n": 5}
+    assert plan.as_many_as_there_are(tmp_path, wanted) == {"sft": 3, "preferences": 2, "valid": 0, "test": 0,
+                                                          "best_of_n": 0}
     (tmp_path / "train.jsonl").write_text("{}\n" * 60)
     parquet.write_table(Table.from_pylist([{"prompt": "x"}] * 4), tmp_path / "test.parquet")
-    assert plan.as_many_as_there_are(tmp_path, wanted) == {"sft": 60, "preferences": 2, "valid": 6, "test": 4}
+    assert plan.as_many_as_there_are(tmp_path, wanted) == {"sft": 60, "preferences": 2, "valid": 6, "test": 4,
+                                                          "best_of_n": 4}
 
 
 # dvc.lock

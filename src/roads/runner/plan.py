@@ -77,22 +77,22 @@ def switched(scale: str | None, data: str | None) -> Iterator[tuple]:
 
 def as_many_as_there_are(folder: Path, wanted: dict[str, int]) -> dict[str, int]:
     """Rows of every split, where a folder has fewer than a scale wants; of one without a file a tenth of train's."""
-    found = {split: rows for split in ("train", "valid", "test") if (rows := rows_of(folder, split)) is not None}
-    if (train := found.get("train")) is None:
+    train, valid, test = (rows_of(folder, split) for split in ("train", "valid", "test"))
+    if train is None:
         return wanted
-    held_out = {split: found.get(split, train // 10) for split in ("valid", "test", "best_of_n")}
-    return {split: min(n, held_out.get(split, train)) for split, n in wanted.items()}
+    valid, test = (train // 10 if rows is None else rows for rows in (valid, test))
+    rows = {"valid": valid, "test": test, "best_of_n": test}
+    return {split: min(n, rows.get(split, train)) for split, n in wanted.items()}
 
 
 def rows_of(folder: Path, split: str) -> int | None:
-    """Rows of a split's file, jsonl or parquet, if there is one."""
-    if (folder / f"{split}.jsonl").exists():
-        return len((folder / f"{split}.jsonl").read_bytes().splitlines())
-    if (folder / f"{split}.parquet").exists():
+    """Rows of a split's file, if there is one."""
+    if (path := folder / f"{split}.jsonl").exists():
+        return len(path.read_bytes().splitlines())
+    if (path := folder / f"{split}.parquet").exists():
         from pyarrow import parquet
 
-        return parquet.read_metadata(folder / f"{split}.parquet").num_rows
-    return None
+        return parquet.read_metadata(path).num_rows
 
 
 def targets_of(repo: "Repo", figure: str) -> list[str]:
