@@ -103,12 +103,14 @@ def write(scale: str | None = None, data: str | None = None, path: Path = config
         UserError: no such scale, a folder of posts for a scale that makes its own data, or no such folder.
     """
     params, place = config.load(path), Path(path).with_name(FILE.name)
+    before = {}
     try:
         before = strict.read(place, "what is active") if scale is None or place.exists() else {}
-    except UserError as error:  # with a scale it is written anew, whatever it was
+    except UserError as error:
         if scale is None:
             raise UserError(f"{error}; `make FIGURE SCALE=mini`, or another scale, writes it") from None
-        before = {}
+        if not isinstance(error, strict.Malformed):  # with a scale it is written anew, whatever stood in it
+            raise
     scale = scale or scale_name(path)
     if scale not in params.scales:
         raise UserError(f"{path}: no block named {scale!r}{nearest(scale, params.scales)}")

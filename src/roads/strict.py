@@ -43,11 +43,15 @@ class _Constructor(SafeConstructor):
             raise ConstructorError(None, None, f"{type(error).__name__} {error}", node.start_mark) from None
 
 
+class Malformed(UserError):
+    """A text that is no YAML, or no mapping."""
+
+
 def read(path: Path, expected: str) -> dict:
     """The mapping in a YAML file, which `expected` describes.
 
     Raises:
-        UserError: no such file, not YAML, or no mapping.
+        UserError: no such file, or none that can be read. Malformed: not YAML, or no mapping.
     """
     try:
         expect_file(path)
@@ -59,14 +63,14 @@ def read(path: Path, expected: str) -> dict:
     except OSError as error:  # the one of a read itself names no file
         raise UserError(f"{path}: {str(error.strerror).lower()}; expected {expected}") from None
     except RecursionError:
-        raise UserError(f"{path}: not YAML that we read: too many levels") from None
+        raise Malformed(f"{path}: not YAML that we read: too many levels") from None
     except (YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         reason = " ".join(str(getattr(error, "problem", error)).split())
-        raise UserError(f"{where}: not YAML: {reason}") from None
+        raise Malformed(f"{where}: not YAML: {reason}") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path}: expected a mapping with {expected}")
+        raise Malformed(f"{path}: expected a mapping with {expected}")
     return found
 
 
