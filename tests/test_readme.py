@@ -164,12 +164,13 @@ def test_params_hold_what_the_rules_of_the_search_give():
     assert mini["samples"]["online"]["temperature"] == 0.1
 
 
-def searched(kind: str, measure: str, by: str, **others: str) -> dict[float, float]:
-    """Mean over worlds of a measure in docs/search.csv, by a column's values."""
-    groups: dict[float, list[float]] = {}
+def searched(kind: str, measure: str, *by: str, **others: str) -> dict:
+    """Mean over worlds of a measure in docs/search.csv, by a column's values, or by those of several together."""
+    groups: dict = {}
     for row in csv.DictReader((ROOT / "docs/search.csv").open(encoding="utf-8")):
         if row["kind"] == kind and all(row[key] == value for key, value in others.items()):
-            groups.setdefault(float(row[by]), []).append(float(row[measure]))
+            values = tuple(float(row[name]) for name in by)
+            groups.setdefault(values if len(by) > 1 else values[0], []).append(float(row[measure]))
     return {value: sum(found) / len(found) for value, found in groups.items()}
 
 
@@ -197,9 +198,8 @@ def test_each_kind_of_reward_has_what_the_rules_give():
             for name, arm in params.arms_of("mini", figure).items()}
     assert set(arms) == {"coherence", "counts", "order", "blind", "topical", "alone"}
     for name, (arm, before) in arms.items():
-        tried = {kind: {(lr, epochs): sum(found) / len(found) for (lr, epochs), found in groups.items()}
-                 for kind, groups in (("dpo", liked(name, "dpo", "score")),
-                                      ("reward", liked(name, "reward", "log_loss")))}
+        tried = {kind: searched(kind, measure, "lr", "epochs", task=name)
+                 for kind, measure in (("dpo", "score"), ("reward", "log_loss"))}
         assert len(tried["dpo"]) == 6 and len(tried["reward"]) == 15
         best = max(tried["dpo"].values())
         enough = best - (best * (1 - best) / 5000) ** 0.5
@@ -209,15 +209,6 @@ def test_each_kind_of_reward_has_what_the_rules_give():
         assert (arm.dpo.lr, arm.reward.lr) == (lr, rm_lr), name
         assert {n: (e.dpo, e.reward) for n, e in arm.sizes.items()} == {6000: (epochs, rm_epochs)}, name
         assert arm.source == before.source and arm.dpo.beta == before.dpo.beta
-
-
-def liked(name: str, kind: str, measure: str) -> dict[tuple[float, int], list[float]]:
-    """A measure in every world of docs/search.csv where readers like something else, by learning rate and epochs."""
-    groups: dict[tuple[float, int], list[float]] = {}
-    for row in csv.DictReader((ROOT / "docs/search.csv").open(encoding="utf-8")):
-        if row["kind"] == kind and row["task"] == name:
-            groups.setdefault((float(row["lr"]), int(row["epochs"])), []).append(float(row[measure]))
-    return groups
 
 
 def test_claims_take_every_loss_at_its_best():
