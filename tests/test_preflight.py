@@ -142,7 +142,7 @@ def test_only_the_gpus_that_may_be_used_count(machine, params, monkeypatch):
     machine(H100, L4)
     (_, h100, _), (_, l4, _) = preflight.cards()
     for visible, memory in {"1": [l4], "1,0": [l4, h100], "GPU-1f00": [l4], "-1": [], "0,7,1": [h100],
-                            "GPU-9": []}.items():
+                            "GPU-9": [], "MIG-4c": [h100]}.items():
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert [found for found, _ in preflight.gpus()] == memory, visible
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -47,7 +47,8 @@ def cards() -> list[tuple[str, float, int]]:
     chosen = []
     for wanted in map(str.strip, visible.split(",")):  # CUDA too stops at the first that is not there
         card = next((card for (index, uuid), card in found.items()
-                     if wanted == index or wanted.startswith(("GPU-", "MIG-")) and uuid.startswith(wanted)), None)
+                     if wanted == index or wanted.startswith("GPU-") and uuid.startswith(wanted)
+                     or wanted.startswith("MIG-")), None)  # a part of a card that this list does not name
         if card is None:
             break
         chosen.append(card)
