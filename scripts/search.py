@@ -4,7 +4,8 @@ All of it runs in two worlds of its own, 100 and 101, with a training seed of th
 other worlds and seeds 0 to 9. First offline DPO alone is brought to its best; online DPO then takes the same values and
 adds only its sampling temperature, shown for both tasks. The reward models are chosen by their log loss on held-out
 pairs. Then the epochs for other numbers of pairs, other losses, and both methods anew for each kind of reward of the
-figures `learnt` and `learnt_bases` where the reward model fell behind. Cells already in runs/.search are not run again.
+figures `learnt` and `learnt_bases` where the reward model fell behind, and for each point of a dial. Cells already in
+runs/.search are not run again.
 Writes docs/search.csv and the tables of docs/search.md.
 """
 
@@ -40,9 +41,13 @@ METHODS = {"dpo": (0.02, 0.05, 0.1, 0.2, 0.5), "ipo": (0.02, 0.05, 0.1, 0.2, 0.5
            "chi_po": (0.02, 0.05, 0.1, 0.2, 0.5)}
 KL = (0.001, 0.01, 0.1)  # the weight in dpo_kl, at DPO's beta
 # What readers may like instead (arms of `learnt` and `learnt_bases`), and what is tried for each (figure `tuned`).
-LIKED = "coherence", "counts", "order", "blind", "topical", "alone"
+LIKED = {"learnt": ("coherence", "counts", "order"), "learnt_bases": ("blind", "topical", "alone")}
 LIKED_DPO = {"lr": (1e-4, 3e-4), "epochs": (1, 2, 4)}
 LIKED_REWARD = {"lr": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), "epochs": (1, 2, 4)}
+# The points of the dials whose world, documents or model are not mini's: both methods for each of them.
+DIALS = {"verifier": ("tag2",), "complexity": ("additive", "complex"), "sizes": ("small", "large"), "fig10": ("k2",),
+         "horizon": ("k4", "k12"), "branching": ("k2", "k4")}
+DIALS_REWARD = {"lr": (5e-4, 1e-3, 2e-3, 4e-3), "epochs": (1, 2, 4)}
 
 
 def changed(cfg: schema.Scale, block: str, **values) -> schema.Scale:
@@ -58,9 +63,9 @@ def once(out: Path, function, *args, **options) -> Path:
 
 
 def home(cfg: schema.Scale) -> Path:
-    """Where a world's cells are; one whose readers like something else has a place of its own."""
-    name, mini = f"world{cfg.source.seed}", plain(cfg)
-    return RUNS / (name if cfg.source == mini.source else f"{name}-{stage.fingerprint(schema.used(cfg, 'source'), [])}")
+    """Where a world's cells are; one whose readers like something else, or another model, has a place of its own."""
+    name, own, mini = f"world{cfg.source.seed}", *[schema.used(each, "source", "model") for each in (cfg, plain(cfg))]
+    return RUNS / (name if own == mini else f"{name}-{stage.fingerprint(own, [])}")
 
 
 def plain(cfg: schema.Scale) -> schema.Scale:
@@ -181,22 +186,40 @@ def run(jobs: list[tuple], label: str) -> list[dict]:
         return [future.result() for future in tqdm(futures, desc=label, unit="cell")]
 
 
-def liked(params: config.Params) -> list[tuple[str, schema.Scale]]:
-    """What readers like, and the block of it in every world."""
-    arms = params.arms_of("mini", "learnt") | params.arms_of("mini", "learnt_bases")
-    return [(name, changed(arms[name], "source", seed=seed)) for name in LIKED for seed in WORLDS]
+def in_worlds(names: list[tuple[str, str]]) -> list[tuple[str, schema.Scale]]:
+    """Figures and their arms -> an arm's name, its figure before it where that is a dial, and its block in every world."""
+    params = config.load()
+    return [(arm if figure.startswith("learnt") else f"{figure}.{arm}",
+             changed(params.arms_of("mini", figure)[arm], "source", seed=seed)) for figure, arm in names for seed in WORLDS]
 
 
-def search_liked(params: config.Params) -> dict[str, list[dict]]:
-    """Offline DPO and the reward model, each by itself, for every kind of reward, at 6,000 pairs."""
-    kinds = liked(params)
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        list(tqdm(pool.map(prepare, *zip(*[(cfg, ("human",)) for _, cfg in kinds])), total=len(kinds), desc="kinds"))
-    found = {}
-    for kind, grid in (("dpo", LIKED_DPO), ("reward", LIKED_REWARD)):
-        names, jobs = zip(*[(name, (cfg, kind, "human", values)) for name, cfg in kinds for values in settings(grid)])
-        rows = run(list(jobs), f"{kind} of each kind")
-        found[f"liked_{kind}"] = [row | {"task": name} for name, row in zip(names, rows, strict=True)]
+def cells_of(kind: str, cells: list[tuple[str, schema.Scale, dict]]) -> list[dict]:
+    rows = run([(cfg, kind, "human", values) for _, cfg, values in cells], kind)
+    return [row | {"task": name} for (name, *_), row in zip(cells, rows, strict=True)]
+
+
+def longer(rows: list[dict]) -> tuple[float, ...]:
+    """The learning rates at which a reward model is trained for twice the epochs: where most epochs are best, the best
+    one and half of it."""
+    losses: dict[tuple, list[float]] = {}
+    for row in rows:
+        losses.setdefault((row["lr"], row["epochs"]), []).append(row["log_loss"])
+    lr, epochs = min(losses, key=lambda setting: np.mean(losses[setting]))
+    return (lr / 2, lr) if epochs == max(row["epochs"] for row in rows) else ()
+
+
+def search_each(group: str, names: list[tuple[str, str]], grid: dict) -> dict[str, list[dict]]:
+    """Offline DPO and the reward model, each by itself, for every one of these arms, at 6,000 pairs."""
+    found: dict[str, list[dict]] = {f"{group}_dpo": [], f"{group}_reward": []}
+    for each in names:
+        blocks = in_worlds([each])
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
+            list(tqdm(pool.map(prepare, *zip(*[(cfg, ("human",)) for _, cfg in blocks])), total=len(blocks),
+                      desc=".".join(each)))
+        found[f"{group}_dpo"] += cells_of("dpo", [(*block, values) for block in blocks for values in settings(LIKED_DPO)])
+        rows = cells_of("reward", [(*block, values) for block in blocks for values in settings(grid)])
+        more = [{"lr": lr, "epochs": 2 * max(grid["epochs"])} for lr in longer(rows)]
+        found[f"{group}_reward"] += rows + cells_of("reward", [(*block, values) for block in blocks for values in more])
     return found
 
 
@@ -229,6 +252,8 @@ def write(results: dict[str, list[dict]]) -> None:
         "methods": (["score", "validity", "kl"], ["loss", "beta", "kl_weight"]),
         "liked_dpo": (["score", "validity", "accuracy"], ["task", *LIKED_DPO]),
         "liked_reward": (["likelihood", "log_loss", "accuracy"], ["task", *LIKED_REWARD]),
+        "dials_dpo": (["score", "validity", "accuracy"], ["task", *LIKED_DPO]),
+        "dials_reward": (["likelihood", "log_loss", "accuracy"], ["task", *DIALS_REWARD]),
     }
     text = (DOCS / "search.md").read_text(encoding="utf-8")
     for kind, group in results.items():
@@ -260,7 +285,9 @@ def main() -> None:
     results["epochs"] = run([(cfg, kind, f"human{n}", {key: getattr(getattr(mini, kind), key) for key in keys} |
                               {"epochs": epochs}) for kind, keys in (("dpo", ("lr", "beta")), ("reward", ("lr",)))
                              for n, many in PAIRS.items() for epochs in many for cfg in worlds], "epochs")
-    write(results | search_liked(config.load()))
+    for group, arms, grid in (("liked", LIKED, LIKED_REWARD), ("dials", DIALS, DIALS_REWARD)):
+        results |= search_each(group, [(figure, arm) for figure, names in arms.items() for arm in names], grid)
+    write(results)
 
 
 if __name__ == "__main__":
