@@ -78,6 +78,7 @@ def prepare(cfg: schema.Scale, tasks: tuple[str, ...] = ("human", "rouge")) -> N
     runs = home(cfg)
     start = home(plain(cfg)) if cfg.made_from() == plain(cfg).made_from() else runs
     once(runs / "data", data.data, None, runs / "data", cfg)
+    once(start / "data", data.data, None, start / "data", plain(cfg))
     once(start / "base", base.base, start / "data", start / "base", cfg)
     once(start / "sft", sft.sft, start / "data", start / "base", start / "sft", cfg)
     if not (runs / "sft").exists():
@@ -187,10 +188,11 @@ def run(jobs: list[tuple], label: str) -> list[dict]:
 
 
 def in_worlds(names: list[tuple[str, str]]) -> list[tuple[str, schema.Scale]]:
-    """Figures and their arms -> an arm's name, its figure before it where that is a dial, and its block in every world."""
+    """Figures and arms -> an arm's name, its figure before it where that is a dial, and its block in every world."""
     params = config.load()
     return [(arm if figure.startswith("learnt") else f"{figure}.{arm}",
-             changed(params.arms_of("mini", figure)[arm], "source", seed=seed)) for figure, arm in names for seed in WORLDS]
+             changed(params.arms_of("mini", figure)[arm], "source", seed=seed))
+            for figure, arm in names for seed in WORLDS]
 
 
 def cells_of(kind: str, cells: list[tuple[str, schema.Scale, dict]]) -> list[dict]:
@@ -216,7 +218,7 @@ def search_each(group: str, names: list[tuple[str, str]], grid: dict) -> dict[st
         with ProcessPoolExecutor(os.cpu_count()) as pool:
             list(tqdm(pool.map(prepare, *zip(*[(cfg, ("human",)) for _, cfg in blocks])), total=len(blocks),
                       desc=".".join(each)))
-        found[f"{group}_dpo"] += cells_of("dpo", [(*block, values) for block in blocks for values in settings(LIKED_DPO)])
+        found[f"{group}_dpo"] += cells_of("dpo", [(*at, values) for at in blocks for values in settings(LIKED_DPO)])
         rows = cells_of("reward", [(*block, values) for block in blocks for values in settings(grid)])
         more = [{"lr": lr, "epochs": 2 * max(grid["epochs"])} for lr in longer(rows)]
         found[f"{group}_reward"] += rows + cells_of("reward", [(*block, values) for block in blocks for values in more])

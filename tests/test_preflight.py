@@ -105,13 +105,15 @@ def test_stages_share_out_the_gpus(machine, params, monkeypatch):
     assert repro.workers(paper, None) == (8, list("01234567")) and repro.workers(paper, 3)[0] == 3
     pairs = paper.model_copy(update={"machine": paper.machine.model_copy(update={"tensor_parallel": 2})})
     assert repro.workers(pairs, None) == (4, ["0,1", "2,3", "4,5", "6,7"])
-    monkeypatch.setattr(preflight, "gpus", lambda: [H100])
-    assert repro.workers(params.scales["real"], None, 4) == (4, ["0"] * 4)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert repro.workers(paper, None) == (2, ["5", "7"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7f00,9")  # the last is not there
+    assert repro.workers(paper, None) == (2, ["5", "GPU-7f00"])
     monkeypatch.setenv(LAUNCH, "configs/accelerate/8-gpu.yaml")
     assert repro.workers(paper, None) == (1, [])
     assert repro.workers(params.scales["mini"], 3) == (3, [])
+    machine(H100)
+    monkeypatch.delenv(LAUNCH)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert repro.workers(params.scales["real"], None, 4) == (4, ["0"] * 4)
 
 
 def test_results_whose_models_are_elsewhere_are_not_begun_anew(machine, params, monkeypatch, tmp_path):
@@ -140,11 +142,11 @@ def test_launch_is_looked_at(machine, params, monkeypatch, tmp_path):
 
 def test_only_the_gpus_that_may_be_used_count(machine, params, monkeypatch):
     machine(H100, L4)
-    (_, h100, _), (_, l4, _) = preflight.cards()
+    h100, l4 = (card.memory for card in preflight.cards())
     for visible, memory in {"1": [l4], "1,0": [l4, h100], "GPU-1f00": [l4], "-1": [], "0,7,1": [h100],
                             "GPU-9": [], "MIG-4c": [h100]}.items():
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert [found for found, _ in preflight.gpus()] == memory, visible
+        assert [card.memory for card in preflight.cards()] == memory, visible
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(UserError, match="nvidia-smi shows none"):
         preflight.check(stages("lite"), params, "mini")
@@ -179,8 +181,8 @@ def test_links_are_those_of_dvcs_own_settings_or_of_the_disk(tmp_path, monkeypat
 
 def test_a_gpu_that_shares_the_systems_memory_has_that(machine):
     machine(("[N/A]", "580.95.05"))
-    ((memory, driver),) = preflight.gpus()
-    assert driver == 580 and 1e9 < memory < 1e14
+    (card,) = preflight.cards()
+    assert card.driver == 580 and 1e9 < card.memory < 1e14
 
 
 def test_what_is_free_is_told_in_its_own_unit(machine, params, monkeypatch):

@@ -82,7 +82,7 @@ def card(where: str, tiny: bool) -> dict:
     a, b = torch.zeros(cells, device=where), torch.empty(cells, device=where)
     copied = 2 * 4 * cells / seconds(lambda: b.copy_(a))
     x = torch.randn(side, side, device=where, dtype=torch.bfloat16)
-    name, memory, driver = (preflight.cards() or [("CPU", 0.0, 0)])[0]
+    _, name, memory, driver = (preflight.cards() or [("", "CPU", 0.0, 0)])[0]
     return {"card": name, "driver": driver, "memory_bytes": memory, "copy_bytes_per_second": copied,
             "matmul_flops": 2 * side**3 / seconds(lambda: x @ x)}
 

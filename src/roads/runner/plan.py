@@ -230,7 +230,7 @@ def plan(figure: str, scale: str | None = None, data: str | None = None,
 
 def card_here() -> str:
     """The GPU of this machine, if it was measured (`make check-gpu`), or else an H100."""
-    return next((name for name, *_ in preflight.cards() if name in DEVICES), "H100")
+    return next((card.name for card in preflight.cards() if card.name in DEVICES), "H100")
 
 
 def longest(stages: list[PlannedStage]) -> float:

@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 from ruamel.yaml import YAML
 
@@ -24,13 +25,16 @@ SHARED = 4  # stages on a GPU, unless more are asked for
 JUDGES = {"relevance": hub.ENCODER, "calibrated": hub.ENCODER, "sentiment": hub.LEXICON}  # what they read texts with
 
 
-def gpus() -> list[tuple[float, int]]:
-    """Memory in bytes and driver of every GPU that this process may use."""
-    return [(memory, driver) for _, memory, driver in cards()]
+class Card(NamedTuple):
+    """A GPU: how CUDA_VISIBLE_DEVICES calls it, its name, its memory in bytes and its driver."""
+    visible: str
+    name: str
+    memory: float
+    driver: int
 
 
-def cards() -> list[tuple[str, float, int]]:
-    """Name, memory in bytes and driver of every GPU that this process may use, in the order of CUDA_VISIBLE_DEVICES."""
+def cards() -> list[Card]:
+    """Every GPU that this process may use, in the order of CUDA_VISIBLE_DEVICES."""
     command = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,driver_version",
                "--format=csv,noheader,nounits"]
     try:
@@ -39,19 +43,19 @@ def cards() -> list[tuple[str, float, int]]:
         return []
     lines = done.stdout.splitlines() if done.returncode == 0 else []
     rows = [[word.strip() for word in line.split(",")] for line in lines]
-    found = {(index, uuid): (name, _bytes(memory), int(driver.split(".")[0]))
+    found = {uuid: Card(index, name, _bytes(memory), int(driver.split(".")[0]))
              for index, uuid, name, memory, driver in rows}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return list(found.values())
     chosen = []
     for wanted in map(str.strip, visible.split(",")):  # CUDA too stops at the first that is not there
-        card = next((card for (index, uuid), card in found.items()
-                     if wanted == index or wanted.startswith("GPU-") and uuid.startswith(wanted)
+        card = next((card for uuid, card in found.items()
+                     if wanted == card.visible or wanted.startswith("GPU-") and uuid.startswith(wanted)
                      or wanted.startswith("MIG-")), None)  # a part of a card that this list does not name
         if card is None:
             break
-        chosen.append(card)
+        chosen.append(card._replace(visible=wanted))
     return chosen
 
 
@@ -117,10 +121,10 @@ def stages_per_gpu(scale: schema.Scale, blocks: list[schema.Scale], jobs: int | 
     Raises:
         UserError: more are asked for than fit.
     """
-    found = gpus()
+    found = cards()
     if scale.compute.device != "gpu" or not found or os.environ.get(LAUNCH):
         return 1
-    memory = min(memory for memory, _ in found)
+    memory = min(card.memory for card in found)
     needed = max((trained_bytes(block.model_dump()) for block in blocks), default=1.0)
     fit, asked = max(1, int(memory // needed)), scale.machine.stages_per_gpu
     what = "machine.stages_per_gpu"
@@ -163,7 +167,7 @@ def _check_gpu(blocks: dict[str, schema.Scale], processes: int, shards: int, cor
     wanting = {name: block for name, block in blocks.items() if block.compute.device == "gpu"}
     if not wanting:
         return
-    name, found = next(iter(wanting)), gpus()
+    name, found = next(iter(wanting)), cards()
     if not found:
         slowly = ""
         if wanting[name].compute.sampler == "tree":
@@ -172,7 +176,7 @@ def _check_gpu(blocks: dict[str, schema.Scale], processes: int, shards: int, cor
                       f"{core_seconds / cores / 3600:,.0f} hours on {cores} cores")
         raise UserError(f"scale {name} needs an NVIDIA GPU and nvidia-smi shows none; run the image with `--gpus all`, "
                         f"or take SCALE=mini, which needs none{slowly}")
-    driver = min(driver for _, driver in found)
+    driver = min(card.driver for card in found)
     if driver < DRIVER:
         raise UserError(f"NVIDIA driver {driver}: CUDA 13 needs {DRIVER} or newer; update the driver of the host")
     if processes > len(found):
@@ -185,7 +189,7 @@ def _check_gpu(blocks: dict[str, schema.Scale], processes: int, shards: int, cor
         if block.machine.tensor_parallel > len(found):
             raise UserError(f"{name}: machine.tensor_parallel: {block.machine.tensor_parallel}, and there are "
                             f"{len(found)} GPUs; lower it")
-        memory = min(memory for memory, _ in found)
+        memory = min(card.memory for card in found)
         weights = cost.parameters(block.model_dump())
         needed = trained_bytes(block.model_dump()) / shards
         if needed > memory:

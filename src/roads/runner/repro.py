@@ -57,13 +57,20 @@ def checkout_lock() -> int:
 
 
 def graph_of(repo: "Repo", targets: list[str]) -> tuple[dict, set]:
-    """Every stage behind the targets -> all that it waits for; and those that may have to run. DVC's Stage objects."""
+    """Every stage behind the targets -> all that it waits for; and those that may have to run. DVC's Stage objects.
+
+    Raises:
+        UserError: the active scale has no stage of a target.
+    """
     import networkx as nx
 
     # Not repo.status(targets): for each target that reads dvc.lock anew and checks all that lies behind it again.
     graph = repo.index.graph
     known = {stage.addressing: [stage] for stage in graph}
-    roots = [stage for target in targets or known for stage in known.get(target) or repo.stage.collect(target)]
+    found = {target: known.get(target) or repo.stage.collect(target) for target in targets or known}
+    if without := [target for target in found if not found[target]]:
+        raise UserError(f"{', '.join(without)}: the active scale has no stage of that; another may, by SCALE=")
+    roots = [stage for stages in found.values() for stage in stages]
     needs = {s: nx.descendants(graph, s) for s in graph}
     wanted = set(roots).union(*(needs[stage] for stage in roots))
     with repo.lock, dvc_patches.params_read_once():
@@ -212,8 +219,7 @@ def workers(scale: schema.Scale, jobs: int | None, per_gpu: int = 1) -> tuple[in
     """How many stages run at once, and the GPUs that they share out, `tensor_parallel` each and every one `per_gpu`
     times: none where a stage takes all of them (LAUNCH)."""
     if scale.compute.device == "gpu" and not os.environ.get(LAUNCH):
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(len(preflight.gpus())))))
-        names, each = [name for name in visible.split(",") if name], scale.machine.tensor_parallel
+        names, each = [card.visible for card in preflight.cards()], scale.machine.tensor_parallel
         gpus = [",".join(names[i : i + each]) for i in range(0, len(names) - each + 1, each)]
         gpus *= per_gpu
         return min(jobs or len(gpus), len(gpus)), gpus
