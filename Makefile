@@ -197,7 +197,7 @@ status: setup  ## inspect: what is out of date
 plan: setup  ## inspect: what FIG=3 (a number, a name, or all) would run at SCALE: time, dollars, disk; runs nothing
 	@$(PY) -m roads.runner.plan $(if $(FIG),--figure="$$FIG") $(if $(SCALE),--scale="$$SCALE") $(if $(DATA),--data="$$DATA")
 
-graph: setup  ## develop: what follows from figures.yaml anew: entries of dvc.yaml, and its picture docs/graph.svg
+graph: setup  ## develop: what follows from figures.yaml anew: entries of dvc.yaml, and its picture, docs/graph.md
 	@$(PY) -m roads.runner.picture
 
 dag: setup  ## inspect: the graph of stages, as Mermaid text

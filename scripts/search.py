@@ -200,17 +200,18 @@ def cells_of(kind: str, cells: list[tuple[str, schema.Scale, dict]]) -> list[dic
     return [row | {"task": name} for (name, *_), row in zip(cells, rows, strict=True)]
 
 
-def longer(rows: list[dict]) -> tuple[float, ...]:
-    """The learning rates at which a reward model is trained for twice the epochs: where most epochs are best, the best
-    one and half of it."""
+def beyond(rows: list[dict]) -> list[dict]:
+    """Settings past an edge of a reward model's grid where the best one lies there: half of the lowest learning rate;
+    twice the most epochs, at the best learning rate and at half of it."""
     losses: dict[tuple, list[float]] = {}
     for row in rows:
         losses.setdefault((row["lr"], row["epochs"]), []).append(row["log_loss"])
-    lr, epochs = min(losses, key=lambda setting: np.mean(losses[setting]))
-    return (lr / 2, lr) if epochs == max(row["epochs"] for row in rows) else ()
+    (lr, epochs), lrs, many = min(losses, key=lambda it: np.mean(losses[it])), *map(set, zip(*losses))
+    lower = settings({"lr": (lr / 2,), "epochs": sorted(many)}) if lr == min(lrs) else []
+    return lower + (settings({"lr": (lr / 2, lr), "epochs": (2 * epochs,)}) if epochs == max(many) else [])
 
 
-def search_each(group: str, names: list[tuple[str, str]], grid: dict) -> dict[str, list[dict]]:
+def search_each(group: str, names: list[tuple[str, str]], grid: dict, grows: bool) -> dict[str, list[dict]]:
     """Offline DPO and the reward model, each by itself, for every one of these arms, at 6,000 pairs."""
     found: dict[str, list[dict]] = {f"{group}_dpo": [], f"{group}_reward": []}
     for each in names:
@@ -219,9 +220,9 @@ def search_each(group: str, names: list[tuple[str, str]], grid: dict) -> dict[st
             list(tqdm(pool.map(prepare, *zip(*[(cfg, ("human",)) for _, cfg in blocks])), total=len(blocks),
                       desc=".".join(each)))
         found[f"{group}_dpo"] += cells_of("dpo", [(*at, values) for at in blocks for values in settings(LIKED_DPO)])
-        rows = cells_of("reward", [(*block, values) for block in blocks for values in settings(grid)])
-        more = [{"lr": lr, "epochs": 2 * max(grid["epochs"])} for lr in longer(rows)]
-        found[f"{group}_reward"] += rows + cells_of("reward", [(*block, values) for block in blocks for values in more])
+        rows = cells_of("reward", [(*at, values) for at in blocks for values in settings(grid)])
+        more = [(*at, values) for at in blocks for values in (beyond(rows) if grows else [])]
+        found[f"{group}_reward"] += rows + (cells_of("reward", more) if more else [])
     return found
 
 
@@ -288,7 +289,8 @@ def main() -> None:
                               {"epochs": epochs}) for kind, keys in (("dpo", ("lr", "beta")), ("reward", ("lr",)))
                              for n, many in PAIRS.items() for epochs in many for cfg in worlds], "epochs")
     for group, arms, grid in (("liked", LIKED, LIKED_REWARD), ("dials", DIALS, DIALS_REWARD)):
-        results |= search_each(group, [(figure, arm) for figure, names in arms.items() for arm in names], grid)
+        names = [(figure, arm) for figure, those in arms.items() for arm in those]
+        results |= search_each(group, names, grid, grows=group == "dials")
     write(results)
 
 

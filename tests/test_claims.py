@@ -628,7 +628,7 @@ def test_a_json_that_no_figure_wrote_is_refused(reports, text, message):
     (reports / "fig3.json").write_text(text, encoding="utf-8")
     with pytest.raises(UserError) as error:
         decide(reports, claim())
-    assert message in str(error.value) and "`make fig3` writes it anew" in str(error.value)
+    assert message in str(error.value) and "`make fig3` writes it again" in str(error.value)
     assert "\n" not in str(error.value)
 
 

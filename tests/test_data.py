@@ -238,7 +238,7 @@ def test_parquet_is_read_as_jsonl_is(tmp_path, checkpoints):
     (lambda spec, rows: rows.pop(), "comparisons.valid: expected 40 rows of comparisons, got 39 (5 batches, of which "
      "{'batch0_cnndm': 2, 'cnndm0': 2, 'cnndm2': 2} left out; first id t3_"),
     (lambda spec, rows: rows[7].update(choice=1 - rows[7]["choice"]),
-     "comparisons.valid: the rows of comparisons are others than those pinned: "),
+     "comparisons.valid: the rows of comparisons are not those pinned: "),
     (lambda spec, rows: rows[7].pop("choice"), "validation.jsonl:8: expected an object info, two summaries and a"),
     (lambda spec, rows: rows[7].update(choice=2), "validation.jsonl:8: expected an object info, two summaries and a"),
     (lambda spec, rows: rows[7]["info"].update(post=None), "validation.jsonl:8: field 'post' is null"),

@@ -158,7 +158,7 @@ def test_memory_that_does_not_suffice_halves_the_rows(tmp_path, monkeypatch, cap
                         lengths=train.tokens(*rows))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert len(log) == 1 and "rows do not fit; continues with" in capsys.readouterr().err
+    assert len(log) == 1 and "rows do not fit; retrying with" in capsys.readouterr().err
 
 
 def test_two_stages_share_a_gpu(tmp_path):

@@ -467,7 +467,7 @@ def test_a_killed_training_goes_on_at_its_checkpoint(checkout, tmp_path):
     process.kill()
     process.wait()
     assert not (where / "killed").exists()
-    assert re.search("base s0: continues at step [246]00 of 640", run(where, *command[2:]))
+    assert re.search("base s0: resuming at step [246]00 of 640", run(where, *command[2:]))
     assert (where / "killed/model.safetensors").read_bytes() == (where / "whole/model.safetensors").read_bytes()
     for name in ("metrics.json", "curves.csv"):
         assert (where / "killed" / name).read_bytes() == (where / "whole" / name).read_bytes()

@@ -416,7 +416,8 @@ def test_pairs_that_come_with_the_data_are_neither_sampled_nor_judged():
 def test_two_words_are_written_and_compared():
     two_word = PYTHIA["source"] | {"kind": "two_word", "max_preference_tokens": 5}
     data = {"base": 0, "sft": 100, "preferences": 30, "valid": 20, "test": 10}
-    assert work("data F O", source=two_word, data=data).judged == 4 * 60 and work("data F O", data=data).judged == 0
+    assert work("data F O", source=two_word, data=data).judged == 4 * 50 + 10  # of test, one is written each
+    assert work("data F O", data=data).judged == 0
     assert work(DPO, source=two_word).flops < work(DPO).flops
 
 

@@ -65,7 +65,7 @@ def test_what_was_drawn_once_is_not_drawn_again(tmp_path, monkeypatch, tiny, pol
             shutil.copytree("policy", "copy")
             first = len(passes)
     assert first > 0 and len(passes) == first and torch.equal(*twice)
-    assert "sample s5: drawn before" in capsys.readouterr().err
+    assert "sample s5: cached" in capsys.readouterr().err
     generate.completions(Path("copy"), query, 6, schema.Sampling(n=3, temperature=0.9), 5, tiny)
     assert len(passes) > first and len(list(kept.FOLDER.iterdir())) == 2
 

@@ -155,7 +155,7 @@ def test_killed_processes_go_on_and_end_with_the_same_bits(tmp_path, launch):
     process.communicate()
     assert not (killed / "out").exists()
     output = finish(start(killed, launch, [job]))
-    assert re.search(r"continues at step (4|8|12|16|20) of 24", output)
+    assert re.search(r"resuming at step (4|8|12|16|20) of 24", output)
     assert losses(killed / "out") == losses(whole / "out") and len(losses(whole / "out")) == 24
     for name in ("model.safetensors", "head.safetensors"):
         assert (killed / "out" / name).read_bytes() == (whole / "out" / name).read_bytes()
@@ -364,7 +364,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(monkeypatch, capsys):
         return limited
 
     assert_alike(gradients(monkeypatch, "sft", wrap=at_most_three), gradients(monkeypatch, "sft"))
-    told = re.findall(r"sft: (\d) rows do not fit; continues with (\d) at once", capsys.readouterr().err)
+    told = re.findall(r"sft: (\d) rows do not fit; retrying with (\d) at once", capsys.readouterr().err)
     assert told == [("8", "4"), ("4", "2")]
 
 

@@ -80,7 +80,7 @@ def load(path: Path = config.PARAMS, params: config.Params | None = None) -> Act
     for key in Active.model_fields:
         if getattr(active, key) != getattr(expected, key):
             raise UserError(f"{place}: {key}: expected {getattr(expected, key)} for scale {active.scale}, got "
-                            f"{getattr(active, key)}; `python -m roads.active set` writes it anew")
+                            f"{getattr(active, key)}; `python -m roads.active set` rewrites it")
     if params.scales[active.scale].synthetic != (active.data_from is None):
         wanted = "null" if active.data_from else "a folder of posts, or data/openai.json"
         raise UserError(f"{place}: data_from: expected {wanted} for scale {active.scale}, got {active.data_from!r}")
@@ -132,7 +132,7 @@ def write(scale: str | None = None, data: str | None = None, path: Path = config
 
 def _check_data(data: Path, kind: str) -> None:
     """Raises UserError where DATA is not what a scale's data are made from; what is in the files is for stage data."""
-    if kind == "openai":
+    if kind in ("openai", "two_word"):
         if not data.is_file():
             raise UserError(f"DATA={data}: not found; expected a file that says what to download, as data/openai.json "
                             "does")

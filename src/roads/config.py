@@ -188,7 +188,7 @@ def _scale(path: Path, name: str, block: dict) -> Scale:
             raise UserError(f"{path}: {name}.{key}: unknown key; an arm has {key}, a scale {why}")
     recipe = block.get("dpo")
     if isinstance(recipe, dict) and recipe.get("online_loss", "dpo") != "dpo":
-        raise UserError(f"{path}: {name}.dpo.online_loss: expected dpo; an arm may have another, a scale has not")
+        raise UserError(f"{path}: {name}.dpo.online_loss: expected dpo; only an arm may have another")
     return strict.check(Scale, block, str(path), name)
 
 

@@ -69,14 +69,14 @@ def completions(policy: Path, query: Tensor, length: int, settings: schema.Sampl
                 cfg: schema.Scale) -> Tensor:
     """Completions [N, n, length] of every query [N, Q] by the policy in a folder, with the sampler of cfg.compute.
 
-    A prompt's are the same whatever is sampled before or after. They are kept (kept.py) for a stage that asks for
-    the same, and batches that are done in runs/.scratch for the last one: a killed run continues where it was.
+    A prompt's are the same whatever is sampled before or after. They are cached (kept.py) for a stage that asks for the
+    same. Finished batches stay in runs/.scratch until then, so that a killed run resumes.
     """
     vllm = cfg.compute.sampler == "vllm"
     batches = torch.arange(len(query)).split(max(1, (generate_vllm.ROWS if vllm else ROWS) // settings.n))
     key = _key(policy, query, length, settings.n, settings.temperature, seed, cfg.compute.model_dump(), len(batches))
     if (known := kept.load(f"completions-{key}")) is not None:
-        print(f"sample s{seed}: drawn before", file=sys.stderr)
+        print(f"sample s{seed}: cached", file=sys.stderr)
         return torch.from_numpy(known)
     files = [SCRATCH / f"sample-{key}-{number}.npy" for number in range(len(batches))]
     sampled = [None if part is None else torch.from_numpy(part) for part in map(kept.read, files)]

@@ -139,7 +139,7 @@ def for_training(net: "PreTrainedModel | RewardModel", cfg: schema.Scale, *, pac
 
 
 class RewardModel(nn.Module):
-    """Trunk + one linear layer, read at the EOS of the response (Eq. 6); head ~ N(0, 1/sqrt(d + 1))."""
+    """Trunk + one linear layer, read at the EOS of the response (Eq. 6); head ~ N(0, 1 / (d + 1))."""
 
     def __init__(self, trunk: PreTrainedModel):
         super().__init__()

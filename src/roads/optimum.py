@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.special import softmax
 
 from roads import candidates, model, schema
 from roads.tldr import PAD
@@ -15,14 +16,12 @@ def exact_policy(logps: np.ndarray, rewards: np.ndarray, beta: float) -> np.ndar
 
     It is the policy that is best for E[r] - beta KL (Rafailov et al. 2023, Eq. 4), among those on valid summaries.
     """
-    logits = logps + rewards / beta
-    weights = np.exp(logits - logits.max(1, keepdims=True))
-    return weights / weights.sum(1, keepdims=True)
+    return softmax(logps + rewards / beta, axis=1)
 
 
-def draw(probabilities: np.ndarray, words: int, temperature: float, rng: np.random.Generator) -> np.ndarray:
-    """One summary [N] of S = words^K each, word by word, every word's distribution sharpened by the temperature, as
-    a policy is sampled.
+def draw(probabilities: np.ndarray, candidates: int, temperature: float, rng: np.random.Generator) -> np.ndarray:
+    """One of the S = candidates^K summaries of each prompt, as its place [N], word by word, every word's distribution
+    sharpened by the temperature, as a policy is sampled.
 
     >>> draw(np.array([[0.3, 0.3, 0.4, 0.0]]), 2, 1e-3, np.random.default_rng(0))  # .6 for the first word, then a tie
     array([1])
@@ -30,11 +29,11 @@ def draw(probabilities: np.ndarray, words: int, temperature: float, rng: np.rand
     every, found = np.arange(len(probabilities)), np.zeros(len(probabilities), int)
     left = probabilities
     while left.shape[1] > 1:
-        left = left.reshape(len(left), words, -1)
+        left = left.reshape(len(left), candidates, -1)
         with np.errstate(divide="ignore"):
             logits = np.log(left.sum(2)) / temperature
         choice = np.argmax(logits + rng.gumbel(size=logits.shape), axis=1)
-        found, left = found * words + choice, left[every, choice]
+        found, left = found * candidates + choice, left[every, choice]
     return found
 
 

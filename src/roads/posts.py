@@ -79,7 +79,7 @@ def download(source: Path) -> tuple[dict, dict, dict]:
                 raise stage.UserError(f"{source}: {part}.{split}: expected {count} rows of {name}, got {len(read)} "
                                       f"({seen})")
             if digest is not None and sha256 != digest:
-                raise stage.UserError(f"{source}: {part}.{split}: the rows of {name} are others than those pinned: "
+                raise stage.UserError(f"{source}: {part}.{split}: the rows of {name} are not those pinned: "
                                       f"expected SHA-256 {digest}, got {sha256} ({len(read)} rows; {seen})")
             if digest is None and (commit or second):
                 hub.pin(f"rows {part}.{split} of {source.name}", sha256)  # whichever of the two they came from

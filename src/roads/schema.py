@@ -78,7 +78,7 @@ class Compute(Strict):
 class Machine(Strict):
     """What fits the machine and moves no number beyond rounding: DVC does not look at it."""
 
-    threads: Count  # per stage, without a GPU
+    threads: Count  # of the CPU, per stage
     micro_batch: Count | None  # rows, or pairs, that a GPU takes at once; null: halved until it fits
     gradient_checkpointing: bool
     tensor_parallel: Count  # GPUs that vLLM spreads a model over
@@ -86,7 +86,7 @@ class Machine(Strict):
 
 
 class Train(Strict):
-    """AdamW, as in Tables 2 to 4: eps 1e-5, weight decay .01, no warm-up."""
+    """AdamW with eps 1e-5 (Tables 2 and 3); weight decay .01 and no warm-up are those of the authors' code."""
 
     lr: Positive
     schedule: Literal["linear", "cosine"]

@@ -46,6 +46,13 @@ class World(Strict):
         return self
 
     @property
+    def tag_shape(self) -> tuple[int, ...]:
+        """How many values a tag has, by what it tells."""
+        if self.tags == "topic":
+            return (self.clusters,)
+        return (self.tag_buckets,) * (len(self.taste) if self.tags == "attributes" else 1)
+
+    @property
     def terms(self) -> Terms:
         given = self.interaction
         return given if isinstance(given, Terms) else Terms(attributes=1.0, coherence=given)

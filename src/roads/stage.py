@@ -82,7 +82,7 @@ def sha256(path: Path) -> str:
 
 
 def fingerprint(config: dict, inputs: list[Path], *more: object) -> str:
-    """Hash of a stage's configuration and of the bytes it reads: the name of its scratch folder."""
+    """Hash of a stage's configuration and of the arrays and weights that it reads: the name of its scratch folder."""
     digest = hashlib.sha256(json.dumps([config, *map(str, more)], sort_keys=True).encode())
     for path in inputs:
         for file in sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]:

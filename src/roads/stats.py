@@ -16,15 +16,15 @@ human comparisons) posts are resampled, and vote in the sign test, and not rows.
     supported       the adjusted p is below alpha; the estimate's sign says which way
     undecided       otherwise
 `correlated`, Pearson's r of some models' means in two figures is above 0: as `greater`, by the bootstrap alone.
-A claim over worlds takes each world, or each cell of a map, as one observation: a t interval of their means and a t
-test in place of the bootstrap, and Pearson's r with Fisher's interval.
+A claim over worlds takes each world, or each arm and number of pairs of figure `learnt`, as one observation: a t
+interval of their means and a t test in place of the bootstrap, and Pearson's r with Fisher's interval.
 So a large p is never evidence of no difference, and one contrast is never both greater than 0 and equivalent to 0 at
 one margin. Intervals are 95%, two-sided, not adjusted; p-values are one-sided but for `different`, adjusted by
 Holm over the claims of a family that were run: the paper's, or ours. A bootstrap p is at least 1 / (RESAMPLES + 1).
 
 The sign test asks whether most of the prompts that move go up, not whether their mean does: where few prompts move far
-and many a little the other way, a claim stays undecided. It is for paired prompts; across worlds the bootstrap alone
-decides.
+and many a little the other way, a claim stays undecided. It needs paired prompts: a contrast between bars of different
+worlds (`paired: false`) has the bootstrap alone.
 
 Three seeds are few. Resampling 3 understates their spread (it sees 2/3 of the variance, and 1 draw in 9 repeats one
 seed), so where seeds differ much an interval is too short and a verdict too sure: with a spread of seeds four times

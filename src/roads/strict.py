@@ -63,7 +63,7 @@ def read(path: Path, expected: str) -> dict:
     except OSError as error:  # the one of a read itself names no file
         raise UserError(f"{path}: {str(error.strerror).lower()}; expected {expected}") from None
     except RecursionError:
-        raise Malformed(f"{path}: not YAML that we read: too many levels") from None
+        raise Malformed(f"{path}: not YAML that we read: nested too deeply") from None
     except (YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)

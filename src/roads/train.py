@@ -124,7 +124,7 @@ class _Gradients:
             clear_device_cache(garbage_collection=True)
             self.micro_batch = -(-most // 2)
             if rank == 0:
-                tqdm.write(f"{self.label}: {most} rows do not fit; continues with {self.micro_batch} at once",
+                tqdm.write(f"{self.label}: {most} rows do not fit; retrying with {self.micro_batch} at once",
                            file=sys.stderr)
         if not sharded():
             for parameter in self.objective.model.parameters():
@@ -175,7 +175,7 @@ def fit(net: nn.Module, loss_fn: Callable[[Tensor], tuple[Tensor, dict[str, Tens
     """Minimise `loss_fn(row indices) -> (mean loss, means to log)` over n rows; returns the log of every step: learning
     rate, loss, gradient norm before clipping, and what `loss_fn` has logged.
 
-    AdamW with eps 1e-5 (Tables 2 to 4) and weight decay .01 (the authors' code). A checkpoint in runs/.scratch/<key>
+    AdamW with eps 1e-5 (Tables 2 and 3) and weight decay .01 (the authors' code). A checkpoint in runs/.scratch/<key>
     makes a killed run continue where it was and end with the same bits.
 
     Args:
@@ -202,7 +202,7 @@ def fit(net: nn.Module, loss_fn: Callable[[Tensor], tuple[Tensor, dict[str, Tens
                            micro_batch or progress["micro_batch"], packed, label)
     gradients.zero()
     if log and rank == 0:
-        print(f"{label}: continues at step {len(log)} of {len(plan)}", file=sys.stderr)
+        print(f"{label}: resuming at step {len(log)} of {len(plan)}", file=sys.stderr)
     bar = tqdm(plan[len(log):], initial=len(log), total=len(plan), desc=label, unit="step", disable=rank > 0)
     watch = tracking.Watch(label, key, recipe.model_dump(), len(plan), lengths, quiet=rank > 0)
     for rows in bar:

@@ -44,12 +44,11 @@ class World:
         self.tables = np.stack(tables)  # [attributes, subreddits, words]
         taste = np.array(cfg.taste)
         of_cluster = np.random.default_rng([cfg.seed, 60]).standard_normal(cfg.clusters)[self.cluster]
-        # Of a word to readers.
+        # What readers think a word is worth: [subreddits, words].
         self.worth = (cfg.terms.attributes * np.tensordot(taste / np.linalg.norm(taste), self.tables, 1)
                       + cfg.terms.counts * of_cluster)
         self.order = np.random.default_rng([cfg.seed, 61]).standard_normal((cfg.clusters, cfg.clusters))
-        self.tag_shape = ((cfg.clusters,) if cfg.tags == "topic" else
-                          (cfg.tag_buckets,) * (len(cfg.taste) if cfg.tags == "attributes" else 1))
+        self.tag_shape = cfg.tag_shape
         self.first_tag = TLDR + 1
         self.first_subreddit = self.first_tag + math.prod(self.tag_shape)
         self.first_word = self.first_subreddit + cfg.subreddits

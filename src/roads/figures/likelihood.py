@@ -1,4 +1,4 @@
-"""Figure 7, and the same where pretraining told what is liked: how likely reward models find held-out preferences.
+"""Figure 7, also by size and where pretraining told what is liked: how likely reward models find held-out preferences.
 
 The mean probability, which the paper draws, grows with the scale of a reward; accuracy and log loss go with it.
 

@@ -34,9 +34,9 @@ FIGURES = {  # caption, measure, where the bars start
              "better. Online(SFT) then only labels samples of the same kind again. Noisy: Fig. 3's annotators label "
              "the same samples instead.", WINRATE, 0),
     "fig10": ("Two-word summaries: next to nothing to plan. Of posts the judge writes and labels them (at scale real "
-              "they have five tokens at most and are labelled as ever); in the synthetic world they are two slots of "
-              "six candidates each instead of eight of two, and the noise of the labels is scaled with the spread of "
-              "quality.", WINRATE, 0),
+              "they have five tokens at most and are labelled as in Fig. 3); in the synthetic world they are two slots "
+              "of six candidates each instead of eight of two, and the noise of the labels is scaled with the spread "
+              "of quality.", WINRATE, 0),
     "fig11": ("Pairs are the best and the worst of 25 samples by ROUGE-L against a summary that the policy cannot see: "
               "the reward is no simpler than the policy. Where all samples tie there is no pair, so that online DPO "
               "takes fewer steps; Online(DPO) 2x takes twice its epochs and comes nearer to as many.", ROUGE, 0),

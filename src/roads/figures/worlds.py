@@ -2,7 +2,7 @@
 
     python -m roads.figures.worlds runs reports/mini --scale mini --figure worlds
 
-Or over bases of one world, trained from other seeds (bases, bases_rouge).
+Or over bases of one world, trained from other seeds (bases, bases_rouge, bases_readers).
 """
 
 import matplotlib.pyplot as plt

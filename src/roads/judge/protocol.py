@@ -145,7 +145,7 @@ def two_words(answer: str) -> str:
 
 
 def write_two_word(posts: list[str], cfg: LLMJudge, spending: Spending, draw: int = 0, **where: object) -> list[str]:
-    """A summary of two words of each post (post_of), or '' where the model did not write one.
+    """A summary of two words of each post (text.posts_of), or '' where the model did not write one.
 
     Another draw is another summary. The temperature is 1, the endpoint's default, as the paper names none: at that of
     the judge, 0, the two summaries of a pair would be the same.

@@ -44,7 +44,7 @@ def read_scores(figure: Figure, bar: Bar, path: Path, measure: Measure | None = 
         if not Path(name).exists():
             raise Lacking(f"{name}: not found; claims need every prompt's score: {make} makes it")
         if stage.sha256(name) != figure.provenance.files.get(name):
-            raise Lacking(f"{name}: not the file that {path} was made from (sha256 differs); {make} makes both anew")
+            raise Lacking(f"{name}: not the file that {path} was made from (sha256 differs); {make} makes both again")
         with np.load(name) as file:
             if key not in file:
                 raise UserError(f"{name}: no array {key!r}{nearest(key, file.files)}")

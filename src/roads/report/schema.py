@@ -164,6 +164,6 @@ def read(path: Path, schema: type[Model], remedy: str) -> Model:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "top level"
         message = first["msg"][0].lower() + first["msg"][1:]
-        raise stage.UserError(f"{path}: {key}: {message}; `{remedy}` writes it anew") from None
+        raise stage.UserError(f"{path}: {key}: {message}; `{remedy}` writes it again") from None
     except ValueError as error:
-        raise stage.UserError(f"{path}: not JSON ({error}); `{remedy}` writes it anew") from None
+        raise stage.UserError(f"{path}: not JSON ({error}); `{remedy}` writes it again") from None

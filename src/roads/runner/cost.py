@@ -65,8 +65,9 @@ def pairs(c: Command, rows: int) -> Work:
 def _data(c: Command) -> Work:
     data = c.block["data"]
     asked = Work()
-    if c.block["source"]["kind"] == "two_word":  # two summaries are written of each post, and compared
-        asked = c.answers((2 + ORDERS) * (data["preferences"] + data["valid"] + data["test"]))
+    if c.block["source"]["kind"] == "two_word":  # two summaries of each post are written and compared; of test, one
+        orders = c.block["judge"].get("label_orders", ORDERS)
+        asked = c.answers((2 + orders) * (data["preferences"] + data["valid"]) + data["test"])
     return asked + Work(size=INT * (c.prompt + c.response) * (sum(data.values()) + data["base"]))
 
 

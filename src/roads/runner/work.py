@@ -1,10 +1,11 @@
 """The words of the cost model (cost.py): what a stage does, as numbers that add up, and what its command line says."""
 
+import math
 import shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from roads import schema
+from roads import schema, sources
 from roads.runner.devices import Device
 
 COLD, SHARED = 0.1, 0.25  # n samples at this temperature share so many prefixes that only this part of them is run
@@ -127,8 +128,8 @@ class Command:
 def vocabulary(block: dict) -> int:
     source = block["source"]
     if source["kind"] == "world":
-        attributes = len(source["taste"]) if source["tags"] == "attributes" else 1
-        return 3 + source["tag_buckets"]**attributes + source["subreddits"] + source["slots"] * source["words"]
+        tags = math.prod(sources.World(**source).tag_shape)
+        return 3 + tags + source["subreddits"] + source["slots"] * source["words"]
     return source.get("vocab_size") or PYTHIA_VOCAB
 
 

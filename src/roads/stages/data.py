@@ -199,7 +199,7 @@ def two_word(query: np.ndarray, split: str, tokenizer: Tokenizer, cfg: schema.Sc
     written = protocol.two_word_rows(posts, cfg.judge, cfg.spending)
     keep = [i for i, row in enumerate(written) if row["chosen"]]
     if not keep:
-        raise stage.UserError(f"data.{split}: of {len(posts)} posts the judge told no pair of two-word summaries apart")
+        raise stage.UserError(f"data.{split}: of {len(posts)} posts the judge tied every pair of two-word summaries")
     names = {"response": "reference", "chosen": "chosen", "rejected": "rejected"}
     return {"query": query[keep]} | {name: responses([written[i][key] for i in keep]) for name, key in names.items()}
 

@@ -5,7 +5,7 @@
     python -m roads.stages.rank COMPLETIONS OUT --scale mini --by reward --model RM   # online DPO
 
 Writes pairs.npz: query [N, Q], chosen [N, R], rejected [N, R]; for a loss that asks for them also rewards [N, 2]. A
-prompt whose completions all tie is dropped.
+prompt whose completions all tie is dropped or, with `ties: keep`, a pair of equal sides.
 """
 
 from pathlib import Path
