@@ -34,6 +34,12 @@ def imports(module: str) -> set[str]:
 IMPORTS = {module: imports(module) for module in MODULES}
 
 
+def test_the_map_has_every_module():
+    drawn = (ROOT / "docs/code.md").read_text(encoding="utf-8")
+    modules = {path.relative_to(ROOT).as_posix() for path in MODULES.values() if not path.name.startswith("__")}
+    assert len(modules) > 80 and {path for path in modules if f"(../{path})" not in drawn} == set()
+
+
 def test_no_module_imports_upward():
     assert IMPORTS["roads.stages.dpo"] >= {"roads.train", "roads.model", "roads.config"}  # they are found at all
     upward = [(module, other) for module, others in IMPORTS.items() for other in others if layer(other) > layer(module)]

@@ -14,7 +14,7 @@ from pyarrow import Table, parquet
 from ruamel.yaml import YAML
 
 from roads import active, config, generate, generate_tree, lockfile, model, schema
-from roads.runner import cost, plan, repro
+from roads.runner import cost, devices, plan, repro
 from roads.runner import work as work_of
 from roads.stage import UserError
 from roads.stages import value
@@ -264,7 +264,7 @@ def test_the_stages_of_mini_take_what_the_model_says(monkeypatch):
         for stage in repo.index.stages:
             seconds = measured.get(stage.addressing) or measured.get(re.sub(r"-s\d+$", "", stage.addressing))
             if seconds and (work := cost.work(stage.cmd, blocks)):
-                modelled[stage.addressing] = work.seconds(cost.DEVICES["cpu"])
+                modelled[stage.addressing] = work.seconds(devices.DEVICES["cpu"])
                 known += seconds
     assert len(modelled) >= 30
     assert sum(modelled.values()) == pytest.approx(known, rel=0.3)
@@ -291,7 +291,7 @@ WINRATE = "evaluate C D O --task human"
 
 
 def hours(command: str, device: str = "H100", **changes) -> float:
-    return work(command, **changes).seconds(cost.DEVICES[device]) / 3600
+    return work(command, **changes).seconds(devices.DEVICES[device]) / 3600
 
 
 def work(command: str, **changes) -> cost.Work:
@@ -428,7 +428,7 @@ def test_attention_counts_where_a_small_model_reads_much():
     source = PYTHIA["source"] | {"kind": "jsonl", "vocab_size": 4}
     flops = work(f"{DPO} --local", model=new, source=source).flops
     assert flops == 3 * 92858 * (618 * (24 * 64 + 4 * 8 * 618) + 106 * 2 * 8 * 4)
-    assert cost.parameters({"model": new, "source": source | {"vocab_size": None}}) > 8e5
+    assert work_of.parameters({"model": new, "source": source | {"vocab_size": None}}) > 8e5
 
 
 def test_what_the_model_does_not_know_is_none():

@@ -7,7 +7,8 @@ from conftest import ROOT
 from roads import config
 from roads.sources import Terms
 from roads.stages.rank import best_and_worst
-from roads.world import EOS, PAD, World
+from roads.tldr import PAD
+from roads.world import EOS, World
 
 
 @pytest.fixture

@@ -173,15 +173,16 @@ def difference(treated: np.ndarray, control: np.ndarray, post: np.ndarray | None
     return found | {"standardised": {key: found[key] * scale for key in ("mean", "low", "high")}}
 
 
-def sign_test(paired: np.ndarray, alternative: str = "greater", post: np.ndarray | None = None) -> float:
-    """Exact sign test of paired differences [seeds, prompts]: one vote per post, its mean over seeds; ties drop out.
+def sign_test(paired: np.ndarray, post: np.ndarray | None = None) -> float:
+    """Exact one-sided sign test of paired differences [seeds, prompts]: one vote per post, its mean over seeds; no tie
+    counts.
 
     For 0/1 scores of one seed it is McNemar's exact test: prompts that only one of two policies wins are the
     discordant ones.
     """
     votes = by_post(paired, post)[0].mean(axis=0)
     up, down = int((votes > TIE).sum()), int((votes < -TIE).sum())
-    return float(binomtest(up, up + down, alternative=alternative).pvalue) if up + down else 1.0
+    return float(binomtest(up, up + down, alternative="greater").pvalue) if up + down else 1.0
 
 
 def p_above(resampled: np.ndarray, bound: float = 0.0) -> float:

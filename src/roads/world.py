@@ -26,7 +26,7 @@ import numpy as np
 
 from roads.schema import World as WorldConfig
 
-EOS, PAD, TLDR = 0, 1, 2
+EOS, TLDR = 0, 2  # 1 is padding, as for every tokenizer (tldr.py)
 TOPICAL = 2.0  # nats by which a word of a document's topic is likelier
 _SLOTS = "ba da fa ga ka la ma na pa ra sa ta va za".split()
 _WORDS = "bo do fo go ko lo mo no po ro so to vo zo".split()

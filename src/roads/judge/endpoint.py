@@ -174,14 +174,14 @@ def _local(host: str) -> bool:
         return "." not in name  # localhost, or a container's name
 
 
-def reachable(judge: LLMJudge, timeout: float = 20.0) -> None:
+def reachable(judge: LLMJudge) -> None:
     """Raises UserError where the endpoint, the key or the judge's model is missing; asks nothing and costs nothing."""
 
     import httpx
 
     async def models() -> list[str]:
         async with connect() as client:
-            patient = client.with_options(timeout=httpx.Timeout(timeout, connect=CONNECT))
+            patient = client.with_options(timeout=httpx.Timeout(20.0, connect=CONNECT))
             reply = await patient.models.with_raw_response.list()
         try:  # local servers leave out some of what the SDK would insist on
             return [model["id"] for model in as_object(reply.http_response.content)["data"]]

@@ -12,8 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from roads import schema
-from roads.runner.devices import DEVICES  # noqa: F401
-from roads.runner.work import ORDERS, READ, WRITTEN, Command, Work, parameters, vocabulary  # noqa: F401
+from roads.runner.work import ORDERS, Command, Work, vocabulary
 
 ROWS, MEMORY, BATCH = 1600, 2**29, 2**13  # generate.py's, and the tokens that are scored at once
 HELD_OUT = 5000  # as stages.value, which is not imported here: torch takes seconds

@@ -1,6 +1,7 @@
 """How fast devices are: assumed, fitted on this machine (benchmarks/scale.py), or measured (`make check-gpu`)."""
 
 import json
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,11 @@ ASSUMED = {
     "H100": Device(flops=989e12 * 0.4, decode=33_000, step=0, layer=0, startup=START),
     "H200": Device(flops=989e12 * 0.4, decode=46_000, step=0, layer=0, startup=START, memory=141e9),
 }
+
+
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def known() -> dict[str, Device]:

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from roads import active, config
 from roads.runner import cost, dvc_patches, preflight
-from roads.runner.devices import DEVICES
+from roads.runner.devices import DEVICES, cores
 from roads.runner.preflight import amount
 from roads.runner.repro import TIMES, graph_of
+from roads.runner.work import READ, WRITTEN
 from roads.stage import UserError, expect_file, main
 
 if TYPE_CHECKING:
@@ -292,7 +293,7 @@ def totals(stages: list[PlannedStage], device: str, width: int, cores: int, pric
         lines.append(f"GPU      ${hours * price:,.2f} at ${price:g} an hour" if price else
                      "GPU      say --dollars-per-hour for its price; they differ too much to assume one")
     asked, dollars = sum(stage.judged for stage in run), sum(stage.dollars for stage in run)
-    what = (f"{asked:,} answers, both orders, {cost.READ} tokens read and {cost.WRITTEN} written each" if asked else
+    what = (f"{asked:,} answers, both orders, {READ} tokens read and {WRITTEN} written each" if asked else
             "nothing that runs asks an outside judge")
     lines.append(f"judge    ${dollars:,.2f}: {what}")
     lines.append(f"disk     {amount(sum(stage.size or 0 for stage in run))}, and as much again in .dvc/cache unless "
@@ -312,8 +313,7 @@ def _command() -> None:
     parser.add_argument("--dollars-per-hour", type=float, help="what one GPU costs you")
     a = parser.parse_args()
     stages, device, width = plan(a.figure, a.scale, a.data, a.device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    print(table(stages), totals(stages, device, width, cores, a.dollars_per_hour), sep="\n\n")
+    print(table(stages), totals(stages, device, width, cores(), a.dollars_per_hour), sep="\n\n")
 
 
 if __name__ == "__main__":

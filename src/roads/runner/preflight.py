@@ -16,6 +16,8 @@ from ruamel.yaml import YAML
 
 from roads import config, hub, schema, tracking
 from roads.runner import cost
+from roads.runner.devices import DEVICES, cores
+from roads.runner.work import parameters
 from roads.stage import LAUNCH, UserError
 
 DRIVER = 580  # the first that CUDA 13 runs on
@@ -94,7 +96,7 @@ def check(commands: dict[str, str | list[str]], params: config.Params, scale: st
     tracking.wanted()
     works = [(scale_of(command), cost.work(command, raw)) for command in commands.values()]
     blocks = {name: params.blocks[name] for name, _ in works if name in params.blocks}
-    _check_gpu(blocks, *launched(), sum(work.seconds(cost.DEVICES["cpu"]) for _, work in works if work))
+    _check_gpu(blocks, *launched(), sum(work.seconds(DEVICES["cpu"]) for _, work in works if work))
     _check_disk(sum(work.size for _, work in works if work))
     for name, block in blocks.items():
         if block.judge and block.judge.kind in JUDGES:
@@ -106,7 +108,7 @@ def check(commands: dict[str, str | list[str]], params: config.Params, scale: st
 
 def trained_bytes(block: dict) -> float:
     """Memory of a GPU that training a block's model takes."""
-    return cost.parameters(block) * TRAINED_BYTES * ACTIVATIONS
+    return parameters(block) * TRAINED_BYTES * ACTIVATIONS
 
 
 def share(memory: float, needed: float) -> int:
@@ -171,9 +173,8 @@ def _check_gpu(blocks: dict[str, schema.Scale], processes: int, shards: int, cor
     if not found:
         slowly = ""
         if wanting[name].compute.sampler == "tree":
-            cores = os.cpu_count() or 1
             slowly = (f"; with compute: {{device: cpu, precision: fp32, …}} these stages would take about "
-                      f"{core_seconds / cores / 3600:,.0f} hours on {cores} cores")
+                      f"{core_seconds / cores() / 3600:,.0f} hours on {cores()} cores")
         raise UserError(f"scale {name} needs an NVIDIA GPU and nvidia-smi shows none; run the image with `--gpus all`, "
                         f"or take SCALE=mini, which needs none{slowly}")
     driver = min(card.driver for card in found)
@@ -190,7 +191,7 @@ def _check_gpu(blocks: dict[str, schema.Scale], processes: int, shards: int, cor
             raise UserError(f"{name}: machine.tensor_parallel: {block.machine.tensor_parallel}, and there are "
                             f"{len(found)} GPUs; lower it")
         memory = min(card.memory for card in found)
-        weights = cost.parameters(block.model_dump())
+        weights = parameters(block.model_dump())
         needed = trained_bytes(block.model_dump()) / shards
         if needed > memory:
             raise UserError(f"{name}: training {weights / 1e9:.1f}e9 parameters takes {needed / 2**30:.0f} GiB of "

@@ -2,6 +2,7 @@
 
 from roads.config import Params
 from roads.runner import cost
+from roads.runner.devices import DEVICES
 
 
 def weights(commands: dict[str, str | list[str]], params: Params, device: str) -> dict[str, float]:
@@ -10,7 +11,7 @@ def weights(commands: dict[str, str | list[str]], params: Params, device: str) -
     blocks, drawn, found = {name: block.model_dump() for name, block in params.blocks.items()}, set(), {}
     for name, command in commands.items():
         done = cost.work(command, blocks, drawn)
-        found[name] = done.seconds(cost.DEVICES["H100" if device == "gpu" else "cpu"]) if done else None
+        found[name] = done.seconds(DEVICES["H100" if device == "gpu" else "cpu"]) if done else None
     known = [seconds for seconds in found.values() if seconds]
     usual = sum(known) / len(known) if known else 1.0
     return {name: seconds or usual for name, seconds in found.items()}

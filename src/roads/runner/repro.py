@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from roads import active, config, schema
 from roads.active import Active
 from roads.runner import dvc_patches, preflight, prefork, single
+from roads.runner.devices import cores
 from roads.runner.progress import Progress, clock, weights
 from roads.stage import LAUNCH, STAGES_PER_GPU, UserError, main
 
@@ -223,8 +224,7 @@ def workers(scale: schema.Scale, jobs: int | None, per_gpu: int = 1) -> tuple[in
         gpus = [",".join(names[i : i + each]) for i in range(0, len(names) - each + 1, each)]
         gpus *= per_gpu
         return min(jobs or len(gpus), len(gpus)), gpus
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return jobs or (1 if scale.compute.device == "gpu" else cores), []
+    return jobs or (1 if scale.compute.device == "gpu" else cores()), []
 
 
 def command() -> int:
