@@ -39,6 +39,15 @@ def load(path: Path, *names: str, empty: bool = False) -> dict[str, np.ndarray]:
     return found
 
 
+def stacked(paths: list[Path], name: str) -> np.ndarray:
+    """An array of several files, one for each seed: [seeds, rows, ...].
+
+    Raises:
+        UserError: as `load`.
+    """
+    return np.stack([load(path, name)[name] for path in paths])
+
+
 def tokens(path: Path, *names: str, model: Path | None = None, empty: bool = False) -> dict[str, np.ndarray]:
     """`load` of arrays of token ids [N, length], or [N, n, length]; `model`: a folder whose model is to read them.
 

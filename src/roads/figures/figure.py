@@ -60,7 +60,7 @@ def read(name: str, runs: Path, bars: list[Bar], seeds: list[int],
     """Scores [seeds, prompts] of every bar, and the files they come from.
 
     Raises:
-        UserError: a cell of the figure is missing, or two have one name.
+        UserError: a bar's scores are missing, or two bars have one name.
     """
     files = {bar.name: [runs / placed(bar.place, seed, more) / "scores.npz" for seed in seeds] for bar in bars}
     if twice := [bar.name for k, bar in enumerate(bars) if any(other.name == bar.name for other in bars[:k])]:
@@ -68,7 +68,7 @@ def read(name: str, runs: Path, bars: list[Bar], seeds: list[int],
     for path in sorted({path for paths in files.values() for path in paths}):
         if not path.exists():
             raise stage.UserError(f"{path}: not found; `make {name}` makes it")
-    return {bar.name: np.stack([np.load(path)[bar.key] / bar.unit for path in files[bar.name]]) for bar in bars}, files
+    return {bar.name: arrays.stacked(files[bar.name], bar.key) / bar.unit for bar in bars}, files
 
 
 def posts_of(paths: list[Path], key: str) -> np.ndarray | None:
@@ -245,8 +245,7 @@ def lines(content: dict, x_label: str, log: bool = False, gaps_at: dict | None =
     return figure
 
 
-def _line(axes: Axes, x: list[float], points: list[dict], name: str, colour: str, marker: str,
-          style: str) -> None:
+def _line(axes: Axes, x: list[float], points: list[dict], name: str, colour: str, marker: str, style: str) -> None:
     mean = np.array([point["mean"] for point in points])
     error = [mean - [point["low"] for point in points], [point["high"] for point in points] - mean]
     axes.errorbar(x, mean, error, color=colour, marker=marker, ms=5, capsize=3, lw=1.6, ls=style, label=name, zorder=3)
@@ -291,7 +290,7 @@ def save(out: Path, name: str, runs: Path, bars: list[Bar], gaps: dict[str, dict
     posts_of_others = dict.fromkeys(others, posts)
     for other, key in (also_keys or {}).items():
         keys = {bar.name: arrays.beside(bar.key, key) for bar in bars}
-        others[other] = {bar: np.stack([np.load(path)[keys[bar]] for path in paths]) for bar, paths in files.items()}
+        others[other] = {bar: arrays.stacked(paths, keys[bar]) for bar, paths in files.items()}
         posts_of_others[other] = {bar: posts_of(paths, keys[bar]) for bar, paths in files.items()}
 
     paper = stage.read_json(PAPER).get(name) if PAPER.exists() else None

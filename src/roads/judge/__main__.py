@@ -8,9 +8,7 @@
 import argparse
 from pathlib import Path
 
-import numpy as np
-
-from roads import config
+from roads import arrays, config
 from roads.judge import ledger
 from roads.judge.protocol import both_orders
 from roads.schema import OUTSIDE
@@ -37,7 +35,8 @@ def _command() -> None:
     cfg = config.load_scale(a.scale)
     if cfg.judge is None or cfg.judge.kind not in OUTSIDE:
         raise UserError(f"{a.scale}: judge.kind: expected openai or batch; its judge is not asked over a network")
-    rows, references = np.load(a.completions / "completions.npz"), np.load(a.data / "test_human.npz")["response"]
+    rows = arrays.tokens(a.completions / "completions.npz", "query", "completions")
+    references = arrays.tokens(a.data / "test_human.npz", "response")["response"]
     messages = both_orders(cfg.judge, load_tokenizer(a.data / "tokenizer.json"), rows["query"],
                            rows["completions"][:, 0], references)
     count, dollars = ledger.estimate(messages, cfg.judge, cfg.spending)
