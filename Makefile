@@ -44,6 +44,9 @@ SET_SCALE = $(CHECK) $(if $(SCALE)$(DATA),$(PY) -m roads.active set \
 # What is wrong with these two is said before active.yaml is written.
 CHECK = $(if $(LAUNCH),[ -f "$$ROADS_LAUNCH" ] || $(call refuse,LAUNCH,one of: $(LAUNCHES));) \
 	$(if $(JOBS),case "$$JOBS" in (*[!0-9]*|0*) $(call refuse,JOBS,a number from 1 on);; esac;)
+# No folder is emptied but one that make made, or .venv.
+OURS = [ "$(VENV)" = .venv ] || [ -e $(VENV)/.roads ] || [ -e $(VENV)/.installed ] || [ -z "$$(ls -A $(VENV) 2>/dev/null)" ] \
+	|| $(call refuse,VENV,a folder that is new or empty or that make setup filled);
 LAUNCHES := $(patsubst configs/accelerate/%.yaml,%,$(sort $(wildcard configs/accelerate/*.yaml)))
 refuse = { printf 'error: $(1)=%s: expected $(2)\n' "$$$(1)" >&2; exit 2; }
 # The rehearsal brings its own hub and judge.
@@ -86,16 +89,18 @@ setup: $(VENV)/.installed  ## run: the environment in .venv, from requirements/c
 
 # torch: PyTorch's own CPU build (190 MB) where pip finds one: set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL to a place
 # that has it. Otherwise the package index's build; on Linux that is CUDA's (0.5 GB), and its libraries (GBs).
+# `.installed` is the list that it was made from: another checkout may share it.
 $(VENV)/.installed: requirements/cpu.txt
-	@PATH="$$OUTER_PATH"; python=$$($(FIND_PYTHON)); [ -n "$$python" ] || { \
+	@cmp -s $< $@ && exec touch $@; $(OURS) python=$$(PATH="$$OUTER_PATH"; $(FIND_PYTHON)); [ -n "$$python" ] || { \
 	  echo "error: no Python 3.11 or 3.12 with venv found; install one, or say make PYTHON=/path/to/python" >&2; exit 1; }; \
-	echo "Setting up $(VENV) with $$python: pinned packages, about a minute." && "$$python" -m venv --clear $(VENV)
-	@$(PIP) -r requirements/build.txt
-	@$(PIP) -r requirements/torch-cpu.txt 2>/dev/null || echo "pip finds no CPU build of torch: taking the package index's."
-	@$(PIP) --no-build-isolation -r requirements/cpu.txt
+	echo "Setting up $(VENV) with $$python: pinned packages, about a minute." && \
+	PATH="$$OUTER_PATH" "$$python" -m venv --clear $(VENV) && touch $(VENV)/.roads
+	@cmp -s $< $@ || $(PIP) -r requirements/build.txt
+	@cmp -s $< $@ || $(PIP) -r requirements/torch-cpu.txt 2>/dev/null || echo "pip finds no CPU build of torch: taking the package index's."
+	@cmp -s $< $@ || $(PIP) --no-build-isolation -r requirements/cpu.txt
 	@$(PY) -c 'import torch' 2>/dev/null || { echo "Adding the libraries that it wants (GBs)."; $(PIP) -r requirements/torch-cuda-libs.txt; }
-	@$(PY) scripts/relocatable.py
-	@$(WARM) && touch $@
+	@cmp -s $< $@ || $(PY) scripts/relocatable.py
+	@$(WARM) && cp $< $@
 
 # What tests, lints and locks beside: as much again as the experiment's own packages, torch aside.
 $(VENV)/.dev: requirements/dev.txt $(VENV)/.installed
@@ -236,7 +241,7 @@ lock: setup $(VENV)/.dev  ## develop: requirements/*.txt anew from pyproject.tom
 	set -f; $(PY) scripts/lock.py $$ARGS
 
 clean:  ## run: delete .venv, .venv-trl and .venv-vllm (results stay; DVC keeps what it has made in .dvc/cache)
-	rm -rf $(VENV) $(TRL) $(VLLM)
+	@$(OURS) set -x; rm -rf $(VENV) $(TRL) $(VLLM)
 
 # A virtual environment whose Python has gone is made anew.
 ifneq ($(wildcard $(VENV)/.installed),)

@@ -200,15 +200,24 @@ def cells_of(kind: str, cells: list[tuple[str, schema.Scale, dict]]) -> list[dic
     return [row | {"task": name} for (name, *_), row in zip(cells, rows, strict=True)]
 
 
-def beyond(rows: list[dict]) -> list[dict]:
-    """Settings past an edge of a reward model's grid where the best one lies there: half of the lowest learning rate;
-    twice the most epochs, at the best learning rate and at half of it."""
+def best(rows: list[dict]) -> tuple[float, int]:
+    """Learning rate and epochs of the lowest mean log loss."""
     losses: dict[tuple, list[float]] = {}
     for row in rows:
         losses.setdefault((row["lr"], row["epochs"]), []).append(row["log_loss"])
-    (lr, epochs), lrs, many = min(losses, key=lambda it: np.mean(losses[it])), *map(set, zip(*losses))
-    lower = settings({"lr": (lr / 2,), "epochs": sorted(many)}) if lr == min(lrs) else []
-    return lower + (settings({"lr": (lr / 2, lr), "epochs": (2 * epochs,)}) if epochs == max(many) else [])
+    return min(losses, key=lambda setting: np.mean(losses[setting]))
+
+
+def lower(rows: list[dict]) -> list[dict]:
+    """Half of a grid's lowest learning rate, where the best is there."""
+    lr, lrs, epochs = best(rows)[0], *({row[key] for row in rows} for key in ("lr", "epochs"))
+    return settings({"lr": (lr / 2,), "epochs": sorted(epochs)}) if lr == min(lrs) else []
+
+
+def longer(rows: list[dict]) -> list[dict]:
+    """Twice a grid's most epochs, where the best is there: at its learning rate and at half of it."""
+    lr, epochs = best(rows)
+    return settings({"lr": (lr / 2, lr), "epochs": (2 * epochs,)}) if epochs == max(r["epochs"] for r in rows) else []
 
 
 def search_each(group: str, names: list[tuple[str, str]], grid: dict, grows: bool) -> dict[str, list[dict]]:
@@ -221,8 +230,10 @@ def search_each(group: str, names: list[tuple[str, str]], grid: dict, grows: boo
                       desc=".".join(each)))
         found[f"{group}_dpo"] += cells_of("dpo", [(*at, values) for at in blocks for values in settings(LIKED_DPO)])
         rows = cells_of("reward", [(*at, values) for at in blocks for values in settings(grid)])
-        more = [(*at, values) for at in blocks for values in (beyond(rows) if grows else [])]
-        found[f"{group}_reward"] += rows + (cells_of("reward", more) if more else [])
+        for past in (lower, longer) if grows else ():
+            if more := [(*at, values) for at in blocks for values in past(rows)]:
+                rows += cells_of("reward", more)
+        found[f"{group}_reward"] += rows
     return found
 
 

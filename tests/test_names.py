@@ -1,6 +1,7 @@
 """What make is given, and the name of a folder of posts, may hold anything: no shell and no make reads them."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -104,6 +105,28 @@ def test_an_environment_has_a_plain_name(untouched, value):
 @pytest.mark.parametrize("value", [".venv", "/opt/venv", "../first/.venv-3.11", "/opt/python@3.11_x+y"])
 def test_a_plain_name_will_do(untouched, value):
     assert own(untouched, "help", f"VENV={value}").returncode == 0
+
+
+@pytest.mark.parametrize("target", ["setup", "clean"])
+def test_a_folder_of_somebody_elses_is_no_environment(untouched, target):
+    folder = untouched / "thesis"
+    folder.mkdir(exist_ok=True)
+    (folder / "chapter.tex").write_text("mine")
+    done = own(untouched, target, "VENV=thesis")
+    assert done.returncode == 2 and (folder / "chapter.tex").read_text() == "mine"
+    assert error(done.stderr) == "error: VENV=thesis: expected a folder that is new or empty or that make setup filled"
+
+
+def test_an_environment_of_the_same_packages_is_shared(untouched):
+    shared = untouched / "shared"
+    (shared / "bin").mkdir(parents=True)
+    (shared / "bin/python").write_text(f'#!/bin/sh\necho "$@" >> "{shared}/asked"\necho ok\n')
+    (shared / "bin/python").chmod(0o755)
+    shutil.copy(untouched / "requirements/cpu.txt", shared / ".installed")
+    os.utime(shared / ".installed", (0, 0))  # older than the list of a fresh checkout
+    done = own(untouched, "setup", "VENV=shared")
+    assert done.returncode == 0 and "Setting up" not in done.stdout
+    assert (shared / ".installed").stat().st_mtime > 0 and "pip install" not in (shared / "asked").read_text()
 
 
 # Folders of posts

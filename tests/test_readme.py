@@ -190,6 +190,17 @@ def test_epochs_at_other_numbers_of_pairs_are_what_the_rules_give():
     assert len(arms) == 9 and set(arms["two"].sizes) == set(expected)
 
 
+def chosen(task: str) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Learning rate and epochs of offline DPO and of the reward model, by rules 6 and 7, from docs/search.csv."""
+    winrates, losses = (searched(kind, measure, "lr", "epochs", task=task)
+                        for kind, measure in (("dpo", "score"), ("reward", "log_loss")))
+    assert len(winrates) == 6 and len(losses) >= 12
+    best = max(winrates.values())
+    enough = best - (best * (1 - best) / 5000) ** 0.5
+    dpo = min((found for found, winrate in winrates.items() if winrate >= enough), key=lambda found: found[::-1])
+    return dpo, min(losses, key=losses.get)
+
+
 def test_each_kind_of_reward_has_what_the_rules_give():
     """docs/search.md, rule 6."""
     params = config.load(ROOT / "params.yaml")
@@ -198,17 +209,29 @@ def test_each_kind_of_reward_has_what_the_rules_give():
             for name, arm in params.arms_of("mini", figure).items()}
     assert set(arms) == {"coherence", "counts", "order", "blind", "topical", "alone"}
     for name, (arm, before) in arms.items():
-        tried = {kind: searched(kind, measure, "lr", "epochs", task=name)
-                 for kind, measure in (("dpo", "score"), ("reward", "log_loss"))}
-        assert len(tried["dpo"]) == 6 and len(tried["reward"]) == 15
-        best = max(tried["dpo"].values())
-        enough = best - (best * (1 - best) / 5000) ** 0.5
-        lr, epochs = min((found for found, winrate in tried["dpo"].items() if winrate >= enough),
-                         key=lambda found: (found[1], found[0]))
-        rm_lr, rm_epochs = min(tried["reward"], key=tried["reward"].get)
+        assert len(searched("reward", "log_loss", "lr", "epochs", task=name)) == 15
+        (lr, epochs), (rm_lr, rm_epochs) = chosen(name)
         assert (arm.dpo.lr, arm.reward.lr) == (lr, rm_lr), name
         assert {n: (e.dpo, e.reward) for n, e in arm.sizes.items()} == {6000: (epochs, rm_epochs)}, name
         assert arm.source == before.source and arm.dpo.beta == before.dpo.beta
+
+
+def test_each_point_of_a_dial_has_what_the_rules_give():
+    """docs/search.md, rule 7."""
+    params, searches, seen = config.load(ROOT / "params.yaml"), {"verifier.tag0": "blind"}, set()
+    for figure in ("fig10", "horizon", "branching", "complexity", "verifier", "sizes", "fig9"):
+        for name, arm in params.arms_of("mini", figure).items():
+            point = f"{figure.replace('fig9', 'sizes')}.{name.removesuffix('-prompts')}"
+            dpo, (lr, epochs) = chosen(searches.get(point, point))
+            tried = set(searched("reward", "log_loss", "lr", "epochs", task=searches.get(point, point)))
+            assert (arm.reward.lr, arm.reward.epochs) == (lr, epochs), point
+            assert figure == "fig9" or (arm.dpo.lr, arm.dpo.epochs) == dpo, point
+            assert arm.dpo.beta == params.scales["mini"].dpo.beta and not arm.sizes
+            if point not in searches:  # an edge of the grid was followed
+                assert lr > min(lr for lr, _ in tried) or lr == 2.5e-4
+                assert epochs < max(epochs for _, epochs in tried) or epochs == 8
+            seen.add(point)
+    assert len(seen) == 11
 
 
 def test_claims_take_every_loss_at_its_best():
