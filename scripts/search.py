@@ -46,7 +46,7 @@ LIKED_DPO = {"lr": (1e-4, 3e-4), "epochs": (1, 2, 4)}
 LIKED_REWARD = {"lr": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), "epochs": (1, 2, 4)}
 # The points of the dials whose world, documents or model are not mini's: both methods for each of them.
 DIALS = {"verifier": ("tag2",), "complexity": ("additive", "complex"), "sizes": ("small", "large"), "fig10": ("k2",),
-         "horizon": ("k4", "k12"), "branching": ("k2", "k4")}
+         "horizon": ("k4", "k12")}
 DIALS_REWARD = {"lr": (5e-4, 1e-3, 2e-3, 4e-3), "epochs": (1, 2, 4)}
 
 

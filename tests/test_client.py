@@ -463,6 +463,44 @@ def test_an_error_of_a_batchs_line_may_be_a_text(cache, serve):
     assert not rows(cache) and not fake.batches  # both are asked anew
 
 
+def test_an_odd_line_of_a_batch_costs_no_other_answer(cache):
+    """A response that is a text, an id that is a list, an emoji that was cut in two."""
+    book = ledger.Ledger(cache, BATCH, SPENDING)
+    book.db.execute("INSERT INTO batches VALUES ('t', ?, 'batch_9', 0)", [BATCH.model])
+    keys = [ledger.key_of(message, BATCH) for message in MESSAGES[:3]]
+    for key, message in zip(keys, MESSAGES):
+        book.enter(key, message, until=float("inf"), batch="t")
+
+    def answer(text: str, **usage: int) -> dict:
+        return {"status_code": 200, "body": {"model": BATCH.model, "choices": [{"message": {"content": text}}],
+                                             "usage": {f"{kind}_tokens": n for kind, n in usage.items()}}}
+
+    lines = [{"custom_id": keys[0], "response": "none"}, {"custom_id": [1], "response": {}},
+             {"custom_id": keys[1], "response": answer("Preferred: A \ud83d", prompt=-10**6, completion=1)},
+             {"custom_id": keys[2], "response": answer("B", prompt=10**30, completion=1)}]
+    assert batches._store(book, "t", lines) == "None: None"
+    assert [book.answer(key) for key in keys] == [None, "Preferred: A ?", "B"]
+    assert 0 < dollars(cache) < 0.01  # as much as they cost at most, where the endpoint says what cannot be
+
+
+def test_a_body_that_is_nested_without_end_is_no_answer():
+    deep = b"[" * 100_000
+    assert endpoint.as_object(deep) == {}
+    with pytest.raises(endpoint.Refused, match="200 without an answer"):
+        endpoint.completion(deep)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk" * 500])
+def test_a_file_of_answers_that_is_none_is_one_line(tmp_path, content):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/judge.sqlite").write_bytes(content)
+    for command in (["status"], ["forget", "batch_1"]):
+        done = subprocess.run([sys.executable, "-m", "roads.judge", *command], cwd=tmp_path, text=True,
+                              capture_output=True, env=ENV | {"PYTHONPATH": str(ROOT / "src")})
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert "judge.sqlite: " in done.stderr and "expected the SQLite file of answers" in done.stderr
+
+
 def test_a_batch_that_the_endpoint_lost_is_named_and_may_be_forgotten(cache, serve, monkeypatch):
     fake = serve(polls=10**9)
     running = process(cache, 60, kind="batch")

@@ -71,7 +71,8 @@ def test_an_arm_is_its_scale_with_what_its_line_says():
     changed = {name: differ(ours, cfg.model_dump(exclude={"arms", "policies"})) for name, cfg in loaded.arms.items()
                if name.startswith("mini.")}
     assert len(changed) == 104 and all(changed.values())
-    assert changed["mini.fig10.k2"] == {"source.slots", "source.candidates", "source.tau"}
+    assert changed["mini.fig10.k2"] == {"source.slots", "source.candidates", "source.tau", "dpo.epochs", "reward.lr",
+                                        "reward.epochs"}
     assert changed["mini.fig12.n750"] == {"data.preferences", "data.online"}
     assert changed["mini.recipe.loader"] == {"dpo.shards"} and changed["mini.fig5.prompts"] == {"data.online"}
     assert changed["mini.recipe.author-code"] == (
@@ -84,8 +85,8 @@ def test_an_arm_is_its_scale_with_what_its_line_says():
 
 def test_a_new_arm_is_one_line_in_one_place(params):
     path = params("    horizon:  #", "    horizon:  #")
-    line = "      k4: {source: {slots: 4, candidates: 4, tau: 3.0}}\n"
-    path.write_text(TEXT["params.yaml"].replace(line, line + "      k6: {source: {slots: 6}}\n", 1), encoding="utf-8")
+    line = "      k12: {source: {slots: 12"
+    path.write_text(TEXT["params.yaml"].replace(line, "      k6: {source: {slots: 6}}\n" + line, 1), encoding="utf-8")
     active.write(None, None, path)
     now = active.load(path)
     assert now.arms["horizon"] == ["k4", "k6", "k12"] and "horizon.k6" in now.arms_from_world

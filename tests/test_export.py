@@ -165,11 +165,25 @@ def test_what_is_no_model_is_said_in_one_line(tmp_path):
 def test_what_another_folder_holds_stays(runs):
     (runs / "mine").mkdir()
     (runs / "mine/weights.bin").write_text("x")
-    for out in ("mine", "sft"):
+    (runs / "project").mkdir()
+    (runs / "project/README.md").write_text("# Of my own")
+    (runs / "project/chapter.tex").write_text("x")
+    for out in ("mine", "sft", "project"):
         before = sorted(path.name for path in (runs / out).iterdir())
         with pytest.raises(stage.UserError, match=f"{out}: expected a new folder, or one that this command wrote"):
             export.export(runs / "sft", runs / out)
         assert sorted(path.name for path in (runs / out).iterdir()) == before
-    for _ in range(2):  # its own is written anew
+    for _ in range(2):  # its own is written again
         export.export(runs / "sft", runs / "out")
-    assert (runs / "out/README.md").exists()
+    (runs / "out/notes.txt").write_text("mine")
+    with pytest.raises(stage.UserError, match="out: expected a new folder, or one that this command wrote"):
+        export.export(runs / "sft", runs / "out")
+    assert (runs / "out/README.md").exists() and (runs / "out/notes.txt").exists()
+
+
+@pytest.mark.parametrize("repo", ["../../docs2/x", "a/b/c", "name"])
+def test_a_name_that_no_hub_has_is_refused_first(tmp_path, repo):
+    command = [sys.executable, "-m", "roads.report.export", "sft", str(tmp_path / "out"), "--publish", repo]
+    done = subprocess.run(command, env=ENV, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 2 and f"error: REPO={repo}: expected a name on the hub" in done.stderr
+    assert not (tmp_path / "out").exists()

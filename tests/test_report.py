@@ -129,6 +129,11 @@ def test_what_is_on_the_page(folder):
     assert "12 points, from Global RM on SFT N=0 0.500 to Global RM on SFT N=11 0.610" in text
 
 
+def test_what_a_killed_run_left_is_no_figure(folder):
+    (folder / ".fig3.writing.json").write_text('{"figure": "fi')
+    assert ".fig3.writing" not in schema.figures(folder) and schema.figures(folder)
+
+
 def test_without_claims_theory_picture_or_csv(folder):
     (folder / "claims.json").unlink()
     (folder / "fig3.png").unlink()

@@ -19,15 +19,16 @@ def load(path: Path, *names: str, empty: bool = False) -> dict[str, np.ndarray]:
     """
     try:
         with np.load(path) as file:
-            names = names or tuple(file.files)
-            found = {name: file[name] for name in names if name in file.files}
+            there = file.files
+            names = names or tuple(there)
+            found = {name: file[name] for name in names if name in there}
     except FileNotFoundError:
         raise UserError(f"{path}: not found; `dvc repro` makes the inputs of a stage in order") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: not a whole .npz file ({str(error).splitlines()[0][:80]})") from None
     for name in names:
         if name not in found:
-            raise UserError(f"{path}: no array {name!r}; it has {', '.join(found) or 'none'}")
+            raise UserError(f"{path}: no array {name!r}; it has {', '.join(there) or 'none'}")
         if not found[name].ndim or not (len(found[name]) or empty):
             raise UserError(f"{path}: array {name!r}: no rows")
         if found[name].dtype.kind not in "biuf" or not np.isfinite(found[name]).all():

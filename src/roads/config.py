@@ -232,6 +232,9 @@ def _expand(path: Path, block: dict, scale: Scale, figure: str, arm: str, name: 
     key, policies = name.replace(".", ".arms.", 1), figures[figure].policies
     merged = merge({part: value for part, value in block.items() if part != "arms"}, block["arms"][figure][arm])
     expanded = strict.check(Scale, {"policies": policies, **merged}, str(path), key)
+    if bool(expanded.sizes) != (figures[figure].module == "learnt"):
+        raise UserError(f"{path}: {key}.sizes: " + ("an arm of this figure has none" if expanded.sizes else
+                                                    "missing; numbers of pairs, each with epochs"))
     if expanded.model_dump() == scale.model_dump() | {"policies": policies, "arms": {}}:
         raise UserError(f"{path}: {key}: changes nothing")
     return expanded

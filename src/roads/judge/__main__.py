@@ -6,6 +6,7 @@
 """
 
 import argparse
+import sqlite3
 from pathlib import Path
 
 from roads import arrays, config
@@ -28,6 +29,13 @@ def _command() -> None:
     judging.add_argument("data", type=Path)
     judging.add_argument("--scale", required=True, help="a block of params.yaml")
     a = parser.parse_args()
+    try:
+        _run(a)
+    except sqlite3.Error as error:
+        raise UserError(f"{ledger.CACHE}: {error}; expected the SQLite file of answers") from None
+
+
+def _run(a: argparse.Namespace) -> None:
     if a.command == "status":
         return print(ledger.status())
     if a.command == "forget":
@@ -36,9 +44,12 @@ def _command() -> None:
     if cfg.judge is None or cfg.judge.kind not in OUTSIDE:
         raise UserError(f"{a.scale}: judge.kind: expected openai or batch; its judge is not asked over a network")
     rows = arrays.tokens(a.completions / "completions.npz", "query", "completions")
-    references = arrays.tokens(a.data / "test_human.npz", "response")["response"]
+    references, n = arrays.tokens(a.data / "test_human.npz", "response")["response"], len(rows["query"])
+    if len(references) < n:
+        raise UserError(f"{a.completions}: {n} prompts, and {a.data} has {len(references)} references; expected "
+                        "completions of its test prompts")
     messages = both_orders(cfg.judge, load_tokenizer(a.data / "tokenizer.json"), rows["query"],
-                           rows["completions"][:, 0], references)
+                           rows["completions"][:, 0], references[:n])
     count, dollars = ledger.estimate(messages, cfg.judge, cfg.spending)
     print(f"{len(messages):,} answers of {cfg.judge.model}, both orders; {count:,} are not in the cache and cost "
           f"${dollars:.2f} at most, ${dollars * ledger.SAMPLES:.2f} if none could be read")

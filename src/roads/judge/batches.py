@@ -169,10 +169,10 @@ def _store(book: Ledger, tag: str, lines: list[dict]) -> str:
     with book.alone():
         rows = dict(book.db.execute("SELECT key, id FROM answers WHERE batch = ? AND answer IS NULL", [tag]))
         for line in lines:
-            row = rows.pop(line.get("custom_id"), None)
+            row = rows.pop(line["custom_id"], None) if isinstance(line["custom_id"], str) else None
             if row is None:
                 continue
-            response = line.get("response") or {}
+            response = line.get("response") if isinstance(line.get("response"), dict) else {}
             body = response.get("body") or {}
             try:
                 if response.get("status_code") == 200:

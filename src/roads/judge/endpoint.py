@@ -61,7 +61,7 @@ def completion(content: bytes | dict) -> dict:
     """
     try:
         body = json.loads(content) if isinstance(content, bytes) else content
-    except ValueError:
+    except (ValueError, RecursionError):
         if content.lstrip().startswith(b"{"):
             raise Lost("the answer was cut") from None
         body = content.decode(errors="replace")
@@ -80,7 +80,7 @@ def as_object(text: bytes | str) -> dict:
     """A JSON object; {}, which holds no answer, for anything else."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # nested without end
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -184,7 +184,7 @@ def reachable(judge: LLMJudge) -> None:
             patient = client.with_options(timeout=httpx.Timeout(20.0, connect=CONNECT))
             reply = await patient.models.with_raw_response.list()
         try:  # local servers leave out some of what the SDK would insist on
-            return [model["id"] for model in as_object(reply.http_response.content)["data"]]
+            return [str(model["id"]) for model in as_object(reply.http_response.content)["data"]]
         except (KeyError, TypeError):
             raise Refused("200 without a list of models") from None
 
@@ -264,7 +264,7 @@ async def pause(attempt: int, error: Exception, spending: Spending) -> None:
         what = f"asks to wait {asked:.0f} s" if asked > LONGEST_WAIT else f"failed {attempt + 1} times in a row"
         raise UserError(f"{host_of()} {what}: {error}; what was answered is stored: run again, or check "
                         "OPENAI_BASE_URL, spending.timeout and spending.concurrency") from None
-    await asyncio.sleep(asked + min(8.0, 0.5 * 2**attempt) * random.uniform(0.5, 1))
+    await asyncio.sleep(asked + 0.5 * 2 ** min(attempt, 4) * random.uniform(0.5, 1))
 
 
 async def patiently(book: Ledger, call: Callable) -> Any:

@@ -147,7 +147,8 @@ class Ledger:
         batch = self.db.execute("SELECT batch FROM answers WHERE id = ?", [row]).fetchone()[0] is not None
         self.db.execute("UPDATE answers SET answer = ?, answered_by = ?, prompt_tokens = ?, completion_tokens = ?, "
                         "dollars = coalesce(?, dollars), until = 0 WHERE id = ?",
-                        [answer, model, *tokens, price(*tokens, self.spending, batch) if usage else None, row])
+                        [_whole(answer), _whole(model), *tokens,
+                         price(*tokens, self.spending, batch) if usage else None, row])
 
     def open_batches(self, keys: set[str]) -> dict[str, str]:
         """Tag -> id of the batches under way that hold one of keys."""
@@ -171,12 +172,16 @@ def _text(body: dict) -> str:
     return text if isinstance(text, str) else ""
 
 
+def _whole(text: str | None) -> str | None:
+    """Text without half of a surrogate pair, as a server leaves it that cuts an emoji; no database takes it."""
+    return text and text.encode("utf-8", "replace").decode("utf-8")
+
+
 def usage_of(body: dict) -> dict | None:
-    """The tokens that were read and written, if both are told."""
+    """The tokens that were read and written, if both are told and can be."""
     usage = body.get("usage")
-    told = (isinstance(usage, dict)
-            and all(type(usage.get(f"{kind}_tokens")) is int for kind in ("prompt", "completion")))
-    return usage if told else None
+    counts = [usage.get(f"{kind}_tokens") for kind in ("prompt", "completion")] if isinstance(usage, dict) else [None]
+    return usage if all(type(count) is int and 0 <= count < 2**31 for count in counts) else None
 
 
 def _dated(model: str) -> bool:

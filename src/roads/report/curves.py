@@ -46,7 +46,7 @@ def found(runs: Path) -> dict[str, dict[str, list[dict[str, float]]]]:
     curves = defaultdict(dict)
     for path in sorted(runs.glob("**/curves.csv")):
         parts = path.parent.relative_to(runs).parts
-        if not parts[0].startswith("."):
+        if not any(part.startswith(".") for part in parts):
             seeds = [part for part in parts if SEED.match(part)]
             curves["/".join(part for part in parts if part not in seeds)][seeds[0][1:] if seeds else "0"] = read(path)
     return dict(curves)

@@ -9,6 +9,7 @@ A reward model reads a prompt, a response and EOS, as in TRL, OpenRLHF and Rewar
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from roads.figures.provenance import provenance
 from roads.stages.base import swap_rows
 from roads.tldr import EOS, PAD
 
+TAG = "roads-to-likelihood"  # on the card of what was written here
+FILES = r"README\.md|model.*\.safetensors|((generation_|tokenizer_)?config|tokenizer|params|model.*\.index)\.json"
 
 def data_of(run: Path) -> Path:
     """The nearest `data` beside a run or above it: its metrics.json says which ids EOS and padding had.
@@ -83,7 +86,8 @@ def export(run: Path, out: Path, data: Path | None = None) -> None:
     """
     if not (run / "config.json").exists():
         raise stage.UserError(f"{run}: no config.json; expected the folder of a policy or of a reward model")
-    if out.resolve() == run.resolve() or out.exists() and any(out.iterdir()) and not (out / "README.md").exists():
+    out = out.resolve()
+    if out == run.resolve() or out.exists() and not _ours(out):
         raise stage.UserError(f"{out}: expected a new folder, or one that this command wrote: what is there would go")
     is_reward = (run / "head.safetensors").exists()
     eos_id, pad_id = original_ids(data or data_of(run))
@@ -106,6 +110,16 @@ def export(run: Path, out: Path, data: Path | None = None) -> None:
         (folder / "README.md").write_text(card(run, used, is_reward, bias), encoding="utf-8")
 
 
+def _ours(folder: Path) -> bool:
+    """Whether a folder is empty, or holds nothing but what `export` writes."""
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    page = folder / "README.md"
+    ours = page.is_file() and TAG in page.read_text(encoding="utf-8", errors="replace")
+    return not names or ours and all(re.fullmatch(FILES, name) for name in names)
+
+
 def card(run: Path, used: dict, is_reward: bool, bias: float) -> str:
     """The page that the hub shows: what it is, from which numbers, code and data, and how to open it."""
     kind = "AutoModelForSequenceClassification" if is_reward else "AutoModelForCausalLM"
@@ -117,7 +131,7 @@ def card(run: Path, used: dict, is_reward: bool, bias: float) -> str:
     return "\n".join([
         "---", "library_name: transformers",
         f"pipeline_tag: {'text-classification' if is_reward else 'text-generation'}",
-        f"tags: [{'reward-model, ' * is_reward}roads-to-likelihood]", "---", "", f"# {run.as_posix()}", "",
+        f"tags: [{'reward-model, ' * is_reward}{TAG}]", "---", "", f"# {run.as_posix()}", "",
         f'{what} From a reproduction of "All Roads Lead to Likelihood". No BOS is put before a text.', "",
         "```python", f"from transformers import {kind}, AutoTokenizer", "",
         f"model = {kind}.from_pretrained(NAME)", "tokenizer = AutoTokenizer.from_pretrained(NAME)", "```", "",
@@ -150,6 +164,8 @@ def _command() -> None:
     parser.add_argument("--data", type=Path, help="the data that it was trained on, where it is not above the run")
     parser.add_argument("--publish", metavar="ORG/NAME", help="push it to the hub")
     a = parser.parse_args()
+    if a.publish and not re.fullmatch(r"[\w.-]+/[\w.-]+", a.publish):
+        raise stage.UserError(f"REPO={a.publish}: expected a name on the hub, as ORG/NAME")
     export(a.run, a.out, a.data)
     if a.publish:
         print(publish(a.out, a.publish))

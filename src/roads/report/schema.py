@@ -149,7 +149,8 @@ class Complexity(BaseModel):
 
 def figures(folder: Path) -> list[str]:
     """The names of the figures that a folder of reports has."""
-    return sorted({path.stem for path in folder.glob("*.json")} - {"claims", "metrics"})
+    names = {path.stem for path in folder.glob("*.json") if not path.name.startswith(".")}  # not what a killed run left
+    return sorted(names - {"claims", "metrics"})
 
 
 def read(path: Path, schema: type[Model], remedy: str) -> Model:
