@@ -1,18 +1,16 @@
 """Seconds of every stage's last run, seeds together, as the table of docs/stages.md: `make times`."""
 
-import csv
 import re
 import sys
 from collections import defaultdict
-from pathlib import Path
 
-TIMES = Path("runs/times.csv")
+from roads.runner.repro import TIMES, times
 
 
 def main() -> None:
     if not TIMES.exists():
         sys.exit(f"{TIMES}: not found; any figure's make target writes it")
-    last = {name: float(seconds) for name, seconds in csv.reader(TIMES.open(encoding="utf-8"))}
+    last = dict(times())
     kinds: dict[str, list[float]] = defaultdict(list)
     for name, seconds in last.items():
         kinds[re.sub(r"-s?\d+$", "", name)].append(seconds)  # a stage without its seed

@@ -557,7 +557,13 @@ def test_a_cell_takes_no_more_pairs_than_people_made(tmp_path):
     assert {name: part.shape for name, part in found["preferences"].items()} == dict.fromkeys(
         ("query", "response", "chosen", "rejected"), (5, 1))
     assert found["online"]["query"][:, 0].tolist() == [0, 1, 2, 3, 4, 0] and "chosen" not in found["online"]
+    half = scale("rehearsal", data={"preferences": 16})  # of 32; where there are 5 it is the same training
+    with pytest.raises(stage.UserError, match=r"rehearsal.fig12.half: data.preferences: 16, and there are 5 pairs"):
+        arm.check_pairs(tmp_path, half, "rehearsal.fig12.half")
+    arm.check_pairs(tmp_path, scale("rehearsal", data={"preferences": 4}), "rehearsal.fig12.half")
+    arm.check_pairs(tmp_path, scale("rehearsal", data={"preferences": 32}), "rehearsal.fig6.judge")
     np.savez(tmp_path / "preferences.npz", **rows(5, "query", "response"))  # labelled later: every prompt will do
+    arm.check_pairs(tmp_path, half, "rehearsal.fig12.half")
     assert arm.splits(tmp_path, cfg)["preferences"]["query"][:, 0].tolist() == [0, 1, 2, 3, 4, 0, 1]
 
 

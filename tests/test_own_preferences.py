@@ -85,7 +85,7 @@ def template(messages):
 
 
 A, B = [said("assistant", " Yes. ")], [said("assistant", "No.")]
-USER = [said("user", "Is it?")]
+BRIEF, USER = [said("system", "Be brief.")], [said("user", "Is it?")]
 
 
 @pytest.mark.parametrize("row, prompt, is_chat", [
@@ -96,7 +96,11 @@ USER = [said("user", "Is it?")]
     ({"chosen": USER + A, "rejected": USER + B}, "user: Is it?|", True),
     ({"prompt": "Is it?", "chosen": USER + A, "rejected": USER + B}, "user: Is it?|", True),
     ({"prompt": USER, "chosen": USER + A, "rejected": USER + B}, "user: Is it?|", True),
-    ({"prompt": [said("system", "Be brief.")], "chosen": USER + A, "rejected": USER + B, "reference": None},
+    ({"prompt": "Is it? ", "chosen": USER + A, "rejected": USER + B}, "user: Is it?|", True),
+    ({"prompt": [said("user", "Is it? ")], "chosen": USER + A, "rejected": USER + B}, "user: Is it?|", True),
+    *[({"prompt": prompt, "chosen": before + A, "rejected": before + B}, "system: Be brief.|user: Is it?|", True)
+      for prompt, before in ((BRIEF, USER), (BRIEF + USER, USER), (USER, BRIEF + USER), ("Is it?", BRIEF))],
+    ({"prompt": BRIEF, "chosen": USER + A, "rejected": USER + B, "reference": None},
      "system: Be brief.|user: Is it?|", True),
 ])
 def test_a_row_of_any_shape_that_the_hub_has(row, prompt, is_chat):

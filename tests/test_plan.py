@@ -294,6 +294,14 @@ def hours(command: str, device: str = "H100", **changes) -> float:
     return work(command, **changes).seconds(devices.DEVICES[device]) / 3600
 
 
+def test_odd_files_do_not_stop_a_plan(tmp_path):
+    (tmp_path / "times.csv").write_text("data@mini,30.5\n\nbase@mi\nsft@mini,9x\ndata@mini,0.1\nsft@mini,7\n")
+    assert list(repro.times(tmp_path / "times.csv")) == [("data@mini", 30.5), ("data@mini", 0.1), ("sft@mini", 7.0)]
+    assert plan.measured(tmp_path / "times.csv") == {"data@mini": 30.5, "sft@mini": 7.0}
+    (tmp_path / "train.parquet").write_bytes(b"PAR1xxxxPAR1")
+    assert plan.rows_of(tmp_path, "train") is None and not list(repro.times(tmp_path / "none.csv"))
+
+
 def work(command: str, **changes) -> cost.Work:
     return cost.work(f"python -m roads.{command} --scale paper", {"paper": PYTHIA | changes})
 

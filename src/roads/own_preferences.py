@@ -107,14 +107,23 @@ def preference_of(value: dict, where: str, template: Template) -> Preference:
     if isinstance(prompt, str) and isinstance(value["chosen"], str):
         return Preference(_text(prompt, f"{where}: prompt"), False, *sides)
     if isinstance(prompt, str):
-        before = begun or [{"role": "user", "content": _text(prompt, f"{where}: prompt")}]
+        asked = [{"role": "user", "content": _text(prompt, f"{where}: prompt")}]
+        before = begun if any(one["role"] == "user" for one in begun) else begun + asked
     else:
-        asked = _messages(prompt, f"{where}: prompt") if prompt is not None else []
-        before = begun if begun[: len(asked)] == asked else asked + begun
+        before = _joined(_messages(prompt, f"{where}: prompt") if prompt is not None else [], begun)
     try:
         return Preference(template(before), True, *sides)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def _joined(asked: list[dict], begun: list[dict]) -> list[dict]:
+    """The messages of a prompt and those before a side's last one; what both have is there once."""
+    one, other = ([(it["role"], it["content"].strip()) for it in messages] for messages in (asked, begun))
+    if any(other[i : i + len(one)] == one for i in range(len(other) - len(one) + 1)):
+        return begun
+    shared = next(k for k in range(min(len(one), len(other)), -1, -1) if one[len(one) - k :] == other[:k])
+    return asked + begun[shared:]
 
 
 def _last(side: Any, where: str) -> tuple[list[dict], str]:
@@ -132,7 +141,7 @@ def _messages(found: Any, where: str) -> list[dict]:
             isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str)
             for one in found)):
         raise UserError(f"{where}: expected a text, or a list of messages with role and content, each a text")
-    return [{"role": one["role"], "content": _text(one["content"], where)} for one in found]
+    return [{"role": _text(one["role"], where), "content": _text(one["content"], where)} for one in found]
 
 
 def _text(text: str, where: str) -> str:

@@ -9,7 +9,6 @@ of the stage's last run in this checkout (measured) or those of the model in cos
 
 import argparse
 import contextlib
-import csv
 import os
 import shutil
 import tempfile
@@ -23,7 +22,7 @@ from roads import active, config
 from roads.runner import cost, dvc_patches, preflight
 from roads.runner.devices import DEVICES, cores
 from roads.runner.preflight import amount
-from roads.runner.repro import TIMES, graph_of
+from roads.runner.repro import TIMES, graph_of, times
 from roads.runner.work import READ, WRITTEN
 from roads.stage import UserError, expect_file, main
 
@@ -37,10 +36,7 @@ CACHED = 1.5  # seconds: a "run" as short as this took its output from DVC's cac
 
 def measured(path: Path = TIMES) -> dict[str, float]:
     """Seconds of the last run of every stage that did run."""
-    if not path.exists():
-        return {}
-    rows = csv.reader(path.open(encoding="utf-8"))
-    return {name: float(seconds) for name, seconds in rows if float(seconds) > CACHED}
+    return {name: seconds for name, seconds in times(path) if seconds > CACHED}
 
 
 @contextlib.contextmanager
@@ -70,30 +66,32 @@ def switched(scale: str | None, data: str | None) -> Iterator[tuple]:
                 return super().open(copy if Path(path).absolute() == here else path, mode, **kwargs)
 
         blocks = {name: block.model_dump(exclude_none=True) for name, block in params.blocks.items()}
-        if now.data_from:
-            blocks[scale]["data"] |= as_many_as_there_are(Path(now.data_from), blocks[scale]["data"])
+        for name, block in blocks.items() if now.data_from else ():
+            if name.partition(".")[0] == scale:
+                block["data"] |= as_many_as_there_are(Path(now.data_from), block["data"])
         with dvc_patches.errors(), Repo(fs=Switched(), _wait_for_lock=True) as repo:
             yield repo, scale, blocks
 
 
 def as_many_as_there_are(folder: Path, wanted: dict[str, int]) -> dict[str, int]:
     """Rows of every split, where a folder has fewer than a scale wants; of one without a file a tenth of train's."""
-    train, valid, test = (rows_of(folder, split) for split in ("train", "valid", "test"))
+    train, *others = (rows_of(folder, split) for split in ("train", "valid", "test"))
     if train is None:
         return wanted
-    valid, test = (train // 10 if rows is None else rows for rows in (valid, test))
+    valid, test = (train // 10 if rows is None else rows for rows in others)
     rows = {"valid": valid, "test": test, "best_of_n": test}
     return {split: min(n, rows.get(split, train)) for split, n in wanted.items()}
 
 
 def rows_of(folder: Path, split: str) -> int | None:
-    """Rows of a split's file, if there is one."""
+    """Rows of a split's file, if there is one that can be read; stage data says what is wrong with another."""
     if (path := folder / f"{split}.jsonl").exists():
         return len(path.read_bytes().splitlines())
     if (path := folder / f"{split}.parquet").exists():
-        from pyarrow import parquet
+        from pyarrow import ArrowException, parquet
 
-        return parquet.read_metadata(path).num_rows
+        with contextlib.suppress(OSError, ArrowException):
+            return parquet.read_metadata(path).num_rows
 
 
 def targets_of(repo: "Repo", figure: str) -> list[str]:

@@ -169,13 +169,25 @@ def of_size(cfg: schema.Scale, n: int, epochs: schema.Epochs) -> schema.Scale:
                                                   for block, values in changes.items()})
 
 
+def check_pairs(where: Path, cfg: schema.Scale, name: str) -> None:
+    """Raises UserError where an arm asks for another number of pairs than its scale and there are too few for either:
+    it would be the same training under another name."""
+    rows, whole = arrays.load(where / "preferences.npz"), config.load_scale(name.partition(".")[0]).data.preferences
+    there, asked = len(rows["query"]), cfg.data.preferences
+    if "chosen" in rows and asked != whole and there <= min(asked, whole):
+        raise stage.UserError(f"{name}: data.preferences: {asked}, and there are {there} pairs, all of which the scale "
+                              "takes too; lower it in params.yaml")
+
+
 def _command() -> None:
     parser = stage.arguments(__doc__, "data", "sft", "out")
     parser.add_argument("--seed", type=stage.seed, required=True)
     parser.add_argument("--task", default="human", choices=["human", "rouge"], help="whose preferences: %(default)s")
     parser.add_argument("--folders", action="store_true", help="keep what figures read of the graph's own seeds")
     a = parser.parse_args()
-    arm(a.data, a.sft, a.out, config.load_scale(a.scale), a.seed, task=a.task, folders=a.folders)
+    cfg = config.load_scale(a.scale)
+    check_pairs(a.data, cfg, a.scale)
+    arm(a.data, a.sft, a.out, cfg, a.seed, task=a.task, folders=a.folders)
 
 
 if __name__ == "__main__":
