@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import io
 import json
+import lzma
 import re
 import shutil
 import subprocess
@@ -220,6 +221,13 @@ def unpack(archive: Path) -> None:
     """Put what came home in its place; of dvc.lock, the entries of its scale alone."""
     if not archive.is_file():
         refuse(f"ARCHIVE={archive}: expected the home.tar.xz that a kit's run has packed")
+    try:
+        _unpack(archive)
+    except (tarfile.TarError, EOFError, lzma.LZMAError) as error:
+        refuse(f"{archive}: {str(error).splitlines()[0]}; expected the whole home.tar.xz that a kit's run has packed")
+
+
+def _unpack(archive: Path) -> None:
     with tarfile.open(archive) as tar:
         names = tar.getnames()
         scale = next((name.split("/")[1] for name in names if re.match(r"reports/[\w-]+/", name)), None)

@@ -339,6 +339,12 @@ def test_comparisons_of_your_own(tmp_path, shape):
     for row, rejected in zip(tldr.read_comparisons(REHEARSAL / "comparisons/train.jsonl"),
                              found["preferences"]["rejected"], strict=True):
         assert rejected[rejected != PAD].tolist() == side.response_ids(row.rejected, tokenizer)
+    lines = (tmp_path / "posts/comparisons_train.jsonl").read_text().splitlines()
+    if shape == "nested":  # OpenAI's of news articles come in files of their own
+        news = [json.dumps(json.loads(line) | {"batch": "cnndm0"}) for line in lines]
+        (tmp_path / "posts/comparisons_train.jsonl").write_text("\n".join(news))
+        with pytest.raises(stage.UserError, match="posts: no row for preferences; expected posts, and comparisons"):
+            data.data(tmp_path / "posts", tmp_path / "news", cfg)
 
 
 def test_two_word_data(tmp_path, checkpoints, monkeypatch):

@@ -94,9 +94,13 @@ def test_vllm_that_is_not_there_is_one_line(machine, params, monkeypatch):
     lite = params.scales["lite"]
     compute = lite.compute.model_copy(update={"sampler": "vllm"})
     monkeypatch.setitem(params.scales, "lite", lite.model_copy(update={"compute": compute}))
+    mini = params.scales["mini"]  # on a CPU too
+    monkeypatch.setitem(params.scales, "mini", mini.model_copy(update={
+        "compute": mini.compute.model_copy(update={"sampler": "vllm"})}))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="lite: compute.sampler: vllm, and the package vllm is not there"):
-        preflight.check(stages("lite"), params, "mini")
+    for scale in ("lite", "mini"):
+        with pytest.raises(UserError, match=f"{scale}: compute.sampler: vllm, and the package vllm is not there"):
+            preflight.check(stages(scale), params, "mini")
 
 
 def test_stages_share_out_the_gpus(machine, params, monkeypatch):

@@ -250,9 +250,14 @@ def test_a_kit_takes_no_folder_of_others_and_no_model_of_a_hub(tmp_path):
 def test_an_archive_of_something_else_is_refused(tmp_path):
     with tarfile.open(tmp_path / "other.tar.xz", "w:xz") as tar:
         tar.add(__file__, "elsewhere/file")
-    done = subprocess.run([sys.executable, ROOT / "scripts/kit.py", "unpack", tmp_path / "other.tar.xz"],
-                          capture_output=True, text=True, env=ENV)
-    assert done.returncode == 2 and "no archive of a kit's run" in done.stderr
+    whole = (tmp_path / "other.tar.xz").read_bytes()
+    (tmp_path / "cut.tar.xz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.tar.xz").write_bytes(b"no archive at all")
+    for name, said in {"other": "no archive of a kit's run", "cut": "expected the whole home.tar.xz",
+                       "text": "expected the whole home.tar.xz"}.items():
+        done = subprocess.run([sys.executable, ROOT / "scripts/kit.py", "unpack", tmp_path / f"{name}.tar.xz"],
+                              capture_output=True, text=True, env=ENV)
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_gguf_file_is_parsed_once_until_it_changes(tmp_path, monkeypatch):

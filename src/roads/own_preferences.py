@@ -65,7 +65,10 @@ def read(source: Path) -> dict[str, Rows]:
             raise UserError(f"{source}: {error}; expected JSON, as data/ultrafeedback.json is") from None
         wanted = strict.check(Dataset, content, str(source))
         folder, _ = hub.fetch(wanted.dataset, wanted.revision, list(wanted.splits.values()), "dataset")
-        files = {split: sorted(folder.glob(pattern)) for split, pattern in wanted.splits.items()}
+        try:
+            files = {split: sorted(folder.glob(pattern)) for split, pattern in wanted.splits.items()}
+        except ValueError as error:
+            raise UserError(f"{source}: splits: {error}; expected patterns of files, as data/train-*.parquet") from None
         if "train" not in files:
             raise UserError(f"{source}: splits.train: missing; expected a pattern of the files to train on")
         for split, found in files.items():

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from roads.judge_settings import OUTSIDE, Gold, Known, LLMJudge, Spending
 from roads.sources import Jsonl, OpenAI, OwnPreferences, Posts, TwoWord, World
-from roads.strict import Batch, Count, Finite, NonNegative, Positive, Seed, Strict, Width
+from roads.strict import Batch, Count, Finite, LearningRate, NonNegative, Positive, Seed, Strict, Temperature, Width
 
 POLICIES = ("dpo", "dpo_2x", "online_sft", "online")
 Policy = Literal["dpo", "dpo_2x", "online_sft", "online"]
@@ -18,10 +18,10 @@ Task = Literal["human", "rouge"]
 class Data(Strict):
     """How many rows each split has."""
 
-    base: Annotated[int, Field(ge=0)]  # none where the base is pretrained
+    base: Annotated[int, Field(ge=0, le=10**9)]  # none where the base is pretrained
     sft: Count
     preferences: Count  # prompts of the preference set
-    more: Annotated[int, Field(ge=0)]  # prompts beyond it (Fig 5), which the world's annotators can label too
+    more: Annotated[int, Field(ge=0, le=10**9)]  # prompts beyond it (Fig 5), which the world's annotators can label too
     online: Count  # prompts, of the two together, that online DPO samples
     valid: Count  # prompts of the validation preference set
     test: Count  # prompts of the SFT test set, for winrates
@@ -88,7 +88,7 @@ class Machine(Strict):
 class Train(Strict):
     """AdamW with eps 1e-5 (Tables 2 and 3); weight decay .01 and no warm-up are those of the authors' code."""
 
-    lr: Positive
+    lr: LearningRate
     schedule: Literal["linear", "cosine"]
     batch_size: Batch  # rows, or pairs
     epochs: Count
@@ -144,7 +144,7 @@ class Epochs(Strict):
 
 class Sampling(Strict):
     n: Count  # completions per prompt
-    temperature: Positive
+    temperature: Temperature
 
 
 # A prompt whose completions tie is dropped, or kept as a pair of equal sides, which has no gradient but takes steps.
@@ -163,7 +163,7 @@ class RankedSampling(Sampling):
 
 class PairSampling(Strict):
     n: Literal[2]
-    temperature: Positive | None  # none for rows
+    temperature: Temperature | None  # none for rows
     ties: Ties = "drop"
     labels: Literal["annotators", "judge", "rows"]  # noisy Bradley-Terry ones; of winrates' judge (Fig 6); the data's
     # Of annotators: the temperature on posts, in standard deviations of a prompt's quality (a world has its own), the
@@ -181,7 +181,7 @@ class PairSampling(Strict):
 
 
 class Online(RankedSampling):
-    logits_divided_by: Positive  # in training; the paper divides by the sampling temperature
+    logits_divided_by: Temperature  # in training; the paper divides by the sampling temperature
 
 
 class Samples(Strict):

@@ -96,6 +96,7 @@ def check(commands: dict[str, str | list[str]], params: config.Params, scale: st
     tracking.wanted()
     works = [(scale_of(command), cost.work(command, raw)) for command in commands.values()]
     blocks = {name: params.blocks[name] for name, _ in works if name in params.blocks}
+    _check_sampler(blocks)
     _check_gpu(blocks, *launched(), sum(work.seconds(DEVICES["cpu"]) for _, work in works if work))
     _check_disk(sum(work.size for _, work in works if work))
     for name, block in blocks.items():
@@ -165,6 +166,13 @@ def _check_elsewhere(scale: str) -> None:
                         f"and `make claims SCALE={scale}` work with what came home; delete {came} to train them here")
 
 
+def _check_sampler(blocks: dict[str, schema.Scale]) -> None:
+    for name, block in blocks.items():
+        if block.compute.sampler == "vllm" and importlib.util.find_spec("vllm") is None:
+            raise UserError(f"{name}: compute.sampler: vllm, and the package vllm is not there; run the image, which "
+                            "has it, or set tree")
+
+
 def _check_gpu(blocks: dict[str, schema.Scale], processes: int, shards: int, core_seconds: float) -> None:
     wanting = {name: block for name, block in blocks.items() if block.compute.device == "gpu"}
     if not wanting:
@@ -184,9 +192,6 @@ def _check_gpu(blocks: dict[str, schema.Scale], processes: int, shards: int, cor
         raise UserError(f"LAUNCH asks for {processes} GPUs and there are {len(found)}; take another file of "
                         "configs/accelerate")
     for name, block in wanting.items():
-        if block.compute.sampler == "vllm" and importlib.util.find_spec("vllm") is None:
-            raise UserError(f"{name}: compute.sampler: vllm, and the package vllm is not there; run the image, which "
-                            "has it, or set tree")
         if block.machine.tensor_parallel > len(found):
             raise UserError(f"{name}: machine.tensor_parallel: {block.machine.tensor_parallel}, and there are "
                             f"{len(found)} GPUs; lower it")

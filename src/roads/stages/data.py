@@ -130,6 +130,8 @@ def choose(cfg: schema.Scale, source: Path, posts: dict, pairs: dict) -> dict[st
         if cfg.source.kind != "jsonl" and len(rows[split]) < n:
             raise stage.UserError(f"{source}: data.{split}: {n} rows asked for, {len(rows[split])} there; lower it")
         rows[split] = rows[split][:n]
+        if not rows[split] and split != "more":
+            raise stage.UserError(f"{source}: no row for {split}; expected posts, and comparisons of posts if any")
     return rows
 
 
@@ -238,7 +240,12 @@ def _command() -> None:
     a = parser.parse_args()
     # dvc.yaml leaves it out: the name of a folder of posts is not for a shell to read.
     cfg = config.load_scale(a.scale)
-    source = a.source or (None if cfg.synthetic else Path(active.load().data_from))
+    source = a.source
+    if not (source or cfg.synthetic):
+        now = active.load()
+        if now.scale != a.scale.partition(".")[0]:
+            raise stage.UserError(f"SOURCE: missing; the active scale, {now.scale}, does not say what {a.scale} reads")
+        source = Path(str(now.data_from))
     data(source, a.out, cfg)
 
 
