@@ -89,6 +89,16 @@ def test_small_models_share_a_gpu_and_large_ones_do_not(machine, params, monkeyp
     assert preflight.stages_per_gpu(real, [real], None) == 1  # each trains on all of them
 
 
+@pytest.mark.parametrize("module", ["anatomy", "limits"])
+def test_a_world_too_large_to_list_is_one_line(machine, params, monkeypatch, module):
+    machine()
+    large = params.scales["mini"].source.model_copy(update={"slots": 10, "candidates": 4})
+    monkeypatch.setitem(params.scales, "mini", params.scales["mini"].model_copy(update={"source": large}))
+    with pytest.raises(UserError, match=r"mini.source: 4\^10 summaries of 5000 prompts cannot be listed in \d+ GiB"):
+        preflight.check(stages("mini", f"stages.{module}"), params, "mini")
+    preflight.check(stages("mini", "stages.arm"), params, "mini")
+
+
 def test_vllm_that_is_not_there_is_one_line(machine, params, monkeypatch):
     machine(H100)
     lite = params.scales["lite"]

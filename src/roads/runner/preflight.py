@@ -5,6 +5,7 @@ repro.py calls `check` for the stages that it is about to run. Every problem is 
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -23,6 +24,7 @@ from roads.stage import LAUNCH, UserError
 DRIVER = 580  # the first that CUDA 13 runs on
 TRAINED_BYTES = 16  # a parameter in training: its weight, gradient and two moments, in fp32
 ACTIVATIONS = 1.25  # times that, with gradient checkpointing
+LISTS = re.compile(r"-m roads\.stages\.(anatomy|limits) ")  # stages that list all summaries of a world's prompt
 SHARED = 4  # stages on a GPU, unless more are asked for
 JUDGES = {"relevance": hub.ENCODER, "calibrated": hub.ENCODER, "sentiment": hub.LEXICON}  # what they read texts with
 
@@ -97,6 +99,7 @@ def check(commands: dict[str, str | list[str]], params: config.Params, scale: st
     works = [(scale_of(command), cost.work(command, raw)) for command in commands.values()]
     blocks = {name: params.blocks[name] for name, _ in works if name in params.blocks}
     _check_sampler(blocks)
+    _check_lists({scale_of(command) for command in commands.values() if LISTS.search(str(command))}, blocks)
     _check_gpu(blocks, *launched(), sum(work.seconds(DEVICES["cpu"]) for _, work in works if work))
     _check_disk(sum(work.size for _, work in works if work))
     for name, block in blocks.items():
@@ -171,6 +174,18 @@ def _check_sampler(blocks: dict[str, schema.Scale]) -> None:
         if block.compute.sampler == "vllm" and importlib.util.find_spec("vllm") is None:
             raise UserError(f"{name}: compute.sampler: vllm, and the package vllm is not there; run the image, which "
                             "has it, or set tree")
+
+
+def _check_lists(names: set[str], blocks: dict[str, schema.Scale]) -> None:
+    """What lists every summary of every test prompt has to hold them."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for name in sorted(names & set(blocks)):
+        source, n = blocks[name].source, blocks[name].data.test
+        size = 8 * n * (source.slots + 1) * source.candidates**source.slots
+        if size > memory:
+            raise UserError(f"{name}.source: {source.candidates}^{source.slots} summaries of {n} prompts cannot be "
+                            f"listed in {memory / 2**30:.0f} GiB; lower slots or candidates, or leave out the figures "
+                            "anatomy and rouge_limits")
 
 
 def _check_gpu(blocks: dict[str, schema.Scale], processes: int, shards: int, core_seconds: float) -> None:
