@@ -168,7 +168,7 @@ def test_the_bars_of_our_own_figures_are_those_that_claims_name(monkeypatch):
             (("anatomy", anatomy), ("worlds", worlds), ("bases", worlds), ("bases_readers", worlds),
              ("bases_rouge", worlds), ("learnt", learnt),
              ("learnt_bases", learnt), ("tuned", learnt), ("tuned_bases", learnt))}
-    bars["methods"] = budget.points_of("mini", "methods")
+    bars["methods"] = budget.bars_of("mini", "methods")
     named = {name: {label for bar in found for label in (bar.name, bar.series)} for name, found in bars.items()}
     checked = [each for each in claims.load(ROOT / "claims.yaml").claims if each.figure in named]
     for each in checked:

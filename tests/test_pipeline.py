@@ -425,12 +425,19 @@ DUMMY = """from roads import stage
 from roads.figures import figure
 from roads.figures.figure import Bar
 
-parser = stage.arguments(__doc__, "runs", "out")
-parser.add_argument("--figure")
-a = parser.parse_args()
-bars = [Bar(name, *figure.policy(a.scale, name)) for name in ("sft", "dpo")]
-figure.save(a.out, a.figure, a.runs, bars, {"dpo - sft": {"dpo": 1, "sft": -1}}, a.scale, "Of the test.", "winrate",
-            lambda content: figure.bar_chart(content, 0))
+FIGURES = ("dummy",)
+
+
+def bars_of(scale, name):
+    return [Bar(policy, *figure.policy(scale, policy)) for policy in ("sft", "dpo")]
+
+
+if __name__ == "__main__":
+    parser = stage.arguments(__doc__, "runs", "out")
+    parser.add_argument("--figure", choices=FIGURES)
+    a = parser.parse_args()
+    figure.save(a.out, a.figure, a.runs, bars_of(a.scale, a.figure), {"dpo - sft": {"dpo": 1, "sft": -1}}, a.scale,
+                "Of the test.", "winrate", lambda content: figure.bar_chart(content, 0))
 """
 
 

@@ -9,7 +9,8 @@ import pytest
 from conftest import ROOT
 from fake_openai import Fake
 
-from roads import config
+from roads import active, config
+from roads.figures.check import check
 from roads.runner import preflight, repro
 from roads.stage import LAUNCH, UserError
 
@@ -87,6 +88,39 @@ def test_small_models_share_a_gpu_and_large_ones_do_not(machine, params, monkeyp
         preflight.stages_per_gpu(real, [real], 30)
     monkeypatch.setenv(LAUNCH, str(ROOT / "configs/accelerate/8-gpu.yaml"))
     assert preflight.stages_per_gpu(real, [real], None) == 1  # each trains on all of them
+
+
+@pytest.mark.parametrize("file, old, new, figure, message", [
+    ("params.yaml", "judge: {samples: {human: {temperature: 0.5, labels: judge}}}", "judge: {policies: [dpo], samples: "
+     "{human: {temperature: 0.5, labels: judge}}}", "fig6", r"params.yaml: tiny.arms.fig6.judge.policies: expected "
+     r"online_sft among them, which figure fig6 shows; got \['dpo'\]"),
+    ("figures.yaml", "fig3:", "gap13: {title: A gap, module: policies, task: human, reads: [human/scores]}\nfig3:",
+     "gap13", "figures.yaml: gap13.module: policies draws fig3, .*, and not gap13; teach it, or name another"),
+    ("params.yaml", "      two: {sizes: {60:", "      one: {dpo: {beta: 0.2}, sizes: {60: {dpo: 2, reward: 1}}}\n"
+     "      two: {sizes: {60:", "learnt", None),
+    ("params.yaml", "recipe: {loader: {dpo: {shards: 8}}}", "recipe: {paper: {dpo: {shards: 8}}}", "recipe",
+     "recipe: arms 'of the scale' and 'paper' are both 'paper'; let them differ"),
+])
+def test_a_figure_that_cannot_be_drawn_is_said_before_its_arms_train(tmp_path, monkeypatch, file, old, new, figure,
+                                                                    message):
+    for name in ("params.yaml", "figures.yaml"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        head, tiny, rest = text.partition("\ntiny:") if name == "params.yaml" else ("", "", text)
+        assert name != file or old in rest
+        (tmp_path / name).write_text(head + tiny + (rest.replace(old, new, 1) if name == file else rest), "utf-8")
+    monkeypatch.chdir(tmp_path)
+    found = config.load()
+    if message is None:
+        return check([figure], "tiny", found)
+    with pytest.raises(UserError, match=message):
+        check([figure], "tiny", found)
+
+
+def test_every_figure_of_every_scale_can_be_drawn(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = config.load()
+    for scale in ("mini", "real", "paper"):
+        check([name for name, scales in active.follow(scale, None, found).figures.items() if scales], scale, found)
 
 
 @pytest.mark.parametrize("module", ["anatomy", "limits"])

@@ -11,6 +11,7 @@ from roads import config, stage
 from roads.figures import figure
 from roads.figures.figure import Bar
 
+FIGURES = ("anatomy",)
 LABELS = {"readers": "readers", "rm": "RM", "soft": "RM soft", "gold": "gold", "dpo": "DPO", "local": "local RM"}
 # Folder of the stage -> what its policies are trained on, or how they are had without.
 GROUPS = {"offline.two": "offline pairs", "online.two": "own pairs", "online.ends": "own best and worst",
@@ -92,7 +93,7 @@ def panels(content: dict) -> Figure:
 
 def _command() -> None:
     parser = stage.arguments(__doc__, "runs", "out")
-    parser.add_argument("--figure", required=True, choices=["anatomy"])
+    parser.add_argument("--figure", required=True, choices=FIGURES)
     a = parser.parse_args()
     bars = bars_of(a.scale, a.figure)
     names, suffixes = {bar.name for bar in bars}, {bar.series: bar.name.removeprefix("SFT") for bar in bars

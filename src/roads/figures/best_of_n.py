@@ -10,7 +10,7 @@ from roads import config, stage
 from roads.figures import figure
 from roads.figures.figure import Bar
 
-CAPTIONS = {
+FIGURES = {
     "fig8": ("Samples of the SFT policy (solid) and of the DPO policy (dashed), ranked by reward models trained on the "
              "same pairs; the judge compares the one ranked first with the reference summary. In the synthetic world "
              "Base is what pretraining alone picks: each attribute counts alike, for no preference has been seen."),
@@ -77,12 +77,12 @@ def bars_of(scale: str, name: str) -> list[Bar]:
 
 def _command() -> None:
     parser = stage.arguments(__doc__, "runs", "out")
-    parser.add_argument("--figure", required=True, choices=list(CAPTIONS))
+    parser.add_argument("--figure", required=True, choices=list(FIGURES))
     a = parser.parse_args()
     bars = bars_of(a.scale, a.figure)
     most = int(max(bar.x for bar in bars))
     figure.save(a.out, a.figure, a.runs, bars, gaps(a.figure, *blocks_of(a.scale), a.scale, most), a.scale,
-                CAPTIONS[a.figure], "winrate against the reference summary",
+                FIGURES[a.figure], "winrate against the reference summary",
                 partial(figure.lines, x_label="N", log=True))
 
 

@@ -15,7 +15,7 @@ from roads.figures.figure import Bar
 from roads.figures.policies import NAMES
 
 METHODS = {"dpo": "DPO", "ipo": "IPO", "simpo": "SimPO", "chi_po": "chi-PO", "dpo_kl": "DPO + KL"}  # by loss
-CAPTIONS = {
+FIGURES = {
     "budget": "Each point is one setting of learning rate, beta, epochs or sampling temperature (params.yaml names "
               "them); x is the reverse KL from the SFT policy, estimated from samples. Best against worst of 25 "
               "moves a policy further per step than a human pair does, so equal steps are not equal distances. At "
@@ -55,7 +55,7 @@ def series_of(policy: str, cfg: schema.Scale) -> str:
     return NAMES[policy] + f", {cfg.rounds} rounds" * (cfg.rounds > 1)
 
 
-def points_of(scale: str, name: str) -> list[Bar]:
+def bars_of(scale: str, name: str) -> list[Bar]:
     """A bar for every policy of every setting, without its KL."""
     params, bars = config.load(), []
     own = params.scales[scale]
@@ -73,17 +73,17 @@ def points_of(scale: str, name: str) -> list[Bar]:
 
 def _command() -> None:
     parser = stage.arguments(__doc__, "runs", "out")
-    parser.add_argument("--figure", required=True, choices=list(CAPTIONS))
+    parser.add_argument("--figure", required=True, choices=list(FIGURES))
     a = parser.parse_args()
     seeds = config.load().seeds_of(a.figure, a.scale)
-    bars = [replace(bar, x=mean_kl(a.runs, bar, seeds)) for bar in points_of(a.scale, a.figure)]
+    bars = [replace(bar, x=mean_kl(a.runs, bar, seeds)) for bar in bars_of(a.scale, a.figure)]
     online = [bar for bar in bars if bar.series == "Online(DPO)"]
     if a.figure == "methods":
         offline = dict.fromkeys(bar.series for bar in bars if bar.series in METHODS.values())
         gaps = {f"Online(DPO) - {series} at its KL": matched(bars, online[0], series) for series in offline}
     else:
         gaps = {f"{bar.name} - DPO at its KL ({bar.x:.1f})": matched(bars, bar) for bar in online}
-    figure.save(a.out, a.figure, a.runs, bars, gaps, a.scale, CAPTIONS[a.figure],
+    figure.save(a.out, a.figure, a.runs, bars, gaps, a.scale, FIGURES[a.figure],
                 "winrate against the reference summary",
                 partial(figure.lines, x_label="reverse KL from the SFT policy, nats", named=a.figure == "budget",
                         measured=a.figure == "methods"))

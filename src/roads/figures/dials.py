@@ -61,12 +61,14 @@ def _command() -> None:
     a = parser.parse_args()
     caption, _, x_label, short, policies, log = FIGURES[a.figure]
     bars, gaps, gaps_at = bars_of(a.scale, a.figure), {}, {}
+    names = {bar.name for bar in bars}
     for online in [bar for bar in bars if bar.series.startswith("Online")]:
         at = f"{short}={online.x:g}"
-        for control in policies[:-1]:
-            gap = f"{online.series} - {NAMES[control]}"
-            gaps[f"{gap}, {at}"] = {online.name: 1, f"{NAMES[control]} {at}": -1}
-            gaps_at[f"{gap}, {at}"] = gap, online.x
+        for control in [f"{NAMES[policy]} {at}" for policy in policies[:-1]]:
+            if control in names:  # an arm may train online DPO alone
+                gap = f"{online.series} - {control.removesuffix(f' {at}')}"
+                gaps[f"{gap}, {at}"] = {online.name: 1, control: -1}
+                gaps_at[f"{gap}, {at}"] = gap, online.x
     figure.save(a.out, a.figure, a.runs, bars, gaps, a.scale, caption, "winrate against the reference summary",
                 partial(figure.lines, x_label=x_label, log=log, gaps_at=gaps_at))
 

@@ -29,7 +29,7 @@ CAPTION = ("Columns: what readers like (params.yaml has each as an arm); x: pair
 EPOCHS = "epochs, chosen for offline DPO at every number of pairs in development worlds"
 TUNED = ("learning rate and epochs, chosen in development worlds for offline DPO and each kind of reward; so are the "
          "reward model's own")
-CHOSEN = {"learnt": EPOCHS, "learnt_bases": EPOCHS, "tuned": TUNED, "tuned_bases": TUNED}
+FIGURES = {"learnt": EPOCHS, "learnt_bases": EPOCHS, "tuned": TUNED, "tuned_bases": TUNED}
 
 
 def bars_of(scale: str, name: str) -> list[Bar]:
@@ -128,11 +128,11 @@ def _finish(shown: Figure, top: Axes, below: Axes, content: dict) -> Figure:
 
 def _command() -> None:
     parser = stage.arguments(__doc__, "runs", "out")
-    parser.add_argument("--figure", required=True, choices=list(CHOSEN))
+    parser.add_argument("--figure", required=True, choices=list(FIGURES))
     a = parser.parse_args()
     bars = bars_of(a.scale, a.figure)
     figure.save(a.out, a.figure, a.runs, bars, contrasts(bars), a.scale,
-                CAPTION.format(chosen=CHOSEN[a.figure]),
+                CAPTION.format(chosen=FIGURES[a.figure]),
                 "winrate against the reference summary; of judges the share of held-out pairs right by quality",
                 grid if len({bar.x for bar in bars}) > 1 else row)
 

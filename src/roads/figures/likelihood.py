@@ -14,6 +14,7 @@ from roads import config, stage
 from roads.figures import figure, policies
 from roads.figures.figure import Bar
 
+FIGURES = "fig7", "told_judges", "sizes_judges"
 KINDS = {"Global RM": "reward", "Local RM": "local", "DPO RM": "dpo", "Base": "base"}
 COMPARED = (("Global RM", "Local RM"), ("Local RM", "DPO RM"), ("Global RM", "DPO RM"), ("Global RM", "Base"))
 GAPS = {f"{one.removesuffix(' RM')} - {other.removesuffix(' RM')}": {one: 1, other: -1} for one, other in COMPARED}
@@ -48,7 +49,7 @@ def bars_of(scale: str, name: str) -> list[Bar]:
 
 def _command() -> None:
     parser = stage.arguments(__doc__, "runs", "out")
-    parser.add_argument("--figure", required=True, choices=["fig7", "told_judges", "sizes_judges"])
+    parser.add_argument("--figure", required=True, choices=FIGURES)
     a = parser.parse_args()
     bars, synthetic = bars_of(a.scale, a.figure), config.load_scale(a.scale).synthetic
     gaps = {f"{label}{size}".strip(): {f"{bar}{size}": weight for bar, weight in weights.items()}

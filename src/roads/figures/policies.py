@@ -83,7 +83,7 @@ def graph_bars(scale: str, name: str) -> list[Bar]:
 def arm_bars(scale: str, name: str, arms: dict[str, schema.Scale]) -> list[Bar]:
     """The bars of Figs 5, 6, 10, told and of the recipe: an arm's policies, with the scale's own where compared."""
     if name in ("recipe", "recipe_data"):
-        labels = {"paper": ""} | {arm: arm for arm in arms}
+        labels = by_label({"": "paper"} | {arm: arm for arm in arms}, name)
         return [Bar(f"{NAMES[policy]} {label}", *figure.policy(scale, policy, name, arm), series=NAMES[policy])
                 for label, arm in labels.items() for policy in ("dpo", "online")]
     if name == "sizes":
@@ -127,7 +127,8 @@ def bars_of(scale: str, name: str) -> list[Bar]:
 
 def size_bars(scale: str, arms: dict[str, schema.Scale]) -> list[Bar]:
     """Fig 3's policies and Fig 5's at the scale's own size and at those of its arms; ARM-prompts is Fig 5's."""
-    more = max(config.load().arms_of(scale, "fig5").items(), key=lambda arm: arm[1].data.online)[0]
+    asked = config.load().arms_of(scale, "fig5")
+    more = max(asked, key=lambda arm: asked[arm].data.online, default="")
     labels = by_label({"": size_label(config.load_scale(scale))} | {
         arm: size_label(cfg) for arm, cfg in arms.items() if not arm.endswith("-prompts")}, "sizes")
     sizes = {label: (arm, ("sizes", f"{arm}-prompts") if arm else ("fig5", more)) for label, arm in labels.items()}
@@ -136,7 +137,7 @@ def size_bars(scale: str, arms: dict[str, schema.Scale]) -> list[Bar]:
         bars += [Bar(f"{NAMES[policy]} {label}", *figure.policy(scale, policy, "sizes", arm), series=NAMES[policy],
                      roles=role(NAMES[policy], label))
                  for policy in ("sft", "dpo", "dpo_2x", "online_sft", "online")]
-        if folder == "fig5" or prompts in arms:
+        if prompts in (asked if folder == "fig5" else arms):
             more = "Online(SFT) more prompts"
             bars.append(Bar(f"{more} {label}", *figure.policy(scale, "online_sft", folder, prompts),
                             series="Online(SFT)", roles=role(more, label)))

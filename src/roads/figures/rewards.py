@@ -3,6 +3,7 @@
     python -m roads.figures.rewards runs reports/real --scale real --figure rewards
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from roads.figures import figure
 from roads.figures.figure import Bar
 from roads.figures.policies import NAMES
 
+FIGURES = ("rewards",)
 CAPTION = ("Each point is a judge of known quality; its annotators label the same samples, and everything after that "
            "is the same. y is the mean quality of Online(DPO)'s summaries less DPO 2x's, in standard deviations of a "
            "post's samples by that judge. x: how much better the global reward model tells held-out pairs apart than "
@@ -42,15 +44,21 @@ def accuracy(runs: Path, scale: str, arm: str, seeds: list[int]) -> float:
     return float(kinds[0] - kinds[1])
 
 
-def bars(runs: Path, scale: str, judges: dict[str, str], seeds: list[int]) -> list[Bar]:
-    """Quality of every policy under every judge (name -> arm), in units of its spread."""
+def arms_by_judge(scale: str) -> dict[str, str]:
+    """Judge -> the arm that it judges, "" for the scale itself."""
+    params = config.load()
+    arms = params.arms_of(scale, "rewards").items()
+    return {params.scales[scale].judge.kind: ""} | {cfg.judge.kind: arm for arm, cfg in arms}
+
+
+def bars_of(scale: str, name: str) -> list[Bar]:
+    """Quality of every policy under every judge, in the judge's own unit."""
     found = []
-    for x, (judge, arm) in enumerate(judges.items()):
-        unit = spread(runs, scale, arm, seeds[0])
+    for x, (judge, arm) in enumerate(arms_by_judge(scale).items()):
         for policy in POLICIES:
-            place, key = figure.policy(scale, policy, "rewards", arm)
-            found.append(Bar(f"{NAMES[policy]} {judge}", place, f"{key}.quality" if arm else "quality", NAMES[policy],
-                             x, unit))
+            place, key = figure.policy(scale, policy, name, arm)
+            key = f"{key}.quality" if arm else "quality"
+            found.append(Bar(f"{NAMES[policy]} {judge}", place, key, NAMES[policy], x))
     return found
 
 
@@ -76,18 +84,18 @@ def two_panels(content: dict, places: dict[str, tuple[float, float]]) -> Figure:
 
 def _command() -> None:
     parser = stage.arguments(__doc__, "runs", "out")
-    parser.add_argument("--figure", required=True, choices=["rewards"])
+    parser.add_argument("--figure", required=True, choices=FIGURES)
     a = parser.parse_args()
-    params = config.load()
-    seeds, arms = params.seeds_of(a.figure, a.scale), params.arms_of(a.scale, a.figure)
-    judges = {params.scales[a.scale].judge.kind: ""} | {cfg.judge.kind: arm for arm, cfg in arms.items()}
+    seeds, judges = config.load().seeds_of(a.figure, a.scale), arms_by_judge(a.scale)
+    units = [spread(a.runs, a.scale, arm, seeds[0]) for arm in judges.values()]
+    bars = [replace(bar, unit=units[int(bar.x)]) for bar in bars_of(a.scale, a.figure)]
     places = {judge: (accuracy(a.runs, a.scale, arm, seeds),
                       stage.read_json(a.runs / f"{a.scale}/human/judges/{arm or 'own'}/metrics.json")["beyond_words"])
               for judge, arm in judges.items()}
     gaps = {f"{judge}: {NAMES[online]} - {NAMES[control]}": {f"{NAMES[online]} {judge}": 1,
                                                              f"{NAMES[control]} {judge}": -1}
             for judge in judges for online, control in (("online", "dpo_2x"), ("online", "dpo"), ("online_sft", "dpo"))}
-    figure.save(a.out, a.figure, a.runs, bars(a.runs, a.scale, judges, seeds), gaps, a.scale, CAPTION,
+    figure.save(a.out, a.figure, a.runs, bars, gaps, a.scale, CAPTION,
                 "quality of summaries, in sd of a post's samples", partial(two_panels, places=places))
 
 

@@ -16,12 +16,12 @@ from roads.figures.figure import Bar
 from roads.figures.policies import NAMES
 
 JUDGES = {"Global RM": "reward", "DPO RM": "dpo", "Base": "base"}
-WHAT = {"worlds": "Worlds drawn at random from stated ranges, none left out, with mini's hyperparameters.",
+FIGURES = {"worlds": "Worlds drawn at random from stated ranges, none left out, with mini's hyperparameters.",
         "bases": "The scale's own world and documents, with bases whose first weights and order of documents were "
                  "drawn from other seeds; every base has an SFT policy and reward models of its own."}
-WHAT["bases_rouge"] = f"{WHAT['bases']} ROUGE-L ranks, as in Fig. 11."
-WHAT["bases_readers"] = (f"{WHAT['bases']} Readers give the summary that they are shown first one logit more, and one "
-                         "label in ten is flipped; the judge of winrates is the world's own.")
+FIGURES["bases_rouge"] = f"{FIGURES['bases']} ROUGE-L ranks, as in Fig. 11."
+FIGURES["bases_readers"] = (f"{FIGURES['bases']} Readers give the summary that they are shown first one logit more, "
+                            "and one label in ten is flipped; the judge of winrates is the world's own.")
 LEFT = ("what Online(DPO) has over DPO 2x in each, with its bootstrap interval over prompts and seeds; the line and "
         "the band are the mean over all of them and its t interval.")
 RIGHT = ("Right: the same against the reward model's lead, how much more often it prefers the truly better summary of "
@@ -104,11 +104,11 @@ def panels(content: dict) -> Figure:
 
 def _command() -> None:
     parser = stage.arguments(__doc__, "runs", "out")
-    parser.add_argument("--figure", required=True, choices=list(WHAT))
+    parser.add_argument("--figure", required=True, choices=list(FIGURES))
     a = parser.parse_args()
     bars = bars_of(a.scale, a.figure)
     task = config.load_figures()[a.figure].task
-    caption = f"{WHAT[a.figure]} {'Left' if task == 'human' else 'Shown'}: {LEFT}" + f" {RIGHT}" * (task == "human")
+    caption = f"{FIGURES[a.figure]} {'Left' if task == 'human' else 'Shown'}: {LEFT}" + f" {RIGHT}" * (task == "human")
     figure.save(a.out, a.figure, a.runs, bars, contrasts(bars), a.scale, caption, MEASURES[task], panels)
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from roads import active, config, schema
 from roads.active import Active
+from roads.figures.check import check
 from roads.runner import dvc_patches, preflight, prefork, single
 from roads.runner.devices import cores
 from roads.runner.progress import Progress, clock, weights
@@ -256,6 +257,7 @@ def command() -> int:
     if not todo:
         print("Up to date:", *targets or ["every stage"])
         return 0
+    check([name for stage in sorted(todo) if (name := stage.split("@")[0]) in params.figures], now.scale, params)
     preflight.check(commands, params, now.scale)
     cfg, names = params.scales[now.scale], {preflight.scale_of(command) for command in commands.values()}
     blocks = [params.blocks[name] for name in sorted(names) if name in params.blocks]

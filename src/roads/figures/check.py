@@ -1,0 +1,34 @@
+"""Whether figures can be drawn from what their arms train: asked before anything runs."""
+
+from importlib import import_module
+from typing import get_args
+
+from roads import config, schema
+from roads.stage import UserError
+
+
+def check(names: list[str], scale: str, params: config.Params) -> None:
+    """Look at the bars of figures of a scale, by the modules that will draw them.
+
+    Raises:
+        UserError: a module draws no figure of that name, an arm does not train what is shown of it, or two bars would
+            have one name.
+    """
+    for name in names:
+        module = import_module(f"roads.figures.{params.figures[name].module}")
+        if not (hasattr(module, "FIGURES") and hasattr(module, "bars_of")):
+            raise UserError(f"{module.__file__}: expected FIGURES, the names of the figures that it draws, and "
+                            "bars_of(scale, name), the bars of one")
+        if name not in module.FIGURES:
+            raise UserError(f"{config.FIGURES}: {name}.module: {params.figures[name].module} draws "
+                            f"{', '.join(module.FIGURES)}, and not {name}; teach it, or name another module")
+        bars = module.bars_of(scale, name)
+        for bar in bars:
+            _, figure, arm, *_ = *bar.place.split("/"), "", ""
+            policy = bar.key.removesuffix(".quality")
+            cfg = params.arms_of(scale, figure).get(arm) if figure in params.figures else None
+            if cfg and policy in get_args(schema.Policy) and policy not in cfg.policies:
+                raise UserError(f"{config.PARAMS}: {scale}.arms.{figure}.{arm}.policies: expected {policy} among them, "
+                                f"which figure {name} shows; got {cfg.policies}")
+        if twice := [bar.name for k, bar in enumerate(bars) if any(other.name == bar.name for other in bars[:k])]:
+            raise UserError(f"{name}: two arms have the bar {twice[0]!r}; let them differ in what the figure shows")
