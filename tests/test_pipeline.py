@@ -283,7 +283,7 @@ def test_dvc_exp_run_sets_one_value_of_any_scale_and_of_an_arm(tmp_path):
     ('"Fig. 7: validation', '"Figure 7: validation', "figures.yaml", ["fig7"]),
     ("Stage reward:", "Stage reward, edited:", "src/roads/stages/reward.py", ["reward", "fig12_arms"]),
     ("Stage arm:", "Stage arm, edited:", "src/roads/stages/arm.py", ["fig12_arms"]),
-    ("Figure 7, and", "Fig. 7, and", "src/roads/figures/likelihood.py", ["fig7"]),
+    ("Figure 7, also", "Fig. 7, also", "src/roads/figures/likelihood.py", ["fig7"]),
 ])  # fmt: skip
 def test_a_change_reruns_what_depends_on_it(scratchpad, old, new, file, expected):
     edit(scratchpad, old, new, file)
