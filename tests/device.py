@@ -93,6 +93,8 @@ def goes_on(out: Path, pairs: Path, start: Path, cfg: schema.Scale) -> None:
         dpo.dpo(pairs, start, out / "again", cfg, 0)
     except KeyboardInterrupt:
         assert list(distributed.SCRATCH.glob("*/checkpoint.pt"))
+    else:
+        raise AssertionError("it was not stopped")
     train.learning_rate = learning_rate
     dpo.dpo(pairs, start, out / "again", cfg, 0)
     whole, again = (model.load_policy(out / name).state_dict() for name in ("dpo", "again"))

@@ -679,4 +679,4 @@ def test_pairs_may_be_labelled_in_one_order(cache, serve):
     both = protocol.compare(protocol.outside(cfg.judge, SPENDING, tokenizer, query), ours, theirs)
     assert both["score"].tolist() == [1, 0, 1, 0, 1, 0.5]
     rows = protocol.two_word_rows(["one two three four"], one, SPENDING)
-    assert {rows[0]["chosen"], rows[0]["rejected"]} == {"one two", "three four"}
+    assert (rows[0]["chosen"], rows[0]["rejected"]) == ("three four", "one two")  # the longer one
