@@ -93,14 +93,13 @@ setup: $(VENV)/.installed  ## run: the environment in .venv, from requirements/c
 $(VENV)/.installed: requirements/cpu.txt
 	@cmp -s $< $@ && exec touch $@; $(OURS) python=$$(PATH="$$OUTER_PATH"; $(FIND_PYTHON)); [ -n "$$python" ] || { \
 	  echo "error: no Python 3.11 or 3.12 with venv found; install one, or say make PYTHON=/path/to/python" >&2; exit 1; }; \
-	echo "Setting up $(VENV) with $$python: pinned packages, about a minute." && \
-	PATH="$$OUTER_PATH" "$$python" -m venv --clear $(VENV) && touch $(VENV)/.roads
-	@cmp -s $< $@ || $(PIP) -r requirements/build.txt
-	@cmp -s $< $@ || $(PIP) -r requirements/torch-cpu.txt 2>/dev/null || echo "pip finds no CPU build of torch: taking the package index's."
-	@cmp -s $< $@ || $(PIP) --no-build-isolation -r requirements/cpu.txt
-	@$(PY) -c 'import torch' 2>/dev/null || { echo "Adding the libraries that it wants (GBs)."; $(PIP) -r requirements/torch-cuda-libs.txt; }
-	@cmp -s $< $@ || $(PY) scripts/relocatable.py
-	@$(WARM) && cp $< $@
+	set -e; echo "Setting up $(VENV) with $$python: pinned packages, about a minute."; \
+	PATH="$$OUTER_PATH" "$$python" -m venv --clear $(VENV); touch $(VENV)/.roads; \
+	$(PIP) -r requirements/build.txt; \
+	$(PIP) -r requirements/torch-cpu.txt 2>/dev/null || echo "pip finds no CPU build of torch: taking the package index's."; \
+	$(PIP) --no-build-isolation -r requirements/cpu.txt; \
+	$(PY) -c 'import torch' 2>/dev/null || { echo "Adding the libraries that it wants (GBs)."; $(PIP) -r requirements/torch-cuda-libs.txt; }; \
+	$(PY) scripts/relocatable.py; $(WARM); cp $< $@
 
 # What tests, lints and locks beside: as much again as the experiment's own packages, torch aside.
 $(VENV)/.dev: requirements/dev.txt $(VENV)/.installed

@@ -187,12 +187,10 @@ def run(jobs: list[tuple], label: str) -> list[dict]:
         return [future.result() for future in tqdm(futures, desc=label, unit="cell")]
 
 
-def in_worlds(names: list[tuple[str, str]]) -> list[tuple[str, schema.Scale]]:
-    """Figures and arms -> an arm's name, its figure before it where that is a dial, and its block in every world."""
-    params = config.load()
-    return [(arm if figure.startswith("learnt") else f"{figure}.{arm}",
-             changed(params.arms_of("mini", figure)[arm], "source", seed=seed))
-            for figure, arm in names for seed in WORLDS]
+def in_worlds(figure: str, arm: str) -> list[tuple[str, schema.Scale]]:
+    """An arm's name, its figure before it where that is a dial, and its block, for every world."""
+    name, cfg = arm if figure.startswith("learnt") else f"{figure}.{arm}", config.load().arms_of("mini", figure)[arm]
+    return [(name, changed(cfg, "source", seed=seed)) for seed in WORLDS]
 
 
 def cells_of(kind: str, cells: list[tuple[str, schema.Scale, dict]]) -> list[dict]:
@@ -224,7 +222,7 @@ def search_each(group: str, names: list[tuple[str, str]], grid: dict, grows: boo
     """Offline DPO and the reward model, each by itself, for every one of these arms, at 6,000 pairs."""
     found: dict[str, list[dict]] = {f"{group}_dpo": [], f"{group}_reward": []}
     for each in names:
-        blocks = in_worlds([each])
+        blocks = in_worlds(*each)
         with ProcessPoolExecutor(os.cpu_count()) as pool:
             list(tqdm(pool.map(prepare, *zip(*[(cfg, ("human",)) for _, cfg in blocks])), total=len(blocks),
                       desc=".".join(each)))

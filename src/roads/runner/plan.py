@@ -66,9 +66,10 @@ def switched(scale: str | None, data: str | None) -> Iterator[tuple]:
                 return super().open(copy if Path(path).absolute() == here else path, mode, **kwargs)
 
         blocks = {name: block.model_dump(exclude_none=True) for name, block in params.blocks.items()}
-        for name, block in blocks.items() if now.data_from else ():
-            if name.partition(".")[0] == scale:
-                block["data"] |= as_many_as_there_are(Path(now.data_from), block["data"])
+        there = dict.fromkeys(blocks[scale]["data"], 10**9)
+        there = as_many_as_there_are(Path(now.data_from), there) if now.data_from else there
+        for name in (name for name in blocks if name.partition(".")[0] == scale):  # its arms read the same folder
+            blocks[name]["data"] = {split: min(n, there[split]) for split, n in blocks[name]["data"].items()}
         with dvc_patches.errors(), Repo(fs=Switched(), _wait_for_lock=True) as repo:
             yield repo, scale, blocks
 
