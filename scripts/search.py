@@ -46,7 +46,10 @@ LIKED_DPO = {"lr": (1e-4, 3e-4), "epochs": (1, 2, 4)}
 LIKED_REWARD = {"lr": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), "epochs": (1, 2, 4)}
 # The points of the dials whose world, documents or model are not mini's: both methods for each of them.
 DIALS = {"verifier": ("tag2",), "complexity": ("additive", "complex"), "sizes": ("small", "large"), "fig10": ("k2",),
-         "horizon": ("k4", "k12")}
+         "horizon": ("k4", "k12"), "branching": ("k2", "k4")}
+# Of these, those whose summaries are shorter: epochs of the base, doubled until SFT's words are the prompt's.
+SHORT = {"fig10": ("k2",), "horizon": ("k4",), "branching": ("k2", "k4")}
+VALID = 0.999
 DIALS_REWARD = {"lr": (5e-4, 1e-3, 2e-3, 4e-3), "epochs": (1, 2, 4)}
 
 
@@ -63,8 +66,9 @@ def once(out: Path, function, *args, **options) -> Path:
 
 
 def home(cfg: schema.Scale) -> Path:
-    """Where a world's cells are; one whose readers like something else, or another model, has a place of its own."""
-    name, own, mini = f"world{cfg.source.seed}", *[schema.used(each, "source", "model") for each in (cfg, plain(cfg))]
+    """Where a world's cells are; one whose readers like something else, or another base, has a place of its own."""
+    name = f"world{cfg.source.seed}"
+    own, mini = (schema.used(each, "source", "model", "base") for each in (cfg, plain(cfg)))
     return RUNS / (name if own == mini else f"{name}-{stage.fingerprint(own, [])}")
 
 
@@ -235,6 +239,27 @@ def search_each(group: str, names: list[tuple[str, str]], grid: dict, grows: boo
     return found
 
 
+def writes(cfg: schema.Scale) -> dict:
+    """How well a world's SFT policy writes."""
+    prepare(cfg, ())
+    return {"kind": "sft", "world": cfg.source.seed, "seed": cfg.source.seed, "epochs": cfg.base.epochs,
+            **score(home(cfg) / "sft", "human", cfg)}
+
+
+def search_bases() -> list[dict]:
+    """The SFT policy of every point of SHORT after 4 epochs of its base, 8 and so on, until its words are the prompt's."""
+    rows: list[dict] = []
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for figure, arm in [(figure, arm) for figure, arms in SHORT.items() for arm in arms]:
+            epochs, valid = config.load_scale("mini").base.epochs, 0.0
+            while valid < VALID:
+                blocks = [changed(cfg, "base", epochs=epochs) for _, cfg in in_worlds(figure, arm)]
+                found = list(tqdm(pool.map(writes, blocks), total=len(blocks), desc=f"{figure}.{arm}, base {epochs}"))
+                rows += [row | {"task": f"{figure}.{arm}"} for row in found]
+                epochs, valid = 2 * epochs, np.mean([row["validity"] for row in found])
+    return rows
+
+
 def table(rows: list[dict], columns: list[str], by: list[str]) -> list[str]:
     """Markdown: one line a setting, the mean over seeds of every column."""
     groups: dict[tuple, list[dict]] = {}
@@ -264,6 +289,7 @@ def write(results: dict[str, list[dict]]) -> None:
         "methods": (["score", "validity", "kl"], ["loss", "beta", "kl_weight"]),
         "liked_dpo": (["score", "validity", "accuracy"], ["task", *LIKED_DPO]),
         "liked_reward": (["likelihood", "log_loss", "accuracy"], ["task", *LIKED_REWARD]),
+        "bases": (["score", "validity"], ["task", "epochs"]),
         "dials_dpo": (["score", "validity", "accuracy"], ["task", *LIKED_DPO]),
         "dials_reward": (["likelihood", "log_loss", "accuracy"], ["task", *DIALS_REWARD]),
     }
@@ -297,6 +323,7 @@ def main() -> None:
     results["epochs"] = run([(cfg, kind, f"human{n}", {key: getattr(getattr(mini, kind), key) for key in keys} |
                               {"epochs": epochs}) for kind, keys in (("dpo", ("lr", "beta")), ("reward", ("lr",)))
                              for n, many in PAIRS.items() for epochs in many for cfg in worlds], "epochs")
+    results["bases"] = search_bases()
     for group, arms, grid in (("liked", LIKED, LIKED_REWARD), ("dials", DIALS, DIALS_REWARD)):
         names = [(figure, arm) for figure, those in arms.items() for arm in those]
         results |= search_each(group, names, grid, grows=group == "dials")
