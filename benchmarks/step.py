@@ -74,7 +74,8 @@ def ours(folder: Path, settings: dict, share: bool) -> None:
         return value, {}
 
     recipe = schema.Train(lr=settings["lr"], schedule="linear", batch_size=settings["batch_size"], epochs=1)
-    train.fit(policy, loss, len(query), recipe, seed=settings["seed"], key="benchmark", label="ours")
+    job = train.Job(policy, loss, train.tokens(query, chosen, rejected))
+    train.fit(job, recipe, seed=settings["seed"], key="benchmark", label="ours")
     clock.end()
 
 

@@ -247,7 +247,7 @@ def writes(cfg: schema.Scale) -> dict:
 
 
 def search_bases() -> list[dict]:
-    """The SFT policy of every point of SHORT after 4 epochs of its base, 8 and so on, until its words are the prompt's."""
+    """SFT of each of SHORT with 4 epochs of its base, 8 and so on, until its words are the prompt's."""
     rows: list[dict] = []
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for figure, arm in [(figure, arm) for figure, arms in SHORT.items() for arm in arms]:

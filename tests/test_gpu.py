@@ -135,8 +135,8 @@ def test_a_step_is_the_same_in_one_piece_and_in_several(tmp_path, monkeypatch):
             logps = model.pair_logps(net, *(side[i] for side in rows))
             return (logps[1] - logps[0]).mean(), {}
 
-        log = train.fit(net, loss, 16, recipe, seed=0, key=f"pieces-{micro_batch}", label="pieces",
-                        micro_batch=micro_batch, packed=True, lengths=train.tokens(*rows))
+        log = train.fit(train.Job(net, loss, train.tokens(*rows)), recipe, seed=0, key=f"pieces-{micro_batch}",
+                        label="pieces", micro_batch=micro_batch)
         norms.append(log[0]["grad_norm"])
     assert norms[1] == pytest.approx(norms[0], rel=1e-3)
 
@@ -154,8 +154,7 @@ def test_memory_that_does_not_suffice_halves_the_rows(tmp_path, monkeypatch, cap
     torch.cuda.set_per_process_memory_fraction(1.5 * 2**30 / total)
     try:
         recipe = schema.Train(lr=1e-4, schedule="linear", batch_size=512, epochs=1)
-        log = train.fit(net, loss, 512, recipe, seed=0, key="memory", label="memory", packed=True,
-                        lengths=train.tokens(*rows))
+        log = train.fit(train.Job(net, loss, train.tokens(*rows)), recipe, seed=0, key="memory", label="memory")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert len(log) == 1 and "rows do not fit; retrying with" in capsys.readouterr().err

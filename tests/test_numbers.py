@@ -645,7 +645,7 @@ def test_a_training_that_is_stopped_continues_with_the_same_weights(tmp_path, mo
 
         monkeypatch.setattr(train, "learning_rate", stopping)
         try:
-            train.fit(net, loss, 23, schema.Train(**test_train.RECIPE), seed=0, key="stopped", label="x", **told)
+            train.fit(train.Job(net, loss, **told), schema.Train(**test_train.RECIPE), seed=0, key="stopped", label="x")
         except KeyboardInterrupt:
             assert stop is not None
         return net.state_dict()

@@ -48,7 +48,7 @@ def small(architecture: type):
 
 
 def problem(kind: str, n: int, seen: list | None = None, sleep: float = 0.0):
-    """A tiny policy or reward model, its loss, and what `fit` is told of its rows."""
+    """A tiny policy or reward model, its loss, and what a Job is told of its rows."""
     generator = torch.Generator().manual_seed(1)
     query = random_rows(n, 6, generator, left=True)
     chosen, rejected = (random_rows(n, 5, generator) for _ in range(2))
@@ -81,8 +81,8 @@ def fit(folder: Path, kind: str, n: int, micro_batch: int | None = None, epochs:
     torch.set_num_threads(1)
     seen = []
     net, loss, told = problem(kind, n, seen, sleep)
-    log = train.fit(net, loss, n, schema.Train(**RECIPE | {"epochs": epochs}), seed=0, key=key, label=kind,
-                    micro_batch=micro_batch, **told)
+    log = train.fit(train.Job(net, loss, **told), schema.Train(**RECIPE | {"epochs": epochs}), seed=0, key=key,
+                    label=kind, micro_batch=micro_batch)
     folder.mkdir(parents=True, exist_ok=True)
     distributed.save(net, folder)
     number, _ = distributed.rank_and_world_size()
@@ -242,7 +242,7 @@ def test_the_loop_is_a_plain_one(monkeypatch, tmp_path):
     """Learning rate, backward, clip, step: the same weights to the bit, and what is logged."""
     monkeypatch.chdir(tmp_path)
     ours, loss, told = problem("reward", 23)
-    log = train.fit(ours, loss, 23, schema.Train(**RECIPE), seed=0, key="plain", label="plain", **told)
+    log = train.fit(train.Job(ours, loss, **told), schema.Train(**RECIPE), seed=0, key="plain", label="plain")
     theirs, loss, _ = problem("reward", 23)
     theirs.train()
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=RECIPE["lr"], eps=1e-5, weight_decay=0.01)
@@ -272,7 +272,7 @@ def test_a_loss_that_is_no_number_says_what_to_lower(monkeypatch, tmp_path):
         return value * (float("nan") if len(steps) == 3 else 1), values
 
     with pytest.raises(stage.UserError, match="^reward s0: the loss is nan at step 2; lower the learning rate"):
-        train.fit(net, diverges, 23, schema.Train(**RECIPE), seed=0, key="none", label="reward s0", **told)
+        train.fit(train.Job(net, diverges, **told), schema.Train(**RECIPE), seed=0, key="none", label="reward s0")
 
 
 def test_what_curves_say_of_two_pairs():
@@ -333,8 +333,8 @@ def gradients(monkeypatch, kind: str, **options) -> list[dict[str, torch.Tensor]
         return clip(parameters, norm)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
-    log = train.fit(net, options.pop("wrap", lambda loss: loss)(loss), 23, schema.Train(**RECIPE), seed=0, key="none",
-                    label=kind, **told, **options)
+    job = train.Job(net, options.pop("wrap", lambda loss: loss)(loss), **told)
+    log = train.fit(job, schema.Train(**RECIPE), seed=0, key="none", label=kind, **options)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     return found, log
 

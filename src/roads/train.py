@@ -59,6 +59,19 @@ def tokens(*parts: Tensor) -> Tensor:
     return sum((part != PAD).sum(1) for part in parts)
 
 
+@dataclass
+class Job:
+    """What a training stage minimises: its model, a loss, and the rows it is over."""
+
+    net: nn.Module
+    loss: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]  # row indices -> mean loss, means to log
+    lengths: Tensor  # [n], tokens of every row: those of about the same length go together where a batch is cut
+    weights: Tensor | None = None  # [n], what each row counts in the mean; None: all the same
+    shards: int = 1  # `batches`
+    pack: bool = True  # whether the loss takes rows packed, on a GPU: those of model.py do
+    also: dict | None = None  # for metrics.json
+
+
 def learning_rate(step: int, steps: int, cfg: schema.Train) -> float:
     """Linear or cosine decay from cfg.lr to 0, no warm-up."""
     left = 1 - step / steps
@@ -169,42 +182,39 @@ class _Gradients:
                 parameter.grad.zero_()
 
 
-def fit(net: nn.Module, loss_fn: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]], n: int, recipe: schema.Train, *,
-        seed: int, key: str, label: str, shards: int = 1, weights: Tensor | None = None, lengths: Tensor | None = None,
-        micro_batch: int | None = None, packed: bool = False) -> list[dict[str, float]]:
-    """Minimise `loss_fn(row indices) -> (mean loss, means to log)` over n rows; returns the log of every step: learning
-    rate, loss, gradient norm before clipping, and what `loss_fn` has logged.
+def fit(job: Job, recipe: schema.Train, *, seed: int, key: str, label: str,
+        micro_batch: int | None = None) -> list[dict[str, float]]:
+    """Minimise a job's loss over its n rows; returns the log of every step: learning rate, loss, gradient norm before
+    clipping, and what the loss has logged.
 
     AdamW with eps 1e-5 (Tables 2 and 3) and weight decay .01 (the authors' code). A checkpoint in runs/.scratch/<key>
     makes a killed run continue where it was and end with the same bits.
 
     Args:
-        weights: [n], what each row counts in the mean of `loss_fn`; None: all the same.
-        lengths: [n], tokens: rows of about the same length go together where a batch is cut.
         micro_batch: rows that a process takes at once; None: its whole share, halved where that does not fit.
-        packed: whether `loss_fn` runs rows without padding.
     Raises:
         UserError: not one row fits the memory or, with sharded weights, not the share.
         UserError: a loss that is no number.
     """
+    net, n = job.net, len(job.lengths)
     rank, _ = rank_and_world_size()
     net.train()
-    objective = _Objective(net, loss_fn)
+    objective = _Objective(net, job.loss)
     if sharded():
         shard(objective, net)
     on_gpu = next(net.parameters()).device.type == "cuda"
     optimizer = torch.optim.AdamW(net.parameters(), lr=recipe.lr, eps=1e-5, weight_decay=0.01,
                                   fused=on_gpu and not sharded())
-    plan = batches(n, recipe.batch_size, recipe.epochs, seed, shards)
+    plan = batches(n, recipe.batch_size, recipe.epochs, seed, job.shards)
     progress = load_checkpoint(key, objective, optimizer)
     log = progress["log"]
-    gradients = _Gradients(objective, torch.ones(n) if weights is None else weights, lengths,
-                           micro_batch or progress["micro_batch"], packed, label)
+    gradients = _Gradients(objective, torch.ones(n) if job.weights is None else job.weights, job.lengths,
+                           micro_batch or progress["micro_batch"], model.is_packed(net), label)
     gradients.zero()
     if log and rank == 0:
         print(f"{label}: resuming at step {len(log)} of {len(plan)}", file=sys.stderr)
     bar = tqdm(plan[len(log):], initial=len(log), total=len(plan), desc=label, unit="step", disable=rank > 0)
-    watch = tracking.Watch(label, key, recipe.model_dump(), len(plan), lengths, quiet=rank > 0)
+    watch = tracking.Watch(label, key, recipe.model_dump(), len(plan), job.lengths, quiet=rank > 0)
     for rows in bar:
         lr = learning_rate(len(log), len(plan), recipe)
         set_learning_rate(optimizer, lr)
@@ -240,19 +250,6 @@ def clip(net: nn.Module, norm: float) -> float:
     return float(found.full_tensor() if hasattr(found, "full_tensor") else found)
 
 
-@dataclass
-class Job:
-    """What a training stage minimises: its model, a loss, and the rows it is over."""
-
-    net: nn.Module
-    loss: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]  # row indices -> mean loss, means to log
-    lengths: Tensor  # [n], tokens of every row
-    weights: Tensor | None = None  # [n], what each row counts in the mean; None: all the same
-    shards: int = 1  # `batches`
-    pack: bool = True  # whether the loss takes rows packed, on a GPU: those of model.py do
-    also: dict | None = None  # for metrics.json
-
-
 def run(out: Path, make: Callable[[], Job], recipe: schema.Train, cfg: schema.Scale, *, used: dict, reads: list[Path],
         seed: int, name: str, read: str | None = None) -> None:
     """What every training stage does: fit the model that `make` makes, and write it with its tokenizer, metrics.json
@@ -270,9 +267,7 @@ def run(out: Path, make: Callable[[], Job], recipe: schema.Train, cfg: schema.Sc
     with stage.output(out, used, reads) as folder:
         job = make()
         model.for_training(job.net, cfg, pack=job.pack)
-        log = fit(job.net, job.loss, len(job.lengths), recipe, seed=seed, key=key, label=f"{name} s{seed}",
-                  shards=job.shards, weights=job.weights, lengths=job.lengths, micro_batch=cfg.machine.micro_batch,
-                  packed=model.is_packed(job.net))
+        log = fit(job, recipe, seed=seed, key=key, label=f"{name} s{seed}", micro_batch=cfg.machine.micro_batch)
         save(job.net, folder, cfg.compute.precision)
         model.copy_tokenizer(reads[-1], folder)
         write_curves(folder / "curves.csv", log)
