@@ -1,5 +1,6 @@
 """Whether figures can be drawn from what their arms train: asked before anything runs."""
 
+from collections import Counter
 from importlib import import_module
 from typing import get_args
 
@@ -24,11 +25,16 @@ def check(names: list[str], scale: str, params: config.Params) -> None:
                             f"{', '.join(module.FIGURES)}, and not {name}; teach it, or name another module")
         bars = module.bars_of(scale, name)
         for bar in bars:
-            _, figure, arm, *_ = *bar.place.split("/"), "", ""
+            _, owner, arm, *_ = *bar.place.split("/"), "", ""
             policy = bar.key.removesuffix(".quality")
-            cfg = params.arms_of(scale, figure).get(arm) if figure in params.figures else None
+            cfg = params.arms_of(scale, owner).get(arm) if owner in params.figures else None
             if cfg and policy in get_args(schema.Policy) and policy not in cfg.policies:
-                raise UserError(f"{config.PARAMS}: {scale}.arms.{figure}.{arm}.policies: expected {policy} among them, "
+                raise UserError(f"{config.PARAMS}: {scale}.arms.{owner}.{arm}.policies: expected {policy} among them, "
                                 f"which figure {name} shows; got {cfg.policies}")
-        if twice := [bar.name for k, bar in enumerate(bars) if any(other.name == bar.name for other in bars[:k])]:
-            raise UserError(f"{name}: two arms have the bar {twice[0]!r}; let them differ in what the figure shows")
+        distinct(name, [bar.name for bar in bars])
+
+
+def distinct(name: str, bars: list[str]) -> None:
+    """Raises UserError where two bars of a figure have one name."""
+    if twice := [bar for bar, count in Counter(bars).items() if count > 1]:
+        raise UserError(f"{name}: two arms have the bar {twice[0]!r}; let them differ in what the figure shows")

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from roads import arrays, config, stage, stats
+from roads.figures import check
 from roads.figures.provenance import provenance
 
 SYNTHETIC = "synthetic world: evidence about the mechanism, not about TL;DR"
@@ -63,8 +64,7 @@ def read(name: str, runs: Path, bars: list[Bar], seeds: list[int],
         UserError: a bar's scores are missing, or two bars have one name.
     """
     files = {bar.name: [runs / placed(bar.place, seed, more) / "scores.npz" for seed in seeds] for bar in bars}
-    if twice := [bar.name for k, bar in enumerate(bars) if any(other.name == bar.name for other in bars[:k])]:
-        raise stage.UserError(f"{name}: two arms have the bar {twice[0]!r}; let them differ in what the figure shows")
+    check.distinct(name, [bar.name for bar in bars])
     for path in sorted({path for paths in files.values() for path in paths}):
         if not path.exists():
             raise stage.UserError(f"{path}: not found; `make {name}` makes it")

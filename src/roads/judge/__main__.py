@@ -6,7 +6,6 @@
 """
 
 import argparse
-import sqlite3
 from pathlib import Path
 
 from roads import arrays, config
@@ -29,10 +28,8 @@ def _command() -> None:
     judging.add_argument("data", type=Path)
     judging.add_argument("--scale", required=True, help="a block of params.yaml")
     a = parser.parse_args()
-    try:
+    with ledger.opened(ledger.CACHE):
         _run(a)
-    except sqlite3.Error as error:
-        raise UserError(f"{ledger.CACHE}: {error}; expected the SQLite file of answers") from None
 
 
 def _run(a: argparse.Namespace) -> None:

@@ -1,7 +1,6 @@
 """Asks a model behind an OpenAI-compatible endpoint, and pays for no answer twice (ledger.py)."""
 
 import asyncio
-import sqlite3
 import time
 from collections import deque
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from roads.judge.endpoint import (
     pause,
     request,
 )
-from roads.judge.ledger import CACHE, Ledger, key_of
+from roads.judge.ledger import CACHE, Ledger, key_of, opened
 from roads.schema import LLMJudge, Spending
 from roads.stage import UserError
 
@@ -48,7 +47,7 @@ def answers(messages: list[str], judge: LLMJudge, spending: Spending, cache: Pat
     Raises:
         UserError: the budget is spent, or the endpoint will not answer. What came is stored; run again to go on.
     """
-    try:
+    with opened(cache):
         book = Ledger(cache, judge, spending, readable)
         with closing(book.db):
             keys = [key_of(message, judge, draw) for message in messages]
@@ -58,8 +57,6 @@ def answers(messages: list[str], judge: LLMJudge, spending: Spending, cache: Pat
                 with tqdm(total=len(found), initial=len(found) - len(todo), desc=judge.model, unit="answer") as bar:
                     asyncio.run(_fetch(book, todo, bar, poll))
                 found |= {key: book.answer(key) for key in todo}
-    except sqlite3.Error as error:
-        raise UserError(f"{cache}: {error}; expected the SQLite file of answers, on a local disk with room") from None
     return [found[key] for key in keys]
 
 

@@ -48,6 +48,15 @@ END;
 """
 
 
+@contextmanager
+def opened(cache: Path) -> Iterator[None]:
+    """Says in one line that the file of answers cannot be read or written."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise UserError(f"{cache}: {error}; expected the SQLite file of answers, on a local disk with room") from None
+
+
 def price(prompt_tokens: float, completion_tokens: float, spending: Spending, batch: bool) -> float:
     """Dollars of one request, by itself or in a batch."""
     full = (prompt_tokens * spending.input + completion_tokens * spending.output) / 1e6
