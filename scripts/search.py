@@ -47,9 +47,9 @@ LIKED_REWARD = {"lr": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), "epochs": (1, 2, 4)}
 # The points of the dials whose world, documents or model are not mini's: both methods for each of them.
 DIALS = {"verifier": ("tag2",), "complexity": ("additive", "complex"), "sizes": ("small", "large"), "fig10": ("k2",),
          "horizon": ("k4", "k12"), "branching": ("k2", "k4")}
-# Of these, those whose summaries are shorter: epochs of the base, doubled until SFT's words are the prompt's.
+# Of these, those whose summaries are shorter: epochs of the base, doubled until SFT's words are the prompt's, or 16.
 SHORT = {"fig10": ("k2",), "horizon": ("k4",), "branching": ("k2", "k4")}
-VALID = 0.999
+VALID, MOST = 0.999, 16
 DIALS_REWARD = {"lr": (5e-4, 1e-3, 2e-3, 4e-3), "epochs": (1, 2, 4)}
 
 
@@ -252,7 +252,7 @@ def search_bases() -> list[dict]:
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for figure, arm in [(figure, arm) for figure, arms in SHORT.items() for arm in arms]:
             epochs, valid = config.load_scale("mini").base.epochs, 0.0
-            while valid < VALID:
+            while valid < VALID and epochs <= MOST:
                 blocks = [changed(cfg, "base", epochs=epochs) for _, cfg in in_worlds(figure, arm)]
                 found = list(tqdm(pool.map(writes, blocks), total=len(blocks), desc=f"{figure}.{arm}, base {epochs}"))
                 rows += [row | {"task": f"{figure}.{arm}"} for row in found]
