@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from roads import config, distributed, model, schema, train
+from roads import config, model, schema, stage, train
 from roads.stages import base, data, dpo, evaluate, kl, likelihood, rank, reward, sample, sft
 from roads.stages.best_of_n import best_of_n
 from roads.stages.value import value
@@ -92,7 +92,7 @@ def goes_on(out: Path, pairs: Path, start: Path, cfg: schema.Scale) -> None:
     try:
         dpo.dpo(pairs, start, out / "again", cfg, 0)
     except KeyboardInterrupt:
-        assert list(distributed.SCRATCH.glob("*/checkpoint.pt"))
+        assert list(stage.SCRATCH.glob("*/checkpoint.pt"))
     else:
         raise AssertionError("it was not stopped")
     train.learning_rate = learning_rate

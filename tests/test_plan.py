@@ -17,7 +17,6 @@ from roads import active, config, generate, generate_tree, lockfile, model, sche
 from roads.runner import cost, devices, plan, repro
 from roads.runner import work as work_of
 from roads.stage import UserError
-from roads.stages import value
 
 DVC_YAML = """
 vars: [active.yaml]
@@ -453,4 +452,8 @@ def test_times_of_make_times_are_read(tmp_path):
 
 
 def test_the_plan_counts_as_many_held_out_pairs_as_eq_2_has():
-    assert cost.HELD_OUT == value.HELD_OUT
+    pairs = "runs/paper/human/pairs"
+    value = f"stages.value P {pairs}/preferences {pairs}/valid S O --seed 0"
+    many, most, fewer = (work(value, data=PYTHIA["data"] | {"valid": n}).flops
+                         for n in (4 * schema.HELD_OUT, schema.HELD_OUT, schema.HELD_OUT // 2))
+    assert many == most > fewer

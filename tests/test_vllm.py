@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ENV, ROOT
 
-from roads import config, generate, generate_vllm, model, schema
+from roads import config, generate, generate_vllm, model, schema, stage
 from roads.judge import client
 from roads.stage import UserError
 from roads.stages import sample
@@ -156,7 +156,7 @@ def test_tokens_follow_the_softmax(llm, policy, prompts):
 
 @needs_vllm
 def test_a_stage_that_was_stopped_goes_on_with_the_same_tokens(loaded, tmp_path, monkeypatch, policy, prompts, scale):
-    monkeypatch.setattr(generate, "SCRATCH", tmp_path / "scratch")
+    monkeypatch.setattr(stage, "SCRATCH", tmp_path / "scratch")
     np.savez(tmp_path / "prompts.npz", query=prompts, response=np.zeros((8, LENGTH), np.int32))
     settings = scale.samples.online
 

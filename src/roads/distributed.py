@@ -10,8 +10,6 @@ from torch import distributed as dist
 
 from roads import stage
 
-SCRATCH = Path("runs/.scratch")
-
 
 def rank_and_world_size() -> tuple[int, int]:
     """This process's number, and how many train together, which model.device has joined: 0 and 1 without a launch."""
@@ -48,7 +46,7 @@ def save_checkpoint(key: str, objective: nn.Module, optimizer: torch.optim.Optim
         progress: "log", an entry for each step so far, and whatever else the loop needs.
     """
     rank, _ = rank_and_world_size()
-    folder = SCRATCH / key
+    folder = stage.SCRATCH / key
     folder.mkdir(parents=True, exist_ok=True)
     if not sharded():
         if rank == 0:
@@ -76,7 +74,7 @@ def save_checkpoint(key: str, objective: nn.Module, optimizer: torch.optim.Optim
 
 def load_checkpoint(key: str, objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     """Take up a checkpoint, if there is one: its progress, or an empty one."""
-    folder, empty = SCRATCH / key, {"log": [], "micro_batch": None}
+    folder, empty = stage.SCRATCH / key, {"log": [], "micro_batch": None}
     if not sharded():
         if not (folder / "checkpoint.pt").exists():
             return empty
@@ -99,7 +97,7 @@ def load_checkpoint(key: str, objective: nn.Module, optimizer: torch.optim.Optim
 def delete_checkpoint(key: str) -> None:
     """Drop a finished run's checkpoint."""
     if rank_and_world_size()[0] == 0:  # whose result it is: the others may be done before it is written
-        shutil.rmtree(SCRATCH / key, ignore_errors=True)
+        shutil.rmtree(stage.SCRATCH / key, ignore_errors=True)
 
 
 def save(model: nn.Module, folder: Path, precision: str = "fp32") -> None:

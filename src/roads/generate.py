@@ -19,7 +19,6 @@ ROWS = 1600  # completions of a batch: what is drawn from one generator, and kep
 TOGETHER = 4096  # completions that are under way at once on a GPU; on a CPU, as many as a batch has
 STEP = 256  # a GPU's memory is filled in steps of so many prompts
 MEMORY = 2**29  # bytes of a CPU's that they may take; of a GPU three quarters of what is free
-SCRATCH = Path("runs/.scratch")
 
 
 def complete(policy: PreTrainedModel, query: Tensor, n: int, length: int, temperature: float,
@@ -78,7 +77,7 @@ def completions(policy: Path, query: Tensor, length: int, settings: schema.Sampl
     if (known := kept.load(f"completions-{key}")) is not None:
         print(f"sample s{seed}: cached", file=sys.stderr)
         return torch.from_numpy(known)
-    files = [SCRATCH / f"sample-{key}-{number}.npy" for number in range(len(batches))]
+    files = [stage.SCRATCH / f"sample-{key}-{number}.npy" for number in range(len(batches))]
     sampled = [None if part is None else torch.from_numpy(part) for part in map(kept.read, files)]
     missing = [number for number, part in enumerate(sampled) if part is None]
     if len(missing) < len(batches):

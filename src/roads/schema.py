@@ -10,6 +10,8 @@ from roads.judge_settings import OUTSIDE, Gold, Known, LLMJudge, Spending
 from roads.sources import Jsonl, OpenAI, OwnPreferences, Posts, TwoWord, World
 from roads.strict import Batch, Count, Finite, LearningRate, NonNegative, Positive, Seed, Strict, Temperature, Width
 
+BEST_OF = (1, 2, 5, 10, 25)  # samples that a reward model picks from (Figs 8 and 9)
+HELD_OUT = 5000  # pairs at most for Fig 4: there are 83,802 at scale paper, and a quarter of its time would go to them
 POLICIES = ("dpo", "dpo_2x", "online_sft", "online")
 Policy = Literal["dpo", "dpo_2x", "online_sft", "online"]
 Task = Literal["human", "rouge"]

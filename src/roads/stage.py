@@ -20,6 +20,7 @@ from typing import Any
 
 from roads.process import end_with_parent
 
+SCRATCH = Path("runs/.scratch")  # what a killed run leaves, for the same run to continue
 STAGES_PER_GPU = "ROADS_STAGES_PER_GPU"  # how many stages share this one's GPU: the runner says it
 LAUNCH = "ROADS_LAUNCH"  # the file of configs/accelerate that training stages are started with; `make … LAUNCH=name`
 

@@ -6,7 +6,7 @@
 import math
 from functools import partial
 
-from roads import config, stage
+from roads import config, schema, stage
 from roads.figures import figure
 from roads.figures.figure import Bar
 
@@ -64,7 +64,7 @@ def blocks_of(scale: str) -> tuple[list[str], list[str]]:
 def bars_of(scale: str, name: str) -> list[Bar]:
     """A bar for every line and N."""
     (sizes, rms), own = blocks_of(scale), config.load_scale(scale)
-    counts = [n for n in (1, 2, 5, 10, 25) if n <= own.samples.best_of_n.n]
+    counts = [n for n in schema.BEST_OF if n <= own.samples.best_of_n.n]
     ends, called = {"smallest": sizes[0], "largest": sizes[-1]}, {}
     for which, policy in ends.items():
         rivals = {"own": policy, "smallest": rms[0], "largest": rms[-1]}

@@ -15,7 +15,6 @@ from roads import schema
 from roads.runner.work import ORDERS, Command, Work, vocabulary
 
 ROWS, MEMORY, BATCH = 1600, 2**29, 2**13  # generate.py's, and the tokens that are scored at once
-HELD_OUT = 5000  # as stages.value, which is not imported here: torch takes seconds
 INT = 4  # bytes: token ids are int32
 WEIGHT = {"fp32": 4, "bf16": 2}  # bytes, as a model is saved (distributed.save)
 
@@ -113,12 +112,12 @@ def _kl(c: Command, prompts: int, more: int = 0) -> Work:
 
 
 def _value(c: Command) -> Work:
-    rows = c.rows(c.places[1]) + min(c.rows(c.places[2]), HELD_OUT)
+    rows = c.rows(c.places[1]) + min(c.rows(c.places[2]), schema.HELD_OUT)
     return replace(_kl(c, rows, more=2), size=4 * 8 * rows)
 
 
 def _best_of_n(c: Command) -> Work:
-    rows, counts = c.rows("test_best_of_n"), 5  # N is 1, 2, 5, 10 and 25
+    rows, counts = c.rows("test_best_of_n"), len(schema.BEST_OF)
     scored = score(c, rows, c.distinct(c.block["samples"]["best_of_n"]),
                    policies=2 if c.options["kind"] == "dpo" else 0)
     return scored + Work(size=8 * counts * rows) + c.compared(counts * rows)

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from roads import arrays, candidates, config, distributed, model, optimum, schema, stage
+from roads import arrays, candidates, config, model, optimum, schema, stage
 from roads.judge import protocol, quality
 from roads.stages import dpo, kl, rank, reward, sample
 from roads.stages.arm import Steps, splits
@@ -90,7 +90,7 @@ def anatomy(data: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int) -> N
     used |= {"dpo": cfg.dpo.told(), "seed": seed}
     key = stage.fingerprint(used, [data, sft], "anatomy", stage.code())
     with stage.output(out, used, [data, sft]) as folder:
-        run = Steps(distributed.SCRATCH / key, 8 + 4 * len(TRAINED), out.as_posix())
+        run = Steps(stage.SCRATCH / key, 8 + 4 * len(TRAINED), out.as_posix())
         run.where.mkdir(parents=True, exist_ok=True)
         for name, rows in splits(data, cfg).items():
             np.savez(run.where / f"{name}.npz", **rows)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from roads import arrays, config, distributed, schema, stage
+from roads import arrays, config, schema, stage
 from roads.stages import data, dpo, evaluate, kl, likelihood, rank, reward, sample, untrained
 
 
@@ -74,7 +74,7 @@ def arm(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int, *, task
         readers, has_online = task == "human", bool({"online", "online_sft"} & set(cfg.policies))
         total = 6 + 2 * has_online + (cfg.synthetic and readers) + 2 * folders + judges
         total += sum({"dpo": 5, "dpo_2x": 4}.get(name, 3 + 3 * cfg.rounds) for name in cfg.policies)
-        run = Steps(distributed.SCRATCH / key, total, out.as_posix())
+        run = Steps(stage.SCRATCH / key, total, out.as_posix())
         run.where.mkdir(parents=True, exist_ok=True)
         for name, rows in splits(where, cfg).items():
             np.savez(run.where / f"{name}.npz", **rows)
@@ -148,7 +148,7 @@ def sweep(where: Path, sft: Path, out: Path, cfg: schema.Scale, seed: int) -> No
     used["seed"] = seed
     key = stage.fingerprint(used, [where, sft], "sweep", stage.code())
     with stage.output(out, used, [where, sft]) as folder:
-        kept, scores, metrics = distributed.SCRATCH / key, {}, {}
+        kept, scores, metrics = stage.SCRATCH / key, {}, {}
         for n, epochs in cfg.sizes.items():
             part, place = of_size(cfg, n, epochs), kept / f"n{n}"
             if not place.exists():

@@ -12,8 +12,6 @@ from roads import arrays, candidates, config, model, schema, stage, zero_shot
 from roads.judge import protocol
 from roads.tldr import PAD
 
-N = (1, 2, 5, 10, 25)
-
 
 def best_of(rewards: np.ndarray, n: int) -> np.ndarray:
     """Index [B] of the best of the first n of rewards [B, >= n]; ties go to the first."""
@@ -39,7 +37,7 @@ def best_of_n(completions: Path, data: Path, path: Path, reference: Path, out: P
             rewards = candidates.implicit_rewards(path, reference if kind == "dpo" else None, query, sampled,
                                                   cfg.compute)
         references = arrays.tokens(data / "test_human.npz")["response"][: len(query)]
-        counts, every = [n for n in N if n <= sampled.shape[1]], np.arange(len(query))
+        counts, every = [n for n in schema.BEST_OF if n <= sampled.shape[1]], np.arange(len(query))
         chosen = np.concatenate([rows["completions"][every, best_of(rewards.numpy(), n)] for n in counts])
         ask = protocol.of(cfg, np.tile(rows["query"], (len(counts), 1)), data)
         found = protocol.compare(ask, chosen, np.tile(references, (len(counts), 1)))  # all at once: a batch takes a day

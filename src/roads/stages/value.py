@@ -11,8 +11,6 @@ from torch.nn.functional import logsigmoid
 
 from roads import arrays, candidates, config, generate, model, preferences, schema, stage
 
-HELD_OUT = 5000  # pairs at most: there are 83,802 at scale paper, and a quarter of Fig 4's time would go to them
-
 
 def value(policy: Path, pairs: Path, held_out: Path, reference: Path, out: Path, cfg: schema.Scale,
           seed: int) -> None:
@@ -33,9 +31,9 @@ def value(policy: Path, pairs: Path, held_out: Path, reference: Path, out: Path,
                                           "seed": seed}
     with stage.output(out, used, [policy, pairs, held_out, reference]) as folder:
         scores = of_pairs(policy, pairs, reference, cfg, seed)
-        scores["held_out"] = of_pairs(policy, held_out, reference, cfg, seed, HELD_OUT)["score"]
+        scores["held_out"] = of_pairs(policy, held_out, reference, cfg, seed, schema.HELD_OUT)["score"]
         shared = [arrays.posts(preferences.load(folder_of, policy)[0].numpy()[:limit], name)
-                  for folder_of, name, limit in ((pairs, "post", None), (held_out, "held_out.post", HELD_OUT))]
+                  for folder_of, name, limit in ((pairs, "post", None), (held_out, "held_out.post", schema.HELD_OUT))]
         np.savez(folder / "scores.npz", **{name: values.numpy() for name, values in scores.items()},
                  **shared[0], **shared[1])
         metrics = {"training": stage.training(policy)}
