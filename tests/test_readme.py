@@ -219,7 +219,7 @@ def test_each_kind_of_reward_has_what_the_rules_give():
 def test_each_point_of_a_dial_has_what_the_rules_give():
     """docs/search.md, rule 7."""
     params, searches, seen = config.load(ROOT / "params.yaml"), {"verifier.tag0": "blind"}, set()
-    for figure in ("fig10", "horizon", "complexity", "verifier", "sizes", "fig9"):
+    for figure in ("fig10", "horizon", "branching", "complexity", "verifier", "sizes", "fig9"):
         for name, arm in params.arms_of("mini", figure).items():
             point = f"{figure.replace('fig9', 'sizes')}.{name.removesuffix('-prompts')}"
             dpo, (lr, epochs) = chosen(searches.get(point, point))
@@ -231,7 +231,20 @@ def test_each_point_of_a_dial_has_what_the_rules_give():
                 assert lr > min(lr for lr, _ in tried) or lr == 2.5e-4
                 assert epochs < max(epochs for _, epochs in tried) or epochs == 8
             seen.add(point)
-    assert len(seen) == 9
+    assert len(seen) == 11
+
+
+def test_a_base_of_short_summaries_is_trained_until_its_words_are_the_prompts():
+    """docs/search.md, rule 8."""
+    params = config.load(ROOT / "params.yaml")
+    for figure, name in (("fig10", "k2"), ("horizon", "k4"), ("branching", "k2"), ("branching", "k4")):
+        valid = searched("sft", "validity", "epochs", task=f"{figure}.{name}")
+        last = max(valid)
+        assert sorted(valid) == [4 * 2**k for k in range(len(valid))]
+        assert all(share < 0.999 for epochs, share in valid.items() if epochs < last)
+        assert valid[last] >= 0.999 or last == 16
+        assert params.arms_of("mini", figure)[name].base.epochs == last, (figure, name)
+    assert params.arms_of("mini", "horizon")["k12"].base.epochs == params.scales["mini"].base.epochs == 4
 
 
 def test_claims_take_every_loss_at_its_best():
