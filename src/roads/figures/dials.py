@@ -4,12 +4,14 @@
 """
 
 from functools import partial
+from pathlib import Path
 
 from roads import config, schema, stage
 from roads.figures import figure
 from roads.figures.figure import Bar
 from roads.figures.policies import NAMES
 
+WRITES = 0.99  # share of the SFT policy's words that are the prompt's; mini's has 1.00
 FIGURES = {  # caption, x of a block, its axis, its label in a bar's name, policies, log axis
     "fig12": ("DPO and Online(SFT) trained on the first pairs of the set; reward model and prompts shrink with it.",
               lambda cfg: cfg.data.preferences, "pairs of the preference set", "n", ["dpo", "online_sft"], True),
@@ -55,13 +57,26 @@ def bars_of(scale: str, name: str) -> list[Bar]:
     return bars
 
 
+def cannot_write(runs: Path, bars: list[Bar], short: str, seed: int) -> str:
+    """For the caption: the points of a world at which SFT has not learnt to keep to the prompt. What online DPO gains
+    there may be no more than that."""
+    said = {}
+    for bar in bars:
+        file = runs / bar.place.format(seed=seed) / "metrics.json"
+        found = stage.read_json(file).get("sft", {}) if bar.key in NAMES and file.exists() else {}
+        if found.get("validity", 1.0) < WRITES:
+            said[f"{short}={bar.x:g}"] = found["validity"]
+    return "".join(f" At {at} only {share:.0%} of the SFT policy's words are the prompt's: it has not learnt to write "
+                   "here, and the point says little." for at, share in said.items())
+
+
 def _command() -> None:
     parser = stage.arguments(__doc__, "runs", "out")
     parser.add_argument("--figure", required=True, choices=list(FIGURES))
     a = parser.parse_args()
     caption, _, x_label, short, policies, log = FIGURES[a.figure]
     bars, gaps, gaps_at = bars_of(a.scale, a.figure), {}, {}
-    names = {bar.name for bar in bars}
+    names, seed = {bar.name for bar in bars}, config.load().seeds_of(a.figure, a.scale)[0]
     for online in [bar for bar in bars if bar.series.startswith("Online")]:
         at = f"{short}={online.x:g}"
         for control in [f"{NAMES[policy]} {at}" for policy in policies[:-1]]:
@@ -69,7 +84,8 @@ def _command() -> None:
                 gap = f"{online.series} - {control.removesuffix(f' {at}')}"
                 gaps[f"{gap}, {at}"] = {online.name: 1, control: -1}
                 gaps_at[f"{gap}, {at}"] = gap, online.x
-    figure.save(a.out, a.figure, a.runs, bars, gaps, a.scale, caption, "winrate against the reference summary",
+    figure.save(a.out, a.figure, a.runs, bars, gaps, a.scale, caption + cannot_write(a.runs, bars, short, seed),
+                "winrate against the reference summary",
                 partial(figure.lines, x_label=x_label, log=log, gaps_at=gaps_at))
 
 
