@@ -773,9 +773,9 @@ def test_roles_by_hand(tiny):
 
 def test_a_point_whose_sft_policy_cannot_write_is_said(tmp_path):
     """Of two arms one's SFT leaves the prompt; the scale's own bar, whose key is another, is not asked."""
-    for arm, share in (("k2", 0.803), ("k4", 0.9999)):
-        (tmp_path / f"mini/branching/{arm}/s1").mkdir(parents=True)
-        stage.write_json(tmp_path / f"mini/branching/{arm}/s1/metrics.json", {"sft": {"validity": share}})
+    for name, share in (("k2", 0.803), ("k4", 0.9999)):
+        (tmp_path / f"mini/branching/{name}/s1").mkdir(parents=True)
+        stage.write_json(tmp_path / f"mini/branching/{name}/s1/metrics.json", {"sft": {"validity": share}})
     bars = [figure.Bar(f"{policy} K={x}", *figure.policy("mini", policy, "branching", f"k{x}"), x=x)
             for x in (2, 4) for policy in ("dpo", "online")]
     own = figure.Bar("DPO K=8", *figure.policy("mini", "dpo"), x=8)
