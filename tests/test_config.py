@@ -71,7 +71,7 @@ def test_an_arm_is_its_scale_with_what_its_line_says():
     changed = {name: differ(ours, cfg.model_dump(exclude={"arms", "policies"})) for name, cfg in loaded.arms.items()
                if name.startswith("mini.")}
     assert len(changed) == 104 and all(changed.values())
-    assert changed["mini.fig10.k2"] == {"source.slots", "source.candidates", "source.tau", "dpo.epochs", "reward.lr",
+    assert changed["mini.fig10.k2"] == {"source.slots", "source.candidates", "source.tau", "base.epochs", "reward.lr",
                                         "reward.epochs"}
     assert changed["mini.fig12.n750"] == {"data.preferences", "data.online"}
     assert changed["mini.recipe.loader"] == {"dpo.shards"} and changed["mini.fig5.prompts"] == {"data.online"}
