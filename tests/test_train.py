@@ -573,14 +573,24 @@ def test_sft_may_count_the_query_too(tiny, inputs, policy):
         assert float(next(csv.DictReader(file))["loss"]) == pytest.approx(total / count, rel=1e-5)
 
 
-def test_gradients_are_clipped_unless_the_recipe_says_otherwise(tiny, inputs, policy):
+def test_gradients_are_clipped_unless_the_recipe_says_otherwise(tiny, inputs, policy, monkeypatch):
     policy.save_pretrained("sft")
+    after, step = {}, torch.optim.AdamW.step
+
+    def look(optimizer, *args):
+        grads = [weight.grad for group in optimizer.param_groups for weight in group["params"]]
+        after.setdefault(clip, float(torch.stack([grad.norm() for grad in grads]).norm()))  # of the first step
+        return step(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", look)
     for clip in (1.0, 1e-3, None):
         recipe = tiny.dpo.model_copy(update={"clip": clip})
         dpo.dpo(Path("pairs"), Path("sft"), Path(f"dpo-{clip}"), tiny.model_copy(update={"dpo": recipe}), 0)
     weights = [load_file(f"dpo-{clip}/model.safetensors") for clip in (1.0, 1e-3, None)]
     norms = [stage.read_json(f"dpo-{clip}/metrics.json")["grad_norm"]["first"] for clip in (1.0, 1e-3, None)]
     assert norms[0] == norms[1] == norms[2]  # as it was before
+    assert after[1e-3] == pytest.approx(1e-3, rel=1e-3) and after[None] == pytest.approx(norms[2], rel=1e-5)
+    assert after[1.0] == pytest.approx(min(1.0, norms[0]), rel=1e-5)
     assert not all(torch.equal(weights[1][name], weights[2][name]) for name in weights[1])
 
 
