@@ -47,9 +47,7 @@ LIKED_REWARD = {"lr": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), "epochs": (1, 2, 4)}
 # The points of the dials whose world, documents or model are not mini's: both methods for each of them.
 DIALS = {"verifier": ("tag2",), "complexity": ("additive", "complex"), "sizes": ("small", "large"), "fig10": ("k2",),
          "horizon": ("k4", "k12"), "branching": ("k2", "k4")}
-# Of these, those whose summaries are shorter: epochs of the base, doubled until SFT's words are the prompt's, or 16.
-SHORT = {"fig10": ("k2",), "horizon": ("k4",), "branching": ("k2", "k4")}
-VALID, MOST = 0.999, 16
+VALID, MOST = 0.999, 16  # share of SFT's words that are the prompt's, and epochs of a base at most
 DIALS_REWARD = {"lr": (5e-4, 1e-3, 2e-3, 4e-3), "epochs": (1, 2, 4)}
 
 
@@ -246,18 +244,25 @@ def writes(cfg: schema.Scale) -> dict:
             **score(home(cfg) / "sft", "human", cfg)}
 
 
-def search_bases() -> list[dict]:
-    """SFT of each of SHORT with 4 epochs of its base, 8 and so on, until its words are the prompt's."""
-    rows: list[dict] = []
+def search_bases(names: list[tuple[str, str]]) -> list[dict]:
+    """SFT of each of these arms whose summaries are shorter than mini's, with as many epochs of its base as mini's,
+    twice as many and so on, until its words are the prompt's."""
+    mini, rows = config.load_scale("mini"), []
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for figure, arm in [(figure, arm) for figure, arms in SHORT.items() for arm in arms]:
-            epochs, valid = config.load_scale("mini").base.epochs, 0.0
+        for each in names:
+            worlds, epochs, valid = in_worlds(*each), mini.base.epochs, 0.0
+            if worlds[0][1].source.slots >= mini.source.slots:
+                continue
             while valid < VALID and epochs <= MOST:
-                blocks = [changed(cfg, "base", epochs=epochs) for _, cfg in in_worlds(figure, arm)]
-                found = list(tqdm(pool.map(writes, blocks), total=len(blocks), desc=f"{figure}.{arm}, base {epochs}"))
-                rows += [row | {"task": f"{figure}.{arm}"} for row in found]
+                blocks = [changed(cfg, "base", epochs=epochs) for _, cfg in worlds]
+                found = list(tqdm(pool.map(writes, blocks), total=len(blocks), desc=f"{'.'.join(each)}, base {epochs}"))
+                rows += [row | {"task": name} for (name, _), row in zip(worlds, found, strict=True)]
                 epochs, valid = 2 * epochs, np.mean([row["validity"] for row in found])
     return rows
+
+
+def points(arms: dict[str, tuple[str, ...]]) -> list[tuple[str, str]]:
+    return [(figure, arm) for figure, those in arms.items() for arm in those]
 
 
 def table(rows: list[dict], columns: list[str], by: list[str]) -> list[str]:
@@ -323,10 +328,9 @@ def main() -> None:
     results["epochs"] = run([(cfg, kind, f"human{n}", {key: getattr(getattr(mini, kind), key) for key in keys} |
                               {"epochs": epochs}) for kind, keys in (("dpo", ("lr", "beta")), ("reward", ("lr",)))
                              for n, many in PAIRS.items() for epochs in many for cfg in worlds], "epochs")
-    results["bases"] = search_bases()
+    results["bases"] = search_bases(points(DIALS))
     for group, arms, grid in (("liked", LIKED, LIKED_REWARD), ("dials", DIALS, DIALS_REWARD)):
-        names = [(figure, arm) for figure, those in arms.items() for arm in those]
-        results |= search_each(group, names, grid, grows=group == "dials")
+        results |= search_each(group, points(arms), grid, grows=group == "dials")
     write(results)
 
 

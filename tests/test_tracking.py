@@ -139,7 +139,7 @@ def test_mlflow_is_given_what_it_takes(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     monkeypatch.setattr(trackers, "MLflowTracker", Recorder)
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: object())
-    watch = tracking.Watch("sft s0", "key", {"lr": 0.1}, 10, None, quiet=False)
+    watch = tracking.Watch("sft s0", "key", {"lr": 0.1}, 10, torch.tensor([5, 7]), quiet=False)
     watch.note(3, torch.arange(2), {"loss": 0.5})
     store = f"sqlite:///{tmp_path}/runs/.log/mlflow.db"
     assert made == [("roads", "runs/.log/mlflow", "sft-s0-key", store), {"lr": 0.1}, ({"loss": 0.5}, 3)]

@@ -51,7 +51,7 @@ class Watch:
         config: of the run, for the tracker. lengths: [N], tokens of each row. quiet: another process does it.
     """
 
-    def __init__(self, label: str, key: str, config: dict, steps: int, lengths: "Tensor | None", *, quiet: bool):
+    def __init__(self, label: str, key: str, config: dict, steps: int, lengths: "Tensor", *, quiet: bool):
         name = f"{label.replace(' ', '-')}-{key}"
         self.path, self.lengths, self.every, self.quiet = LOGS / f"{name}.csv", lengths, -(-steps // LINES), quiet
         self.tracker = None
@@ -79,7 +79,7 @@ class Watch:
         """Count a step over some rows, and what it logs; every hundredth part of a run is a line of its speed."""
         if self.tracker:
             self._told(lambda: self.tracker.log(dict(means), step=step))
-        self.tokens += int(self.lengths[rows].sum()) if self.lengths is not None else 0
+        self.tokens += int(self.lengths[rows].sum())
         if self.quiet or step % self.every:
             return
         import torch

@@ -78,7 +78,7 @@ def learning_rate(step: int, steps: int, cfg: schema.Train) -> float:
     return cfg.lr * (left if cfg.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left)))
 
 
-def micro_batches(rows: Tensor, rank: int, world: int, micro_batch: int | None, lengths: Tensor | None, *,
+def micro_batches(rows: Tensor, rank: int, world: int, micro_batch: int | None, lengths: Tensor, *,
                   packed: bool = False) -> tuple[Tensor, ...]:
     """What one of `world` processes takes of a batch of row indices, at most `micro_batch` of them at once.
 
@@ -89,7 +89,7 @@ def micro_batches(rows: Tensor, rank: int, world: int, micro_batch: int | None, 
     """
     share = -(-len(rows) // world)
     count = -(-share // (micro_batch or share))
-    if world * count > 1 and lengths is not None:
+    if world * count > 1:
         rows = rows[lengths[rows].argsort(stable=True)]
     rows = rows[rank::world]
     return tuple(rows[i::count] for i in range(count)) if packed else rows.tensor_split(count)
@@ -112,7 +112,7 @@ class _Gradients:
 
     objective: _Objective
     weights: Tensor
-    lengths: Tensor | None
+    lengths: Tensor
     micro_batch: int | None  # rows that a process takes at once; halved where they do not fit
     packed: bool
     label: str

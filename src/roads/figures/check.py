@@ -2,7 +2,6 @@
 
 from collections import Counter
 from importlib import import_module
-from typing import get_args
 
 from roads import config, schema
 from roads.stage import UserError
@@ -28,7 +27,7 @@ def check(names: list[str], scale: str, params: config.Params) -> None:
             _, owner, arm, *_ = *bar.place.split("/"), "", ""
             policy = bar.key.removesuffix(".quality")
             cfg = params.arms_of(scale, owner).get(arm) if owner in params.figures else None
-            if cfg and policy in get_args(schema.Policy) and policy not in cfg.policies:
+            if cfg and policy in schema.POLICIES and policy not in cfg.policies:
                 raise UserError(f"{config.PARAMS}: {scale}.arms.{owner}.{arm}.policies: expected {policy} among them, "
                                 f"which figure {name} shows; got {cfg.policies}")
         distinct(name, [bar.name for bar in bars])

@@ -60,14 +60,14 @@ def bars_of(scale: str, name: str) -> list[Bar]:
 def cannot_write(runs: Path, bars: list[Bar], short: str, seed: int) -> str:
     """For the caption: the points of a world at which SFT has not learnt to keep to the prompt. What online DPO gains
     there may be no more than that."""
-    said = {}
-    for bar in bars:
-        file = runs / bar.place.format(seed=seed) / "metrics.json"
-        found = stage.read_json(file).get("sft", {}) if bar.key in NAMES and file.exists() else {}
-        if found.get("validity", 1.0) < WRITES:
-            said[f"{short}={bar.x:g}"] = found["validity"]
-    return "".join(f" At {at} only {share:.0%} of the SFT policy's words are the prompt's: it has not learnt to write "
-                   "here, and the point says little." for at, share in said.items())
+    said = ""
+    for place, x in {bar.place: bar.x for bar in bars if bar.key in NAMES}.items():
+        file = runs / place.format(seed=seed) / "metrics.json"
+        share = stage.read_json(file).get("sft", {}).get("validity", 1.0) if file.exists() else 1.0
+        if share < WRITES:
+            said += (f" At {short}={x:g} only {share:.0%} of the SFT policy's words are the prompt's: it has not "
+                     "learnt to write here, and the point says little.")
+    return said
 
 
 def _command() -> None:

@@ -17,8 +17,8 @@ from roads.figures.policies import NAMES
 
 JUDGES = {"Global RM": "reward", "DPO RM": "dpo", "Base": "base"}
 FIGURES = {"worlds": "Worlds drawn at random from stated ranges, none left out, with mini's hyperparameters.",
-        "bases": "The scale's own world and documents, with bases whose first weights and order of documents were "
-                 "drawn from other seeds; every base has an SFT policy and reward models of its own."}
+           "bases": "The scale's own world and documents, with bases whose first weights and order of documents were "
+                    "drawn from other seeds; every base has an SFT policy and reward models of its own."}
 FIGURES["bases_rouge"] = f"{FIGURES['bases']} ROUGE-L ranks, as in Fig. 11."
 FIGURES["bases_readers"] = (f"{FIGURES['bases']} Readers give the summary that they are shown first one logit more, "
                             "and one label in ten is flipped; the judge of winrates is the world's own.")
