@@ -2,9 +2,10 @@
 
     make search SCALE=real
 
-The reward model's learning rate by log loss, offline DPO's learning rate and epochs by winrate, then its β; online DPO
-takes what offline DPO has. All cells of one seed come before those of the next, JOBS of them at once. A cell that is
-in runs/.search is not run again, so that a killed search continues. Writes docs/search_<scale>.csv after every cell,
+The reward model's learning rate and then its epochs by log loss, offline DPO's learning rate and epochs by winrate, then
+its β; online DPO takes what offline DPO has. A scale of a CPU has one seed and at most two epochs. All cells of one seed
+come before those of the next, JOBS of them at once. A cell that is in runs/.search is not run again, so that a killed
+search continues. Writes docs/search_<scale>.csv after every cell,
 and says what belongs into params.yaml.
 """
 
@@ -32,7 +33,7 @@ SEEDS = (100, 101)
 DPO = {"lr": (1e-5, 3e-5, 1e-4), "beta": (0.05, 0.1, 0.3), "epochs": (1, 2, 4)}
 BETA = 0.1  # at which learning rate and epochs are chosen; β then at these
 DEVELOPMENT = 600  # posts of data/tldr
-REWARD = {"lr": (3e-5, 1e-4, 3e-4)}
+REWARD = {"lr": (3e-5, 1e-4, 3e-4), "epochs": (1, 2)}
 COLUMNS = ["kind", "seed", *DPO, "winrate", "prompts", "log_loss"]
 
 
@@ -92,7 +93,7 @@ def chosen(rows: list[dict]) -> dict[str, dict]:
 
     A setting is as good as the best where its winrate is within one standard error, that of a share of all prompts
     judged. Of DPO's learning rates and epochs at BETA the fewest epochs that are as good, then the better one; of the
-    βs at these the largest that is as good. The reward model's learning rate is the one with the lowest log loss.
+    βs at these the largest that is as good. The reward model has what gives the lowest log loss.
     """
     winrate = means(rows, "dpo", list(DPO), "winrate")
     judged = sum(row["prompts"] for row in rows if row["kind"] == "dpo") / len(winrate)
@@ -136,20 +137,24 @@ def cells(runs: Path, cfg: schema.Scale, plan: list[tuple], jobs: int) -> Iterat
 def search(cfg: schema.Scale, runs: Path, out: Path, jobs: int = 1) -> dict[str, dict]:
     """Run the cells that are not there yet, `jobs` at once; what the rules choose."""
     cfg, rows = of_development(cfg), []
+    on_cpu = cfg.compute.device == "cpu"  # where a cell takes a quarter of an hour
+    seeds, grid = SEEDS[:1] if on_cpu else SEEDS, [it for it in settings(DPO) if it["epochs"] <= 2 or not on_cpu]
     prepare(runs, cfg)
 
     def run(label: str, **asked: list[dict]) -> None:
-        plan = [(kind, values, seed) for seed in SEEDS for kind, several in asked.items() for values in several]
+        plan = [(kind, values, seed) for seed in seeds for kind, several in asked.items() for values in several]
         found = {}
         for number, row in tqdm(cells(runs, cfg, plan, jobs), total=len(plan), desc=label, unit="cell"):
             found[number] = row
             write(rows + [found[i] for i in sorted(found)], out)
         rows.extend(found[i] for i in sorted(found))
 
-    grid = settings(DPO)
-    run("learning rates and epochs", reward=settings(REWARD), dpo=[it for it in grid if it["beta"] == BETA])
-    first = chosen(rows)["dpo"]
-    run("β", dpo=[it for it in grid if it["beta"] != BETA and it == first | {"beta": it["beta"]}])
+    of_reward = settings(REWARD)
+    run("learning rates and epochs", reward=[it for it in of_reward if it["epochs"] == 1],
+        dpo=[it for it in grid if it["beta"] == BETA])
+    first, rate = chosen(rows)["dpo"], chosen(rows)["reward"]["lr"]
+    run("β, and the reward model's epochs", reward=[it for it in of_reward if it["lr"] == rate and it["epochs"] > 1],
+        dpo=[it for it in grid if it["beta"] != BETA and it == first | {"beta": it["beta"]}])
     return chosen(rows)
 
 

@@ -21,19 +21,23 @@ def test_the_rules_of_the_page_are_the_grid_of_the_search():
     text = " ".join((ROOT / "docs/real.md").read_text(encoding="utf-8").split())
     assert "learning rate (1e-5, 3e-5, 1e-4) and epochs (1, 2, 4) at β .1" in text
     assert "then β (.05, .1, .3) at these" in text and search_real.BETA == 0.1
-    assert "by log loss on held-out pairs, learning rate 3e-5, 1e-4 or 3e-4, one epoch" in text
+    assert "by log loss on held-out pairs: learning rate 3e-5, 1e-4 or 3e-4 with one epoch, then one or two epochs" in text
     assert search_real.DPO == {"lr": (1e-5, 3e-5, 1e-4), "beta": (0.05, 0.1, 0.3), "epochs": (1, 2, 4)}
-    assert search_real.REWARD == {"lr": (3e-5, 1e-4, 3e-4)} and min(search_real.SEEDS) >= 100
+    assert search_real.REWARD == {"lr": (3e-5, 1e-4, 3e-4), "epochs": (1, 2)} and min(search_real.SEEDS) >= 100
+    assert "one seed, 100, and one or two epochs of DPO" in text
     assert config.load_scale("real", ROOT / "params.yaml").reward.epochs == 1
 
 
 def test_what_the_rules_choose():
     """The best at β .1 is .60 over 400 prompts: one standard error is sqrt(.6 * .4 / 400) = .0245, so .5755 is near
     enough."""
-    rows = [{"kind": "reward", "seed": 100, "lr": lr, "log_loss": loss} for lr, loss in ((3e-6, 0.66), (1e-5, 0.61))]
+    rows = [{"kind": "reward", "seed": 100, "lr": lr, "epochs": epochs, "log_loss": loss}
+            for lr, epochs, loss in ((3e-6, 1, 0.66), (1e-5, 1, 0.61), (1e-5, 2, 0.62))]
     rows += [dpo(winrate, *values, seed=seed) for seed in (100, 101) for winrate, *values in (
         (0.60, 3e-5, 0.1, 4), (0.576, 1e-5, 0.1, 1), (0.58, 3e-5, 0.1, 1), (0.575, 1e-4, 0.1, 1), (0.59, 1e-5, 0.1, 2))]
-    assert search_real.chosen(rows) == {"dpo": {"lr": 3e-5, "beta": 0.1, "epochs": 1}, "reward": {"lr": 1e-5}}
+    assert search_real.chosen(rows) == {"dpo": {"lr": 3e-5, "beta": 0.1, "epochs": 1}, "reward": {"lr": 1e-5, "epochs": 1}}
+    longer = [{"kind": "reward", "seed": 100, "lr": 1e-5, "epochs": 2, "log_loss": 0.4}]  # a mean of .51
+    assert search_real.chosen(rows + longer)["reward"] == {"lr": 1e-5, "epochs": 2}
     third = [dpo(0.4, 3e-5, 0.1, 1, seed=102)] * 2  # good with two seeds, and not on average: .59 with two epochs is
     assert search_real.chosen(rows + third)["dpo"] == {"lr": 1e-5, "beta": 0.1, "epochs": 2}
     betas = [dpo(0.62, 3e-5, 0.05, 1, seed=seed) for seed in (100, 101)]  # .1 is further below than .0243, .3 is not
@@ -51,7 +55,7 @@ def test_a_model_that_there_is_already_is_fetched(tmp_path, monkeypatch, scale, 
     assert (search_real.base.fetch in made, search_real.base.base in made) == (fetched, not fetched)
 
 
-@pytest.mark.parametrize("scale", ["real", "real-tiny"])
+@pytest.mark.parametrize("scale", ["real", "real-short", "real-tiny"])
 def test_there_are_development_posts_enough(scale):
     cfg = search_real.of_development(config.load_scale(scale, ROOT / "params.yaml"))
     rows = data.choose(cfg, ROOT / "data/tldr", *posts.in_folder(ROOT / "data/tldr", cfg.source))
@@ -66,9 +70,8 @@ def test_there_are_development_posts_enough(scale):
 @pytest.mark.slow
 def test_a_killed_search_continues(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(search_real, "SEEDS", (100,))
-    monkeypatch.setattr(search_real, "DPO", {"lr": (1e-4, 3e-4), "beta": (0.1, 0.2), "epochs": (1,)})
-    monkeypatch.setattr(search_real, "REWARD", {"lr": (5e-4,)})
+    monkeypatch.setattr(search_real, "DPO", {"lr": (1e-4, 3e-4), "beta": (0.1, 0.2), "epochs": (1, 4)})
+    monkeypatch.setattr(search_real, "REWARD", {"lr": (5e-4,), "epochs": (1, 2)})
     trained, real = [], search_real.dpo.dpo
 
     def killed(*args, **options):
@@ -84,14 +87,17 @@ def test_a_killed_search_continues(tiny, tmp_path, monkeypatch):
         assert [row["kind"] for row in csv.DictReader(file)] == ["reward", "dpo"]
     whole = tmp_path / "cells.csv"
     found = search_real.search(tiny, tmp_path / "runs", whole)
-    assert len(trained) == 4 and trained[1] == trained[2] and found["reward"] == {"lr": 5e-4}
+    assert len(trained) == 4 and trained[1] == trained[2] and found["reward"]["lr"] == 5e-4
     assert not list((tmp_path / "runs").glob("*/*/s100/model"))  # gigabytes, and not needed any more
     with open(tmp_path / "cells.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [row["kind"] for row in rows] == ["reward", "dpo", "dpo", "dpo"]
-    assert [row["beta"] for row in rows] == ["", "0.1", "0.1", "0.2"]  # β at the learning rate that was chosen
-    assert float(rows[3]["lr"]) == found["dpo"]["lr"]
-    assert all(0 <= float(row["winrate"]) <= 1 for row in rows[1:]) and float(rows[0]["log_loss"]) > 0
+    assert [row["kind"] for row in rows] == ["reward", "dpo", "dpo", "reward", "dpo"]
+    assert [row["beta"] for row in rows] == ["", "0.1", "0.1", "", "0.2"]  # β at the learning rate that was chosen
+    assert [row["epochs"] for row in rows] == ["1", "1", "1", "2", "1"]  # on a CPU two of DPO at most
+    assert {row["seed"] for row in rows} == {"100"} and float(rows[4]["lr"]) == found["dpo"]["lr"]
+    by_loss = {int(row["epochs"]): float(row["log_loss"]) for row in rows if row["kind"] == "reward"}
+    assert found["reward"]["epochs"] == min(by_loss, key=by_loss.__getitem__)
+    assert all(0 <= float(row["winrate"]) <= 1 for row in rows if row["kind"] == "dpo")
     assert not (tmp_path / "docs").exists()
     together = tmp_path / "together.csv"
     for name in "data", "base", "sft", "preferences", "valid":
