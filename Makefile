@@ -8,7 +8,12 @@ $(error figures.yaml: expected a file with a row for every figure; `git checkout
 endif
 PAPER := $(filter fig%,$(FIGURES))
 EXTRA := $(filter-out fig%,$(FIGURES))
-.PHONY: help setup test test-fast test-gpu check-gpu bench-gpu test-vllm test-trackers $(PAPER) $(EXTRA) figures extras claims report results diff browse export publish judges theory kit unpack status plan graph dag times bench search lint lint-image image lock clean
+TARGETS := help setup test test-fast test-gpu check-gpu bench-gpu test-vllm test-trackers figures extras claims report results diff browse export publish judges theory kit unpack status plan graph dag times bench search lint lint-image image lock clean
+TAKEN := $(firstword $(filter $(TARGETS),$(FIGURES)))
+ifneq ($(TAKEN),)
+$(error figures.yaml: $(TAKEN): expected another name, as `make $(TAKEN)` is a command)
+endif
+.PHONY: $(TARGETS) $(FIGURES)
 
 VENV := .venv
 # What make is given may hold anything, as the name of a folder may. It is taken as it is written, `$` and all, and gets

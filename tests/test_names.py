@@ -107,6 +107,17 @@ def test_a_plain_name_will_do(untouched, value):
     assert own(untouched, "help", f"VENV={value}").returncode == 0
 
 
+@pytest.mark.parametrize("name", ["report", "figures", "clean"])
+def test_no_figure_has_the_name_of_a_command(untouched, name):
+    table = untouched / "figures.yaml"
+    before = table.read_text(encoding="utf-8")
+    table.write_text(before.replace("\nfig4:", f"\n{name}:"), encoding="utf-8")
+    done = own(untouched, name)
+    table.write_text(before, encoding="utf-8")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert f"*** figures.yaml: {name}: expected another name, as `make {name}` is a command" in done.stderr
+
+
 @pytest.mark.parametrize("target", ["setup", "clean"])
 def test_a_folder_of_somebody_elses_is_no_environment(untouched, target):
     folder = untouched / "thesis"
