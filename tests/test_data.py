@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -437,6 +438,25 @@ def test_a_pretrained_base_says_what_the_model_said(tmp_path, checkpoints, name)
     query = torch.from_numpy(np.load(tmp_path / "data/sft.npz")["query"][:4])
     drawn = generate.complete(ours, query, 3, 10, 1.0, torch.Generator().manual_seed(0))
     assert drawn.shape == (4, 3, 10) and all((row == EOS).sum() == 1 for row in drawn.view(12, 10))
+
+
+def test_an_end_of_text_on_which_attention_rests_is_told(tmp_path, checkpoints, capsys):
+    """A reward model reads there, and learns next to nothing from states that are the same huge numbers anywhere."""
+    cfg = scale("rehearsal", model={"name": str(checkpoints / "llama")})
+    data.data(REHEARSAL / "openai.json", tmp_path / "data", cfg)
+    base.fetch(tmp_path / "data", tmp_path / "base", cfg)
+    assert "states are" not in capsys.readouterr().err
+    policy = AutoModelForCausalLM.from_pretrained(checkpoints / "llama")
+    texts = [torch.tensor([5, 6, 7, 8]), torch.tensor([9, 7, 7, 6, 8])]
+    plain = base.end_over_others(policy, texts)
+    with torch.no_grad():
+        policy.get_input_embeddings().weight[[8, stage.read_json(tmp_path / "data/metrics.json")["eos_id"]]] *= 100
+    assert 0.3 < plain < 3 and 30 * plain < base.end_over_others(policy, texts) < 110 * plain
+    shutil.copytree(checkpoints / "llama", tmp_path / "sink")
+    policy.save_pretrained(tmp_path / "sink")
+    base.fetch(tmp_path / "data", tmp_path / "again", scale("rehearsal", model={"name": str(tmp_path / "sink")}))
+    (said,) = (line for line in capsys.readouterr().err.splitlines() if "states are" in line)
+    assert re.search(r"^model .*sink: at \S+, which ends a text, its states are \d\d+ times as long", said)
 
 
 def test_a_model_smaller_than_its_tokenizer_is_told(tmp_path, checkpoints):

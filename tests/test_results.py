@@ -65,12 +65,25 @@ def test_what_came_out_otherwise_elsewhere(reports):
         f"| a. | fig3 | {effect} | supported | {effect} | undecided |"]
 
 
+def test_a_slot_of_another_scale(reports):
+    other = reports.folder.parent / "real-short"
+    other.mkdir(exist_ok=True)
+    found = json.loads((reports.folder / "claims.json").read_text())
+    found["claims"][0]["verdict"] = "supported"
+    (other / "claims.json").write_text(json.dumps(found))
+    text = "<!-- $ verdict@real-short ; a -->?<!-- $ --> and <!-- $ verdict ; a -->?<!-- $ -->"
+    assert results.SLOT.findall(results.fill(text, reports, "x.md")) == [
+        ("<!-- $ verdict@real-short ; a -->", "verdict@real-short ; a", "supported", "<!-- $ -->"),
+        ("<!-- $ verdict ; a -->", "verdict ; a", "undecided", "<!-- $ -->")]
+
+
 @pytest.mark.parametrize("slot, said", [
     ("gap ; fig3 ; Online - DP", "no 'Online - DP'; did you mean 'Online - DPO'?"),
     ("gap ; fig4 ; x", "no figure 'fig4' in"), ("bar ; fig3 ; accurcy ; DPO", "did you mean 'accuracy'?"),
     ("verdict ; c", "no claim 'c'"), ("effect ; b", "claim b was not run; `make fig3 claims` decides it"),
     ("verdct ; a", "no kind of slot 'verdct'; did you mean 'verdict'?"), ("table ; theirs", "no family 'theirs'"),
     ("say ; a ; yes", "missing 2 required positional arguments"),
+    ("effect@real-shrt ; a", "no folder 'real-shrt' in"),
 ])
 def test_a_mistake_is_named_with_its_line(reports, slot, said):
     with pytest.raises(UserError) as error:

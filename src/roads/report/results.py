@@ -17,6 +17,7 @@ semicolons, as a bar would end a cell of a table:
     <!-- $ table ; the paper's -->...<!-- $ -->     every claim of a family, a row each
     <!-- $ again ; mini_epyc -->31 of 36<!-- $ -->    verdicts as in reports/mini_epyc/claims.json, of other scores
     <!-- $ moved ; mini_epyc -->...<!-- $ -->         the claims whose verdict is another there, a row each
+    <!-- $ bar@real-short ; fig3 ; DPO -->0.670<!-- $ -->    any of them, of reports/real-short
 """
 
 import argparse
@@ -39,6 +40,16 @@ class Reports:
         self.folder = folder
         self.claims = read(folder / "claims.json", Claims, "make claims").claims
         self.figures: dict[str, Figure] = {}
+        self.others: dict[str, Reports] = {}
+
+    def of(self, scale: str) -> "Reports":
+        """Those of another scale, in a folder beside; their own where it is none."""
+        if scale and scale not in self.others:
+            if not (self.folder.parent / scale).is_dir():
+                known = [path.name for path in self.folder.parent.iterdir() if path.is_dir()]
+                raise UserError(f"no folder {scale!r} in {self.folder.parent}{nearest(scale, known)}")
+            self.others[scale] = Reports(self.folder.parent / scale)
+        return self.others[scale] if scale else self
 
     def figure(self, name: str) -> Figure:
         if name not in self.figures:
@@ -120,7 +131,7 @@ def table(reports: Reports, family: str) -> str:
 
 def _elsewhere(reports: Reports, folder: str) -> list[tuple[Claim, Claim]]:
     """Claims that were decided there too, from other scores: that one's, and ours."""
-    there = {claim.id: claim for claim in Reports(reports.folder.parent / folder).claims if claim.estimate}
+    there = {claim.id: claim for claim in reports.of(folder).claims if claim.estimate}
     return [(there[claim.id], claim) for claim in reports.claims if claim.estimate and claim.id in there
             and claim.made_from != there[claim.id].made_from]
 
@@ -151,10 +162,11 @@ def fill(text: str, reports: Reports, name: str) -> str:
     """
     def value(slot: re.Match) -> str:
         kind, *words = [word.strip() for word in slot[2].split(";")]
+        kind, _, scale = kind.partition("@")
         try:
             if kind not in KINDS:
                 raise UserError(f"no kind of slot {kind!r}{nearest(kind, KINDS)}")
-            return slot[1] + KINDS[kind](reports, *words) + slot[4]
+            return slot[1] + KINDS[kind](reports.of(scale), *words) + slot[4]
         except (UserError, TypeError) as error:
             line = text[: slot.start()].count("\n") + 1
             raise UserError(f"{name}:{line}: {slot[2]}: {error}") from None

@@ -8,8 +8,10 @@ From here on EOS is token 0 and padding token 1, whatever the tokenizer: see `re
 """
 
 import math
+import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -18,6 +20,7 @@ from roads.tldr import EOS, PAD
 
 TOLERANCE = 0.01  # nats of a whole response, in fp32
 ROUNDING = 0.02  # of the distribution function of a token; a model that is run in another way is far beyond it
+SINK = 10  # times as long as the states of other tokens; where a token is no sink of attention they are about as long
 
 
 def base(data: Path, out: Path, cfg: schema.Scale) -> None:
@@ -147,8 +150,23 @@ def check_sampler(policy: PreTrainedModel, query: torch.Tensor, length: int, whe
                               f"forward ({furthest:.2g} of its distribution away); set compute.sampler: vllm")
 
 
+@torch.no_grad()
+def end_over_others(policy: PreTrainedModel, texts: list[torch.Tensor]) -> float:
+    """How long the state of a text's last token is against those of the tokens before it (but the first one, on which
+    attention rests in many models): the median over tokens, the mean over texts, the largest over layers."""
+    ratios = []
+    for text in texts:
+        states = policy.base_model(text[None].to(policy.device), output_hidden_states=True).hidden_states
+        sizes = torch.stack([state[0].float().norm(dim=1) for state in states])
+        ratios.append(sizes[:, -1] / sizes[:, 1:-1].median(1).values)
+    return float(torch.stack(ratios).mean(0).max())
+
+
 def fetch(data: Path, out: Path, cfg: schema.Scale) -> None:
     """Write the pretrained model that the scale names, fp32, and which commit or GGUF file of it this is.
+
+    It says so where the token that ends a text is a sink of attention: its states are then the same huge numbers
+    whatever the text, and a reward model, which reads there (Eq. 6), learns next to nothing from some hundred pairs.
 
     Raises:
         UserError: no such model or revision, one that cannot be fetched, or one with fewer tokens than its tokenizer.
@@ -179,6 +197,14 @@ def fetch(data: Path, out: Path, cfg: schema.Scale) -> None:
         renumber(policy, tokens["eos_id"], tokens["pad_id"], tokens["vocab_size"])
         without_dropout(policy.config)
         check_against_itself(policy.eval().to(model.device(cfg.compute)), cfg, where)
+        rows = arrays.tokens(data / "sft.npz")
+        texts = [tokens for pair in zip(rows["query"][:8], rows["response"][:8], strict=True)
+                 if len(tokens := torch.from_numpy(np.concatenate(pair)[np.concatenate(pair) != PAD]).long()) > 3]
+        if texts and (times := end_over_others(policy, texts)) > SINK:
+            token = tldr.load_tokenizer(data / "tokenizer.json").id_to_token(EOS)
+            print(f"{where}: at {token}, which ends a text, its states are {times:.0f} times as long as elsewhere and "
+                  "much the same after any text, and a reward model reads there: let another token end texts "
+                  "(model.eos of a packaged model, eos_token in others' tokenizer_config.json)", file=sys.stderr)
         policy.save_pretrained(folder)
         model.copy_tokenizer(data, folder)
         stage.write_json(folder / "metrics.json", version | {"parameters": policy.num_parameters()})
