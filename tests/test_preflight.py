@@ -52,6 +52,20 @@ def test_a_world_needs_nothing(machine, params):
     preflight.check(stages("mini"), params, "mini")
 
 
+@pytest.mark.parametrize("flags, said", [("sse2 avx512f", True), ("sse2 avx512_bf16", False), ("amx_bf16", False)])
+def test_a_cpu_that_does_not_multiply_bf16_is_told(machine, params, monkeypatch, tmp_path, capsys, flags, said):
+    machine()
+    (tmp_path / "cpuinfo").write_text(f"model name\t: of the test\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(preflight, "CPUINFO", tmp_path / "cpuinfo")
+    preflight.check(stages("mini"), params, "mini")
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(preflight, "_check_hub", lambda models: None)  # its weights are a package's
+    monkeypatch.setattr(preflight.hub, "installed", lambda *_: None)
+    preflight.check(stages("real-short"), params, "real-short")
+    message = "real-short: compute.precision: bf16, and this CPU does not multiply it (no AVX-512 BF16, no AMX)"
+    assert capsys.readouterr().err.startswith(message) == said
+
+
 @pytest.mark.parametrize("gpus, scale, message", [
     ((), "lite", "scale lite needs an NVIDIA GPU and nvidia-smi shows none; run the image with `--gpus all`"),
     ((), "real", "needs none; with compute: .* these stages would take about [0-9,]+ hours on [0-9]+ cores"),

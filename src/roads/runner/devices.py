@@ -30,10 +30,17 @@ class Device:
 START = 20
 ASSUMED = {
     "cpu": Device(flops=60e9, decode=18, step=0.003, layer=0.0005, startup=5, startup_light=4),
+    # A core of an AMD EPYC that multiplies bf16, and a model of a hundred million parameters: stages of real-short.
+    "cpu-bf16": Device(flops=270e9, decode=38, step=0.08, layer=0, startup=15, startup_light=10),
     "A100": Device(flops=312e12 * 0.4, decode=16_000, step=0, layer=0, startup=START),
     "H100": Device(flops=989e12 * 0.4, decode=33_000, step=0, layer=0, startup=START),
     "H200": Device(flops=989e12 * 0.4, decode=46_000, step=0, layer=0, startup=START, memory=141e9),
 }
+
+
+def cpu_for(precision: str) -> str:
+    """Which of the devices a CPU is that computes with a precision."""
+    return "cpu-bf16" if precision == "bf16" else "cpu"
 
 
 def cores() -> int:

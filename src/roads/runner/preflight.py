@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -25,6 +26,8 @@ DRIVER = 580  # the first that CUDA 13 runs on
 TRAINED_BYTES = 16  # a parameter in training: its weight, gradient and two moments, in fp32
 ACTIVATIONS = 1.25  # times that, with gradient checkpointing
 LISTS = re.compile(r"-m roads\.stages\.(anatomy|limits) ")  # stages that list all summaries of a world's prompt
+CPUINFO = Path("/proc/cpuinfo")
+MULTIPLY_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # flags there of CPUs that do; the last is ARM's
 SHARED = 4  # stages on a GPU, unless more are asked for
 JUDGES = {"relevance": hub.ENCODER, "calibrated": hub.ENCODER, "sentiment": hub.LEXICON}  # what they read texts with
 
@@ -99,6 +102,7 @@ def check(commands: dict[str, str | list[str]], params: config.Params, scale: st
     works = [(scale_of(command), cost.work(command, raw)) for command in commands.values()]
     blocks = {name: params.blocks[name] for name, _ in works if name in params.blocks}
     _check_sampler(blocks)
+    _check_cpu(blocks)
     _check_lists({scale_of(command) for command in commands.values() if LISTS.search(str(command))}, blocks)
     _check_gpu(blocks, *launched(), sum(work.seconds(DEVICES["cpu"]) for _, work in works if work))
     _check_disk(sum(work.size for _, work in works if work))
@@ -174,6 +178,15 @@ def _check_sampler(blocks: dict[str, schema.Scale]) -> None:
         if block.compute.sampler == "vllm" and importlib.util.find_spec("vllm") is None:
             raise UserError(f"{name}: compute.sampler: vllm, and the package vllm is not there; run the image, which "
                             "has it, or set tree")
+
+
+def _check_cpu(blocks: dict[str, schema.Scale]) -> None:
+    """Say so where bf16 would be slower than fp32."""
+    asked = [name for name, block in blocks.items()
+             if (block.compute.device, block.compute.precision) == ("cpu", "bf16")]
+    if asked and CPUINFO.exists() and not MULTIPLY_BF16 & set(CPUINFO.read_text(encoding="utf-8").split()):
+        print(f"{asked[0]}: compute.precision: bf16, and this CPU does not multiply it (no AVX-512 BF16, no AMX); fp32 "
+              "is faster here", file=sys.stderr)
 
 
 def _check_lists(names: set[str], blocks: dict[str, schema.Scale]) -> None:

@@ -2,16 +2,18 @@
 
 from roads.config import Params
 from roads.runner import cost
-from roads.runner.devices import DEVICES
+from roads.runner.devices import DEVICES, cpu_for
+from roads.schema import Compute
 
 
-def weights(commands: dict[str, str | list[str]], params: Params, device: str) -> dict[str, float]:
+def weights(commands: dict[str, str | list[str]], params: Params, compute: Compute) -> dict[str, float]:
     """What each stage is expected to take, in seconds of some CPU or GPU: only their ratios count. A stage that the
     model does not know takes as long as the others do on average."""
     blocks, drawn, found = {name: block.model_dump() for name, block in params.blocks.items()}, set(), {}
+    device = DEVICES["H100" if compute.device == "gpu" else cpu_for(compute.precision)]
     for name, command in commands.items():
         done = cost.work(command, blocks, drawn)
-        found[name] = done.seconds(DEVICES["H100" if device == "gpu" else "cpu"]) if done else None
+        found[name] = done.seconds(device) if done else None
     known = [seconds for seconds in found.values() if seconds]
     usual = sum(known) / len(known) if known else 1.0
     return {name: seconds or usual for name, seconds in found.items()}

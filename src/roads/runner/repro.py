@@ -268,7 +268,7 @@ def command() -> int:
     if prefork.stays(cfg.compute):
         os.environ[prefork.STAY] = "1"
     with prefork_server(piped=jobs > 1):
-        return bring_up_to_date(todo, jobs, lock, gpus, Progress(weights(commands, params, cfg.compute.device), jobs))
+        return bring_up_to_date(todo, jobs, lock, gpus, Progress(weights(commands, params, cfg.compute), jobs))
 
 
 @contextlib.contextmanager
