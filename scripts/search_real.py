@@ -5,8 +5,7 @@
 The reward model's learning rate and then its epochs by log loss, offline DPO's learning rate and epochs by winrate,
 then its β; online DPO takes what offline DPO has. A scale of a CPU has one seed and at most two epochs. All cells of
 one seed come before those of the next, JOBS of them at once. A cell that is in runs/.search is not run again, so that
-a killed search continues. Writes docs/search_<scale>.csv after every cell,
-and says what belongs into params.yaml.
+a killed search continues. Writes docs/search_<scale>.csv after every cell, and says what belongs into params.yaml.
 """
 
 import argparse

@@ -226,7 +226,7 @@ def plan(figure: str, scale: str | None = None, data: str | None = None,
             stages.append(PlannedStage(stage.addressing, status, at or modelled, source, done.judged if done else 0,
                               done.dollars if done else 0, size, {other.addressing for other in needs[stage]}))
         # A card's rates are of all of it: stages that share one (preflight.share) do not add up.
-        return stages, device, blocks[scale]["machine"]["threads"] if device in ("cpu", "cpu-bf16") else 1
+        return stages, device, blocks[scale]["machine"]["threads"] if device.startswith("cpu") else 1
 
 
 def card_here() -> str:
@@ -282,7 +282,7 @@ def totals(stages: list[PlannedStage], device: str, width: int, cores: int, pric
     lines[0] += " (at most: what comes out as it was stops there)"
     seconds = sum(stage.seconds or 0 for stage in run)
     here = sum(stage.seconds for stage in run if stage.source == "measured")
-    cpu, hours = device in ("cpu", "cpu-bf16"), seconds * width / 3600
+    cpu, hours = device.startswith("cpu"), seconds * width / 3600
     at_once = cores // width or 1 if cpu else 1
     wall = max(seconds / at_once, longest(run))
     unit, share = "core-hours" if cpu else f"{device} GPU-hours", here / seconds if here else 0

@@ -152,21 +152,21 @@ def check_sampler(policy: PreTrainedModel, query: torch.Tensor, length: int, whe
 
 @torch.no_grad()
 def end_over_others(policy: PreTrainedModel, texts: list[torch.Tensor]) -> float:
-    """How long the state of a text's last token is against those of the tokens before it (but the first one, on which
-    attention rests in many models): the median over tokens, the mean over texts, the largest over layers."""
+    """How long the state of a text's last token is against those of the tokens before it: the median over tokens (on the
+    first one attention rests in many models), the mean over texts, the largest over layers."""
     ratios = []
     for text in texts:
         states = policy.base_model(text[None].to(policy.device), output_hidden_states=True).hidden_states
         sizes = torch.stack([state[0].float().norm(dim=1) for state in states])
-        ratios.append(sizes[:, -1] / sizes[:, 1:-1].median(1).values)
+        ratios.append(sizes[:, -1] / sizes[:, :-1].median(1).values)
     return float(torch.stack(ratios).mean(0).max())
 
 
 def fetch(data: Path, out: Path, cfg: schema.Scale) -> None:
     """Write the pretrained model that the scale names, fp32, and which commit or GGUF file of it this is.
 
-    It says so where the token that ends a text is a sink of attention: its states are then the same huge numbers
-    whatever the text, and a reward model, which reads there (Eq. 6), learns next to nothing from some hundred pairs.
+    It says so where the token that ends a text is a sink of attention: its states are then nearly the same huge numbers
+    whatever the text, and a reward model, which reads there (Eq. 6), learns more slowly.
 
     Raises:
         UserError: no such model or revision, one that cannot be fetched, or one with fewer tokens than its tokenizer.
@@ -198,13 +198,13 @@ def fetch(data: Path, out: Path, cfg: schema.Scale) -> None:
         without_dropout(policy.config)
         check_against_itself(policy.eval().to(model.device(cfg.compute)), cfg, where)
         rows = arrays.tokens(data / "sft.npz")
-        texts = [tokens for pair in zip(rows["query"][:8], rows["response"][:8], strict=True)
-                 if len(tokens := torch.from_numpy(np.concatenate(pair)[np.concatenate(pair) != PAD]).long()) > 3]
-        if texts and (times := end_over_others(policy, texts)) > SINK:
+        whole = torch.from_numpy(np.hstack([rows["query"], rows["response"]])[:8]).long()
+        if (times := end_over_others(policy, [row[row != PAD] for row in whole])) > SINK:
             token = tldr.load_tokenizer(data / "tokenizer.json").id_to_token(EOS)
             print(f"{where}: at {token}, which ends a text, its states are {times:.0f} times as long as elsewhere and "
-                  "much the same after any text, and a reward model reads there: let another token end texts "
-                  "(model.eos of a packaged model, eos_token in others' tokenizer_config.json)", file=sys.stderr)
+                  "much the same after any text, so that a reward model, which reads there, learns slowly; let another "
+                  "token end texts: model.eos of a packaged model, eos_token in others' tokenizer_config.json",
+                  file=sys.stderr)
         policy.save_pretrained(folder)
         model.copy_tokenizer(data, folder)
         stage.write_json(folder / "metrics.json", version | {"parameters": policy.num_parameters()})
