@@ -152,8 +152,8 @@ def check_sampler(policy: PreTrainedModel, query: torch.Tensor, length: int, whe
 
 @torch.no_grad()
 def end_over_others(policy: PreTrainedModel, texts: list[torch.Tensor]) -> float:
-    """How long the state of a text's last token is against those of the tokens before it: the median over tokens (on the
-    first one attention rests in many models), the mean over texts, the largest over layers."""
+    """How long the state of a text's last token is against those of the tokens before it: the median over tokens, as
+    attention rests on the first one in many models, the mean over texts, the largest over layers."""
     ratios = []
     for text in texts:
         states = policy.base_model(text[None].to(policy.device), output_hidden_states=True).hidden_states
