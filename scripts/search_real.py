@@ -29,7 +29,7 @@ from roads.runner import preflight
 from roads.stages import base, data, dpo, evaluate, likelihood, rank, reward, sample, sft
 
 SEEDS = (100, 101)
-DPO = {"lr": (1e-5, 3e-5, 1e-4), "beta": (0.05, 0.1, 0.3), "epochs": (1, 2, 4)}
+DPO = {"lr": (1e-5, 3e-5, 1e-4, 3e-4), "beta": (0.05, 0.1, 0.3), "epochs": (1, 2, 4)}
 BETA = 0.1  # at which learning rate and epochs are chosen; β then at these
 DEVELOPMENT = 600  # posts of data/tldr
 REWARD = {"lr": (3e-5, 1e-4, 3e-4, 1e-3), "epochs": (1, 2)}

@@ -19,11 +19,11 @@ def dpo(winrate: float, *values, seed: int = 100, prompts: int = 200) -> dict:
 
 def test_the_rules_of_the_page_are_the_grid_of_the_search():
     text = " ".join((ROOT / "docs/real.md").read_text(encoding="utf-8").split())
-    assert "learning rate (1e-5, 3e-5, 1e-4) and epochs (1, 2, 4) at β .1" in text
+    assert "learning rate (1e-5, 3e-5, 1e-4, 3e-4) and epochs (1, 2, 4) at β .1" in text
     assert "then β (.05, .1, .3) at these" in text and search_real.BETA == 0.1
     assert "by log loss on held-out pairs: learning rate 3e-5, 1e-4, 3e-4 or 1e-3 with one epoch" in text
     assert "then one or two epochs at that rate" in text
-    assert search_real.DPO == {"lr": (1e-5, 3e-5, 1e-4), "beta": (0.05, 0.1, 0.3), "epochs": (1, 2, 4)}
+    assert search_real.DPO == {"lr": (1e-5, 3e-5, 1e-4, 3e-4), "beta": (0.05, 0.1, 0.3), "epochs": (1, 2, 4)}
     assert search_real.REWARD == {"lr": (3e-5, 1e-4, 3e-4, 1e-3), "epochs": (1, 2)} and min(search_real.SEEDS) >= 100
     assert "one seed, 100, and one or two epochs of DPO" in text
     assert config.load_scale("real", ROOT / "params.yaml").reward.epochs == 1
