@@ -151,9 +151,10 @@ def search(cfg: schema.Scale, runs: Path, out: Path, jobs: int = 1) -> dict[str,
     of_reward = settings(REWARD)
     run("learning rates and epochs", reward=[it for it in of_reward if it["epochs"] == 1],
         dpo=[it for it in grid if it["beta"] == BETA])
-    first, rate = chosen(rows)["dpo"], chosen(rows)["reward"]["lr"]
-    run("β, and the reward model's epochs", reward=[it for it in of_reward if it["lr"] == rate and it["epochs"] > 1],
-        dpo=[it for it in grid if it["beta"] != BETA and it == first | {"beta": it["beta"]}])
+    first = chosen(rows)
+    run("β, and the reward model's epochs",
+        reward=[it for it in of_reward if it["lr"] == first["reward"]["lr"] and it["epochs"] > 1],
+        dpo=[it for it in grid if it["beta"] != BETA and it == first["dpo"] | {"beta": it["beta"]}])
     return chosen(rows)
 
 

@@ -441,7 +441,7 @@ def test_a_pretrained_base_says_what_the_model_said(tmp_path, checkpoints, name)
 
 
 def test_an_end_of_text_on_which_attention_rests_is_told(tmp_path, checkpoints, capsys):
-    """A reward model reads there, and learns next to nothing from states that are the same huge numbers anywhere."""
+    """A reward model reads there, and learns slowly from states that are the same huge numbers after any text."""
     cfg = scale("rehearsal", model={"name": str(checkpoints / "llama")})
     data.data(REHEARSAL / "openai.json", tmp_path / "data", cfg)
     base.fetch(tmp_path / "data", tmp_path / "base", cfg)
