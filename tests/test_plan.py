@@ -14,7 +14,7 @@ from pyarrow import Table, parquet
 from ruamel.yaml import YAML
 
 from roads import active, config, generate, generate_tree, lockfile, model, schema
-from roads.runner import cost, devices, plan, repro
+from roads.runner import cost, devices, plan, repro, status
 from roads.runner import work as work_of
 from roads.stage import UserError
 
@@ -46,7 +46,7 @@ stages:
     deps: ["runs/${item.scale}/words"]
     outs: [{"reports/${item.scale}/fig11.csv": {cache: false}}]
 """
-TO_RUN, IN_CACHE, UP_TO_DATE = plan.TO_RUN, plan.IN_CACHE, plan.UP_TO_DATE
+TO_RUN, IN_CACHE, UP_TO_DATE = status.TO_RUN, status.IN_CACHE, status.UP_TO_DATE
 
 
 @pytest.fixture
