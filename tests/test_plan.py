@@ -151,6 +151,14 @@ def test_a_bad_figure_or_scale_is_one_line(project, figure, scale, message):
     assert re.fullmatch(message, str(error.value))
 
 
+def test_a_figure_that_make_would_refuse_is_refused_here(project):
+    figures = Path("figures.yaml").read_text()
+    Path("figures.yaml").write_text(re.sub(r"(\nfig3:.*?module: )policies", r"\1best_of_n", figures, count=1, flags=re.S))
+    with pytest.raises(UserError, match="figures.yaml: fig3.module: best_of_n draws .*, and not fig3; teach it, or name"):
+        plan.plan("fig3")
+    assert set(fates("fig11")) == {"words@mini", "fig11@mini"}
+
+
 def test_a_folder_with_fewer_posts_counts_as_it_is(tmp_path):
     (tmp_path / "train.jsonl").write_text("{}\n{}\n{}\n")
     wanted = {"sft": 100, "preferences": 2, "valid": 50, "test": 9, "best_of_n": 5}

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from roads import active, config
+from roads.figures.check import check
 from roads.runner import cost, dvc_patches, preflight
 from roads.runner.devices import DEVICES, cores, cpu_for
 from roads.runner.preflight import amount
@@ -130,7 +131,9 @@ def plan(figure: str, scale: str | None = None, data: str | None = None,
     """The stages that a figure needs, the device they are planned on, and how many of it (cores, GPUs) one takes."""
     seconds = {} if device else measured()
     with switched(scale, data) as (repo, scale, blocks):
-        needs, todo = graph_of(repo, targets_of(repo, figure))
+        targets = targets_of(repo, figure)
+        check(sorted(set(map(entry_of, targets))), scale, config.load())  # as `make fig3` will
+        needs, todo = graph_of(repo, targets)
         compute = blocks[scale]["compute"]
         device = device or (card_here() if compute["device"] == "gpu" else cpu_for(compute["precision"]))
         stages, drawn = [], set()
