@@ -136,7 +136,7 @@ def cells(runs: Path, cfg: schema.Scale, plan: list[tuple], jobs: int) -> Iterat
 def search(cfg: schema.Scale, runs: Path, out: Path, jobs: int = 1) -> dict[str, dict]:
     """Run the cells that are not there yet, `jobs` at once; what the rules choose."""
     cfg, rows = of_development(cfg), []
-    on_cpu = cfg.compute.device == "cpu"  # where a cell takes a quarter of an hour
+    on_cpu = cfg.compute.device == "cpu"  # where a cell takes up to half an hour
     seeds, grid = SEEDS[:1] if on_cpu else SEEDS, [it for it in settings(DPO) if it["epochs"] <= 2 or not on_cpu]
     prepare(runs, cfg)
 
