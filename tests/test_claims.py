@@ -107,7 +107,7 @@ def draw(reports, name, bars, x=None):
         series = bar.rsplit(" ", CELL[name])[0] if name in CELL else bar
         entries.append({"bar": bar, "series": series, "x": (x or {}).get(bar),
                         "roles": ROLES.get(name, {}).get(bar, []), "mean": float(np.mean(scores)),
-                        "low": 0.0, "high": 1.0, "n": len(scores[0]), "scores": paths, "key": "score"})
+                        "by_seed": np.mean(scores, 1).tolist(), "low": 0.0, "high": 1.0, "n": len(scores[0]), "scores": paths, "key": "score"})
     stage.write_json(reports / f"{name}.json", {
         "figure": name, "title": "", "caption": "", "note": "", "measure": "winrate",
         "seeds": list(range(len(scores))), "bars": entries,
@@ -147,7 +147,7 @@ def test_the_claims_of_the_repository_name_bars_that_the_figures_have():
             figure, _, bar = name.rpartition("/")
             figure = figure or each.figure
             roles = [role for found in ROLES.get(figure, {}).values() for role in found]
-            series = [bar.rsplit(" ", CELL[figure])[0] for bar in BARS[figure]] if each.over == "worlds" else []
+            series = [bar.rsplit(" ", CELL[figure])[0] for bar in BARS[figure]] if each.over != "prompts" else []
             assert bar in {*BARS[figure], *roles, *series}, each.id
         assert each.source.startswith("ours") or re.search(r"^Sec\. 3.*, Fig\. \d+$", each.source), each.id
     assert {each.figure for each in loaded.claims} == set(BARS)
@@ -417,6 +417,25 @@ def test_over_worlds_a_gap_may_go_with_a_lead(reports):
     r = np.corrcoef([0.1, 0.21, 0.29, 0.4], [0.1, 0.2, 0.3, 0.4])[0, 1]
     assert row["estimate"]["mean"] == pytest.approx(r) and row["verdict"] == "supported"
     assert row["estimate"]["by_seed"] == pytest.approx([r, r])
+
+
+def test_over_kinds_the_cells_of_a_kind_are_one_observation(reports):
+    """Kind a has gaps .1 and .3, b .2 and 0, c .6: means .2, .1, .6, decided without a score, as in a fresh clone."""
+    gaps, leads = ({"a n=1": x, "a n=12": y, "b n=1": z, "b n=12": 0.0, "c n=1": w}
+                   for x, y, z, w in ((0.1, 0.3, 0.2, 0.6), (0.0, 0.4, 0.5, 0.7)))
+    bars = {f"{series} {cell}": np.full((2, 40), value) for cell in gaps for series, value in (
+        ("DPO", 0.1), ("Online(SFT)", 0.1 + gaps[cell]), ("DPO RM", 0.2), ("Global RM", 0.2 + leads[cell]))}
+    draw(reports, "learnt", bars)
+    shutil.rmtree(reports.parents[1] / "runs")
+    text = claim("c", "{Online(SFT): 1, DPO: -1}", "correlated", "0.5", "learnt",
+                 "    over: kinds\n    against: {Global RM: 1, DPO RM: -1}\n")
+    mean, along = decide(reports, claim(contrast="{Online(SFT): 1, DPO: -1}", figure="learnt", more="    over: kinds\n"),
+                         text)
+    assert mean["n"] == along["n"] == 3 and mean["estimate"]["by_seed"] == pytest.approx([0.2, 0.1, 0.6])
+    assert along["estimate"]["mean"] == pytest.approx(np.corrcoef([0.2, 0.1, 0.6], [0.2, 0.25, 0.7])[0, 1])
+    assert "kinds" not in along["why"] and "seeds" not in along["why"]
+    with pytest.raises(UserError, match="claims.a.measure: over kinds, expected none"):
+        decide(reports, claim(figure="learnt", more="    over: kinds\n    measure: accuracy\n"))
 
 
 def test_a_claim_whose_scores_are_elsewhere_keeps_its_estimate(reports):

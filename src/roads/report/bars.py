@@ -97,7 +97,7 @@ class Bars:
         Raises:
             Lacking: as `find`; or two roles are one bar at this scale.
         """
-        if claim.over == "worlds":
+        if claim.over != "prompts":
             return {f"{name} {world}": bar for name in [*claim.contrast, *claim.against]
                     for world, bar in self.series(claim, name).items()}
         found = {name: self.find(claim, name) for name in [*claim.contrast, *claim.against]}

@@ -25,8 +25,10 @@ class Claim(Strict):
     margin: Positive  # the smallest effect of interest, in the figure's unit
     paired: bool = True  # false: bars of different x are of different worlds, whose prompts have no order in common
     measure: Measure | None = None  # null: the figure's
-    over: Literal["prompts", "worlds"] = "prompts"  # worlds: each is an observation; the contrast names series of bars
-    # Of `correlated`: for each bar of the contrast, the bar that goes with it; over worlds, another contrast of series.
+    # worlds: each is an observation, and the contrast names series of bars; kinds: so is each kind of reward, the mean
+    # of its cells (`counts n=375`, `counts n=6000`), which share pairs and policies.
+    over: Literal["prompts", "worlds", "kinds"] = "prompts"
+    # Of `correlated`: for each bar of the contrast, the bar that goes with it; over worlds or kinds, another contrast of series.
     against: list[Text] | dict[str, Weight] = []
     changed: Text | None = None  # when and why it was added or changed after results of its figure had been seen
 
@@ -43,9 +45,11 @@ class Claim(Strict):
 
     @model_validator(mode="after")
     def _sums(self) -> "Claim":
-        if self.over == "worlds" and not (isinstance(self.against, dict) if self.test == "correlated" else
+        if self.over != "prompts" and not (isinstance(self.against, dict) if self.test == "correlated" else
                                           not self.against):
-            raise ValueError("against: over worlds, expected weights of series for correlated, and none elsewhere")
+            raise ValueError(f"against: over {self.over}, expected weights of series for correlated, and none elsewhere")
+        if self.over != "prompts" and self.measure:
+            raise ValueError(f"measure: over {self.over}, expected none")
         if self.test == "correlated" and self.over == "prompts":
             if not isinstance(self.against, list) or len(self.against) != len(self.contrast) or len(self.against) < 3:
                 raise ValueError(f"against: expected a bar for each of at least 3 in contrast, got {self.against}")

@@ -49,21 +49,29 @@ def contrast(claim: Claim, found: dict[str, tuple[Figure, Bar, Path]]) -> tuple[
 
 
 def over_worlds(claim: Claim, found: dict[str, tuple[Figure, Bar, Path]], seeds: list[int]) -> dict:
-    """`measure` where each world is an observation. A correlation has r of each seed; else by_seed is by world."""
-    worlds = list(dict.fromkeys(bar.bar.removeprefix(f"{bar.series} ") for _, bar, _ in found.values()))
+    """`measure` where each world, or kind of reward, is an observation. A correlation has r of each seed; else by_seed
+    is by world."""
+    cells = list(dict.fromkeys(bar.bar.removeprefix(f"{bar.series} ") for _, bar, _ in found.values()))
+    worlds: dict[str, list[str]] = {}
+    for cell in cells:
+        worlds.setdefault(cell.partition(" n=")[0] if claim.over == "kinds" else cell, []).append(cell)
+
+    def of(name: str) -> list[float]:
+        figure, bar, _ = found[name]
+        return [bar.by_seed[figure.seeds.index(seed)] for seed in seeds]
 
     def means(weights: dict[str, float]) -> np.ndarray:
         """[seeds, worlds]"""
-        return sum(weight * np.stack([read_scores(*found[f"{name} {world}"], claim.measure, seeds)[0].mean(1)
-                                      for world in worlds], 1) for name, weight in weights.items())
+        return sum(weight * np.stack([np.mean([of(f"{name} {cell}") for cell in those], 0)
+                                      for those in worlds.values()], 1) for name, weight in weights.items())
 
     if len(worlds) < (least := 3 if claim.test == "correlated" else 2):
-        raise Lacking(f"{claim.figure}: {len(worlds)} of at least {least} worlds")
+        raise Lacking(f"{claim.figure}: {len(worlds)} of at least {least} {claim.over}")
     gaps = means(claim.contrast)
     if claim.test == "correlated":
         places = means(claim.against)
         if np.ptp(places.mean(0)) == 0:
-            raise Lacking(f"{' - '.join(claim.against)} is the same in all {len(worlds)} worlds")
+            raise Lacking(f"{' - '.join(claim.against)} is the same in all {len(worlds)} {claim.over}")
         line = stats.regression(places.mean(0), gaps.mean(0))
         by_seed = [stats.regression(x, y)["r"] for x, y in zip(places, gaps, strict=True)]
         estimate, p = {"mean": line["r"], "low": line["r_low"], "high": line["r_high"], "by_seed": by_seed}, line["p"]
@@ -84,7 +92,7 @@ def measure(claim: Claim, found: dict[str, tuple[Figure, Bar, Path]]) -> dict:
     seeds = common(found)
     if not seeds:
         raise Lacking(f"{' and '.join(sorted({path.name for _, _, path in found.values()}))} have no seed in common")
-    if claim.over == "worlds":
+    if claim.over != "prompts":
         return over_worlds(claim, found, seeds)
     if claim.test == "correlated":
         sides = [[read_scores(*found[name], claim.measure, seeds)[0] for name in names]
@@ -149,7 +157,7 @@ def _judge(row: dict, alpha: float) -> None:
     row["beyond_margin"] = row["test"] != "equivalent" and found["low"] > row["margin"]
     seeds, found["over_seeds"] = found["by_seed"], stats.over_seeds(found["by_seed"])
     if min(seeds) < 0 < max(seeds):
-        of = "worlds" if row["over"] == "worlds" and row["test"] != "correlated" else "seeds"
+        of = row["over"] if row["over"] != "prompts" and row["test"] != "correlated" else "seeds"
         row["why"] += f"; {of} of both signs: {', '.join(f'{x:+.4f}' for x in seeds)}"
     elif row["verdict"] == "supported" and row["test"] == "greater" and (t := found["over_seeds"]) and t[0] < 0:
         row["why"] += f"; over seeds alone the t interval [{t[0]:+.4f}, {t[1]:+.4f}] has 0 in it"

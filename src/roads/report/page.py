@@ -78,7 +78,7 @@ def label(name: str, title: str) -> tuple[str, str]:
 def contrast(claim: Claim) -> str:
     """What is tested, as a formula: "Online(DPO) − DPO > 0"; bars of one setting ("... K=2") side by side."""
     if claim.test == "correlated":
-        joint = " − " if claim.over == "worlds" else ", "
+        joint = " − " if claim.over != "prompts" else ", "
         return f"r of {joint.join(claim.contrast)} with {joint.join(claim.against)} >\u00a00"
 
     def setting_first(item: tuple[str, float]) -> tuple[str, float]:
