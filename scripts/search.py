@@ -4,8 +4,8 @@ All of it runs in two worlds of its own, 100 and 101, with a training seed of th
 other worlds and seeds 0 to 9. First offline DPO alone is brought to its best; online DPO then takes the same values and
 adds only its sampling temperature, shown for both tasks. The reward models are chosen by their log loss on held-out
 pairs. Then the epochs for other numbers of pairs, other losses, and both methods anew for each kind of reward of the
-figures `learnt` and `learnt_bases` where the reward model fell behind; for points with short summaries first the epochs of
-their base; and both methods for each point of a dial. Cells already in runs/.search are not run again.
+figures `learnt` and `learnt_bases` where the reward model fell behind; for points with short summaries first the epochs
+of their base; and both methods for each point of a dial. Cells already in runs/.search are not run again.
 Writes docs/search.csv and the tables of docs/search.md.
 """
 

@@ -107,7 +107,8 @@ def draw(reports, name, bars, x=None):
         series = bar.rsplit(" ", CELL[name])[0] if name in CELL else bar
         entries.append({"bar": bar, "series": series, "x": (x or {}).get(bar),
                         "roles": ROLES.get(name, {}).get(bar, []), "mean": float(np.mean(scores)),
-                        "by_seed": np.mean(scores, 1).tolist(), "low": 0.0, "high": 1.0, "n": len(scores[0]), "scores": paths, "key": "score"})
+                        "by_seed": np.mean(scores, 1).tolist(), "low": 0.0, "high": 1.0, "n": len(scores[0]),
+                        "scores": paths, "key": "score"})
     stage.write_json(reports / f"{name}.json", {
         "figure": name, "title": "", "caption": "", "note": "", "measure": "winrate",
         "seeds": list(range(len(scores))), "bars": entries,
@@ -427,15 +428,15 @@ def test_over_kinds_the_cells_of_a_kind_are_one_observation(reports):
         ("DPO", 0.1), ("Online(SFT)", 0.1 + gaps[cell]), ("DPO RM", 0.2), ("Global RM", 0.2 + leads[cell]))}
     draw(reports, "learnt", bars)
     shutil.rmtree(reports.parents[1] / "runs")
-    text = claim("c", "{Online(SFT): 1, DPO: -1}", "correlated", "0.5", "learnt",
-                 "    over: kinds\n    against: {Global RM: 1, DPO RM: -1}\n")
-    mean, along = decide(reports, claim(contrast="{Online(SFT): 1, DPO: -1}", figure="learnt", more="    over: kinds\n"),
-                         text)
+    gap, kinds = "{Online(SFT): 1, DPO: -1}", "    over: kinds\n"
+    mean, along = decide(
+        reports, claim("m", gap, figure="learnt", more=kinds),
+        claim("c", gap, "correlated", "0.5", "learnt", f"{kinds}    against: {{Global RM: 1, DPO RM: -1}}\n"))
     assert mean["n"] == along["n"] == 3 and mean["estimate"]["by_seed"] == pytest.approx([0.2, 0.1, 0.6])
     assert along["estimate"]["mean"] == pytest.approx(np.corrcoef([0.2, 0.1, 0.6], [0.2, 0.25, 0.7])[0, 1])
     assert "kinds" not in along["why"] and "seeds" not in along["why"]
     with pytest.raises(UserError, match="claims.a.measure: over kinds, expected none"):
-        decide(reports, claim(figure="learnt", more="    over: kinds\n    measure: accuracy\n"))
+        decide(reports, claim(figure="learnt", more=f"{kinds}    measure: accuracy\n"))
 
 
 def test_a_claim_whose_scores_are_elsewhere_keeps_its_estimate(reports):

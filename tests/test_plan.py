@@ -152,9 +152,9 @@ def test_a_bad_figure_or_scale_is_one_line(project, figure, scale, message):
 
 
 def test_a_figure_that_make_would_refuse_is_refused_here(project):
-    figures = Path("figures.yaml").read_text()
-    Path("figures.yaml").write_text(re.sub(r"(\nfig3:.*?module: )policies", r"\1best_of_n", figures, count=1, flags=re.S))
-    with pytest.raises(UserError, match="figures.yaml: fig3.module: best_of_n draws .*, and not fig3; teach it, or name"):
+    path = Path("figures.yaml")
+    path.write_text(re.sub(r"(\nfig3:.*?module: )policies", r"\1best_of_n", path.read_text(), count=1, flags=re.S))
+    with pytest.raises(UserError, match="figures.yaml: fig3.module: best_of_n draws .*, and not fig3; teach it, or"):
         plan.plan("fig3")
     assert set(fates("fig11")) == {"words@mini", "fig11@mini"}
 

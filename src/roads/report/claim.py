@@ -28,7 +28,8 @@ class Claim(Strict):
     # worlds: each is an observation, and the contrast names series of bars; kinds: so is each kind of reward, the mean
     # of its cells (`counts n=375`, `counts n=6000`), which share pairs and policies.
     over: Literal["prompts", "worlds", "kinds"] = "prompts"
-    # Of `correlated`: for each bar of the contrast, the bar that goes with it; over worlds or kinds, another contrast of series.
+    # Of `correlated`: for each bar of the contrast, the bar that goes with it; over worlds or kinds, another contrast of
+    # series.
     against: list[Text] | dict[str, Weight] = []
     changed: Text | None = None  # when and why it was added or changed after results of its figure had been seen
 
@@ -47,7 +48,7 @@ class Claim(Strict):
     def _sums(self) -> "Claim":
         if self.over != "prompts" and not (isinstance(self.against, dict) if self.test == "correlated" else
                                           not self.against):
-            raise ValueError(f"against: over {self.over}, expected weights of series for correlated, and none elsewhere")
+            raise ValueError(f"against: over {self.over}, expected weights of series for correlated, else none")
         if self.over != "prompts" and self.measure:
             raise ValueError(f"measure: over {self.over}, expected none")
         if self.test == "correlated" and self.over == "prompts":
