@@ -528,6 +528,23 @@ def test_any_causal_language_model_goes_through_the_stages(tiny, inputs, archite
     assert type(model.load_policy(Path("online"))).__name__ == net.__class__.__name__
 
 
+def test_what_another_training_begins_at_is_saved_in_fp32(tiny, inputs, policy):
+    """Also where a scale computes in bf16: on bf16's grid a step of less than half of it would not be seen."""
+    tiny = with_block(tiny, "compute", precision="bf16")
+    policy.save_pretrained("base")
+    sft.sft(Path("data"), Path("base"), Path("sft"), tiny)
+    reward.reward(Path("pairs"), Path("sft"), Path("rm"), tiny, 0)
+    for name, options in (("dpo", {}), ("dpo_2x", {"times": 2}), ("local", {"local": True}), ("online", {"online": True})):
+        dpo.dpo(Path("pairs"), Path("sft"), Path(name), tiny, 0, **options)
+    dpo.dpo(Path("pairs"), Path("dpo"), Path("round"), tiny.model_copy(update={"rounds": 2}), 0, online=True)
+    found = {name: {weight.dtype for weight in load_file(f"{name}/model.safetensors").values() if weight.dim() > 1}
+             for name in ("sft", "dpo", "round", "rm", "dpo_2x", "local", "online")}
+    assert found == dict.fromkeys(("sft", "dpo", "round"), {torch.float32}) | dict.fromkeys(
+        ("rm", "dpo_2x", "local", "online"), {torch.bfloat16})
+    moved = load_file("dpo/model.safetensors")["gpt_neox.embed_in.weight"]
+    assert not torch.equal(moved, moved.bfloat16().float())
+
+
 def test_seeds_share_the_reference(tiny, inputs, monkeypatch, policy):
     policy.save_pretrained("sft")
     dpo.dpo(Path("pairs"), Path("sft"), Path("computed"), tiny, 1)

@@ -70,6 +70,7 @@ class Job:
     shards: int = 1  # `batches`
     pack: bool = True  # whether the loss takes rows packed, on a GPU: those of model.py do
     also: dict | None = None  # for metrics.json
+    start: bool = False  # whether another training begins at what this one leaves
 
 
 def learning_rate(step: int, steps: int, cfg: schema.Train) -> float:
@@ -268,7 +269,8 @@ def run(out: Path, make: Callable[[], Job], recipe: schema.Train, cfg: schema.Sc
         job = make()
         model.for_training(job.net, cfg, pack=job.pack)
         log = fit(job, recipe, seed=seed, key=key, label=f"{name} s{seed}", micro_batch=cfg.machine.micro_batch)
-        save(job.net, folder, cfg.compute.precision)
+        # Rounded to bf16, a start would lose every step of the next training that is less than half of bf16's.
+        save(job.net, folder, "fp32" if job.start else cfg.compute.precision)
         model.copy_tokenizer(reads[-1], folder)
         write_curves(folder / "curves.csv", log)
         stage.write_json(folder / "metrics.json", summary(log) | {"rows": len(job.lengths)} | (job.also or {}))

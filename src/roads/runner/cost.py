@@ -19,14 +19,15 @@ INT = 4  # bytes: token ids are int32
 WEIGHT = {"fp32": 4, "bf16": 2}  # bytes, as a model is saved (distributed.save)
 
 
-def train(c: Command, rows: int, recipe: dict, sides: int = 1, words: int = 0, reference: bool = False) -> Work:
+def train(c: Command, rows: int, recipe: dict, sides: int = 1, words: int = 0, reference: bool = False,
+          start: bool = False) -> Work:
     """Epochs over rows of a prompt and `sides` completions, at `words` tokens of which the next one is predicted;
-    `reference`: their log-probs under another model first, once."""
+    `reference`: their log-probs under another model first, once. `start`: another training begins there."""
     length = c.prompt + sides * c.response
     once = c.forward(rows * length, length, rows * words)
     return Work(flops=once * (3 * recipe["epochs"] + reference),
                 steps=-(-rows // recipe["batch_size"]) * recipe["epochs"],
-                size=WEIGHT[c.block.get("compute", {}).get("precision", "fp32")] * c.parameters)
+                size=WEIGHT["fp32" if start else c.block.get("compute", {}).get("precision", "fp32")] * c.parameters)
 
 
 def sample(c: Command, prompts: int, samples: dict, policy: str = "", split: str = "") -> Work:
@@ -72,7 +73,7 @@ def _data(c: Command) -> Work:
 def _base(c: Command) -> Work:
     if c.block["model"]["kind"] != "new":  # fetched, or read from a folder
         return Work(size=WEIGHT["fp32"] * c.parameters)
-    return train(c, c.rows("base"), c.block["base"], words=c.prompt + c.response)
+    return train(c, c.rows("base"), c.block["base"], words=c.prompt + c.response, start=True)
 
 
 def _sample(c: Command) -> Work:
@@ -82,10 +83,10 @@ def _sample(c: Command) -> Work:
     return sample(c, c.rows(c.places[1]), settings, *c.places[:2])
 
 
-def _dpo(c: Command, rows: int, name: str = "dpo", times: int = 1) -> Work:
+def _dpo(c: Command, rows: int, name: str = "dpo", times: int = 1, start: bool = False) -> Work:
     recipe = c.block[name]
     return train(c, rows, recipe | {"epochs": recipe["epochs"] * times}, sides=2, words=2 * c.response,
-                 reference=name == "dpo")
+                 reference=name == "dpo", start=start)
 
 
 def _rank(c: Command) -> Work:
@@ -192,10 +193,10 @@ def _limits(c: Command) -> Work:
 KINDS: dict[str, Callable[[Command], Work]] = {
     "data": _data,
     "base": _base,
-    "sft": lambda c: train(c, c.rows("sft"), c.block["sft"], words=c.response),
+    "sft": lambda c: train(c, c.rows("sft"), c.block["sft"], words=c.response, start=True),
     "reward": lambda c: train(c, c.rows(c.places[0]), c.block["reward"], sides=2),
     "dpo": lambda c: _dpo(c, c.rows(c.places[0]), "local" if "local" in c.options else "dpo",
-                          int(c.options.get("times", 1))),
+                          int(c.options.get("times", 1)), not {"local", "times", "online"} & set(c.options)),
     "sample": _sample,
     "rank": _rank,
     "evaluate": _evaluate,

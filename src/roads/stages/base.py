@@ -35,7 +35,7 @@ def base(data: Path, out: Path, cfg: schema.Scale) -> None:
         def loss(i: torch.Tensor) -> tuple[torch.Tensor, dict]:
             return losses.language_model_loss(policy, tokens[i], weights[i]), {}
 
-        return train.Job(policy, loss, train.tokens(tokens), weights=weights[:, 1:].sum(1),
+        return train.Job(policy, loss, train.tokens(tokens), weights=weights[:, 1:].sum(1), start=True,
                          pack=False)  # language_model_loss calls the model itself
 
     train.run(out, job, cfg.base, cfg, used=schema.used(cfg, "model") | {"base": cfg.base.told()},

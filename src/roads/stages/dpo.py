@@ -51,7 +51,8 @@ def dpo(pairs: Path, reference: Path, out: Path, cfg: schema.Scale, seed: int, *
             beside = {key: values[i].t() for key, values in more.items()}
             return loss_of(name, torch.stack(logps), references, recipe.beta, kl=kl, **beside).mean(), told
 
-        return train.Job(policy, loss, train.tokens(query, chosen, rejected), shards=recipe.shards,
+        start = cfg.rounds > 1 if online else not local and times == 1
+        return train.Job(policy, loss, train.tokens(query, chosen, rejected), shards=recipe.shards, start=start,
                          also=stage.metrics_of(pairs, "dropped_as_ties"))
 
     used = {"local": recipe.model_dump()} if local else {"dpo": recipe.told()}

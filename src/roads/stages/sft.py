@@ -31,13 +31,12 @@ def sft(data: Path, base: Path, out: Path, cfg: schema.Scale) -> None:
             def of_all(i: torch.Tensor) -> tuple[torch.Tensor, dict]:
                 return losses.language_model_loss(policy, tokens[i], real[i]), {}
 
-            return train.Job(policy, of_all, train.tokens(tokens), weights=real[:, 1:].sum(1),
-                             pack=False)
+            return train.Job(policy, of_all, train.tokens(tokens), weights=real[:, 1:].sum(1), pack=False, start=True)
 
         def loss(i: torch.Tensor) -> tuple[torch.Tensor, dict]:
             return sft_loss(model.response_logps(policy, query[i], response[i]), lengths[i]), {}
 
-        return train.Job(policy, loss, train.tokens(query, response), weights=lengths)
+        return train.Job(policy, loss, train.tokens(query, response), weights=lengths, start=True)
 
     train.run(out, job, cfg.sft, cfg, used=schema.used(cfg, "sft"), reads=[data, base], seed=0, name="sft")
 
