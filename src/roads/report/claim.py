@@ -28,8 +28,7 @@ class Claim(Strict):
     # worlds: each is an observation, and the contrast names series of bars; kinds: so is each kind of reward, the mean
     # of its cells (`counts n=375`, `counts n=6000`), which share pairs and policies.
     over: Literal["prompts", "worlds", "kinds"] = "prompts"
-    # Of `correlated`: for each bar of the contrast, the bar that goes with it; over worlds or kinds, a contrast of series
-    # too.
+    # Of `correlated`: for each bar of the contrast, the bar that goes with it; over worlds or kinds, a contrast too.
     against: list[Text] | dict[str, Weight] = []
     changed: Text | None = None  # when and why it was added or changed after results of its figure had been seen
 
