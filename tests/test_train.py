@@ -534,7 +534,8 @@ def test_what_another_training_begins_at_is_saved_in_fp32(tiny, inputs, policy):
     policy.save_pretrained("base")
     sft.sft(Path("data"), Path("base"), Path("sft"), tiny)
     reward.reward(Path("pairs"), Path("sft"), Path("rm"), tiny, 0)
-    for name, options in {"dpo": {}, "dpo_2x": {"times": 2}, "local": {"local": True}, "online": {"online": True}}.items():
+    kinds = {"dpo": {}, "dpo_2x": {"times": 2}, "local": {"local": True}, "online": {"online": True}}
+    for name, options in kinds.items():
         dpo.dpo(Path("pairs"), Path("sft"), Path(name), tiny, 0, **options)
     dpo.dpo(Path("pairs"), Path("dpo"), Path("round"), tiny.model_copy(update={"rounds": 2}), 0, online=True)
     found = {name: {weight.dtype for weight in load_file(f"{name}/model.safetensors").values() if weight.dim() > 1}
