@@ -48,12 +48,15 @@ def test_a_table_has_a_row_for_every_claim_of_a_family(reports):
 
 
 def test_what_came_out_otherwise_elsewhere(reports):
-    """Claims of the same scores there and here are not counted: a, which moved, and d, which did not, are."""
+    """Claims of the same scores there and here are not counted, nor one that asks something else since (e): a, which
+    moved, and d, which did not, are."""
     found = json.loads((reports.folder / "claims.json").read_text())
     (a, _), here = found["claims"], []
-    for name, made_from, verdict in (("a", "x", "undecided"), ("c", "x", "supported"), ("d", "x", "supported")):
+    for name, made_from, verdict in (("a", "x", "undecided"), ("c", "x", "supported"), ("d", "x", "supported"),
+                                     ("e", "x", "supported")):
         here.append(a | {"id": name, "sentence": f"{name}.", "made_from": made_from, "verdict": verdict})
-    there = [here[0] | {"made_from": "y", "verdict": "supported"}, here[1], here[2] | {"made_from": "y"}]
+    there = [here[0] | {"made_from": "y", "verdict": "supported"}, here[1], here[2] | {"made_from": "y"},
+             here[3] | {"made_from": "y", "over": "worlds", "verdict": "undecided"}]
     for folder, claims in ((reports.folder, here), (reports.folder.parent / "epyc", there)):
         folder.mkdir(exist_ok=True)
         (folder / "claims.json").write_text(json.dumps(found | {"claims": claims}))

@@ -103,9 +103,8 @@ def delete_checkpoint(key: str) -> None:
 def save(model: nn.Module, folder: Path, precision: str = "fp32") -> None:
     """`model.save_pretrained(folder)` by the first process, once all of them have handed in their shards.
 
-    Where a scale computes in bf16 its matrices are saved so, in half the space, but for those that another training
-    begins at: whatever draws or scores with them rounds them to that first (model.py). A reward model's head stays
-    fp32, and so do norms and biases.
+    Matrices saved in bf16 take half the space, and whatever draws or scores with them in bf16 rounds them to that first
+    (model.py). A reward model's head stays fp32, and so do norms and biases.
     """
     rank, _ = rank_and_world_size()
     if not sharded() and precision == "fp32":

@@ -130,10 +130,13 @@ def table(reports: Reports, family: str) -> str:
 
 
 def _elsewhere(reports: Reports, folder: str) -> list[tuple[Claim, Claim]]:
-    """Claims that were decided there too, from other scores: that one's, and ours."""
+    """Claims that were decided there too, by the same question from other scores: that one's, and ours."""
+    def question(claim: Claim) -> list:
+        return [getattr(claim, name) for name in ("figure", "contrast", "against", "measure", "over", "test", "margin")]
+
     there = {claim.id: claim for claim in reports.of(folder).claims if claim.estimate}
     return [(there[claim.id], claim) for claim in reports.claims if claim.estimate and claim.id in there
-            and claim.made_from != there[claim.id].made_from]
+            and claim.made_from != there[claim.id].made_from and question(claim) == question(there[claim.id])]
 
 
 def again(reports: Reports, folder: str) -> str:
