@@ -19,11 +19,12 @@ H100, L4 = (81559, "580.65.06"), (23034, "580.65.06")
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A machine with vLLM and these GPUs, as a real nvidia-smi on PATH has it: (MiB, driver) each."""
+    """A machine with vLLM, room on its disk and these GPUs, as a real nvidia-smi on PATH has it: (MiB, driver) each."""
     found = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: name == "vllm" or found(name, *more))
     monkeypatch.delenv(LAUNCH, raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1e12))
 
     def with_gpus(*gpus):
         rows = "\n".join(f"{i}, GPU-{i}f00-ba, NVIDIA of the test, {memory}, {driver}"
@@ -218,9 +219,12 @@ def test_a_disk_too_small_is_one_line(machine, params, monkeypatch):
     machine(H100)
     monkeypatch.setattr(preflight, "_links", lambda: False)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3e9))
-    with pytest.raises(UserError, match="these stages write about 5.7 GB, DVC's cache included, and 3 GB are free"):
+    with pytest.raises(UserError, match="these stages write about 11 GB, DVC's cache included, and 3 GB are free"):
         preflight.check(stages("paper"), params, "mini")
     monkeypatch.setattr(preflight, "_links", lambda: True)  # then there is one copy
+    with pytest.raises(UserError, match="these stages write about 5.7 GB, DVC's cache included, and 3 GB are free"):
+        preflight.check(stages("paper"), params, "mini")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=6e9))
     preflight.check(stages("paper"), params, "mini")
 
 
@@ -251,7 +255,7 @@ def test_what_is_free_is_told_in_its_own_unit(machine, params, monkeypatch):
     machine(H100)
     monkeypatch.setattr(preflight, "_links", lambda: True)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3e6))
-    with pytest.raises(UserError, match="these stages write about 810 MB, .*, and 3 MB are free"):
+    with pytest.raises(UserError, match="these stages write about 1.6 GB, .*, and 3 MB are free"):
         preflight.check(stages("lite"), params, "lite")
 
 
